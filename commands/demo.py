@@ -1,0 +1,29 @@
+"""hybridize demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .output import Output, guarded
+
+
+@guarded
+def command(
+    folder: Annotated[Path, typer.Argument(help="Where to; the current folder when omitted.")] = Path(),
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Reads the package; writes FOLDER/teacher/ (a small reasoning model with its traces) and FOLDER/tasks/ (lm-eval tasks).
+
+    A teacher of 2.5 MB that solves word problems step by step: enough to try every command on a laptop.
+    """
+    out = Output(as_json, quiet)
+    from hybridize.demo import write_demo
+
+    paths = write_demo(folder, overwrite)
+    out.result({"teacher": str(paths[0]), "tasks": str(paths[1])}, lambda: print(f"{paths[0]}  {paths[1]}"))

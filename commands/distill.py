@@ -1,0 +1,178 @@
+"""hybridize distill"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from . import options as opt
+from .models import data_for, open_checkpoint, teacher_of, template_text
+from .output import Output, guarded
+
+
+@guarded
+def command(
+    checkpoint: opt.Checkpoint = "./teacher",
+    data: opt.Data = None,
+    eval_data: opt.EvalData = None,
+    teacher: opt.Teacher = None,
+    tokens: Annotated[Optional[int], typer.Option("--tokens", help="Length: all packed tokens.")] = None,
+    steps: Annotated[Optional[int], typer.Option("--steps", help="Length: optimizer steps.")] = None,
+    loss: Annotated[
+        Optional[str], typer.Option("--loss", help="reverse-kl, forward-kl, js, ce or a mixture: reverse-kl=.9,ce=.1.")
+    ] = None,
+    temperature: Annotated[Optional[float], typer.Option("--temperature", help="Of the divergences [default: 1].")] = None,
+    mask: Annotated[
+        Optional[str], typer.Option("--mask", help="assistant: learn its tokens; none: every token of one joined stream.")
+    ] = None,
+    chat_template: opt.ChatTemplate = None,
+    limit: opt.Limit = None,
+    batch_size: Annotated[Optional[int], typer.Option("--batch-size", help="Sequences per optimizer step [default: 16].")] = None,
+    micro_batch_size: Annotated[
+        Optional[int], typer.Option("--micro-batch-size", help="Sequences at once [default: the batch].")
+    ] = None,
+    seq_len: Annotated[Optional[int], typer.Option("--seq-len", help="Tokens per sequence [default: 2048].")] = None,
+    lr_mixer: Annotated[Optional[float], typer.Option("--lr-mixer", help="Peak rate of the mixers [default: 1e-3].")] = None,
+    lr: Annotated[Optional[float], typer.Option("--lr", help="Peak rate of the rest [default: 1e-4].")] = None,
+    warmup_steps: Annotated[Optional[int], typer.Option("--warmup-steps", help="Steps up to the peak [default: 50].")] = None,
+    weight_decay: Annotated[Optional[float], typer.Option("--weight-decay", help="On matrices [default: 0].")] = None,
+    clip: Annotated[Optional[float], typer.Option("--clip", help="Largest gradient norm [default: 1].")] = None,
+    train: Annotated[
+        Optional[str], typer.Option("--train", help="all, body (not embeddings and head), or mixers [default: all].")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        Optional[bool], typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
+    ] = None,
+    eval_every: Annotated[Optional[int], typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
+    eval_windows: Annotated[Optional[int], typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
+    save_every: Annotated[Optional[int], typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
+    config: Annotated[Optional[Path], typer.Option("--config", help="YAML or TOML with any of these; flags win.")] = None,
+    output: opt.Output = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    seed: Annotated[Optional[int], typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
+    log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of metrics and progress.")] = 1,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    revision: opt.Revision = None,
+    overwrite: opt.Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUTPUT.run/.")] = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Reads a checkpoint, its teacher and traces; writes a checkpoint (CHECKPOINT-kd/ when -o is omitted) trained on them.
+
+    The loss is the reverse KL from the teacher on the assistant's tokens; --loss ce learns the text itself and needs no
+    teacher. Until it is done, metrics and resumable state are in OUTPUT.run/.
+    """
+    out = Output(as_json, quiet)
+    given = {
+        "loss": loss, "temperature": temperature, "mask": mask, "tokens": tokens, "steps": steps, "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
+        "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
+    }  # fmt: skip
+    from dataclasses import asdict
+
+    from hybridize.checkpoint.writer import check_output
+    from hybridize.distillation.losses import Loss
+    from hybridize.distillation.settings import DistillSettings
+    from hybridize.errors import InputError
+
+    chosen = _from_file(config) | {key: value for key, value in given.items() if value is not None}
+    try:
+        settings = DistillSettings(**chosen)
+    except TypeError as error:
+        raise InputError(f"{config}: {error}") from error
+    objective = Loss.parse(settings.loss, settings.temperature)
+    source = open_checkpoint(checkpoint, revision)
+    target = output or Path(f"{Path(checkpoint).name}-kd")
+    check_output(target, overwrite, source.path)
+    origin = None
+    if objective.needs_teacher or eval_data is not None:
+        origin = teacher_of(source, checkpoint, teacher, revision)
+    from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
+    from hybridize.distillation.encode import Encoder
+    from hybridize.distillation.run_dir import RunDir
+    from hybridize.runtime import load_tokenizer, pick_device, pick_dtype, quiet_transformers
+
+    quiet_transformers()
+    if origin is not None:
+        check_vocabularies(source, origin)
+    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
+    spec = data_for(data, origin)
+    text = template_text(chat_template)
+    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), settings.mask, text)
+    corpus = open_corpus(spec, eval_data, encoder, limit)
+    decisive = asdict(settings) | {"checkpoint": source.hash, "data": spec, "rows": len(corpus.rows), "template": text}
+    run = RunDir(target, decisive)
+    run.check(resume, overwrite)
+    last: dict[str, Any] = {}
+
+    def report(event: dict[str, Any]) -> None:
+        kind = event.pop("kind")
+        last[kind] = event
+        if kind == "eval":
+            out.note(
+                f"step {event['step']}: held-out reverse KL {event['reverse_kl']:.4f}, forward KL {event['forward_kl']:.4f}, "
+                f"agreement {event['agreement']:.4f} ({event['tokens']} tokens)"
+            )
+        else:
+            done = event["step"] == event["steps"]
+            out.progress(
+                f"step {event['step']}/{event['steps']}: loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s, "
+                f"{_clock(event['seconds_left'])} left",
+                last=done,
+            )
+
+    out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
+    distill(
+        source, checkpoint, origin, corpus, settings, target, device=where, dtype=compute, overwrite=overwrite, resume=resume,
+        log_every=log_every, trust_remote_code=trust_remote_code, run=run, report=report,
+    )  # fmt: skip
+
+    def human() -> None:
+        print(f"{target}: trained on {settings.total_steps * settings.batch_size * settings.seq_len:,} tokens")
+
+    out.result({"output": str(target), "steps": settings.total_steps, "last": last.get("step"), "heldout": last.get("eval")}, human)
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    """Settings from a YAML or TOML file; InputError on unknown keys."""
+    if path is None:
+        return {}
+    from dataclasses import fields
+
+    from hybridize.distillation.settings import DistillSettings
+    from hybridize.errors import InputError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            import tomllib
+
+            found: Any = tomllib.loads(text)
+        else:
+            import yaml
+
+            found = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--config {path} is not valid: {error}") from error
+    except Exception as error:  # YAMLError is no ValueError
+        raise InputError(f"--config {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path} must be a table of settings")
+    found = {str(key).replace("-", "_"): value for key, value in found.items()}
+    unknown = sorted(set(found) - {field.name for field in fields(DistillSettings)})
+    if unknown:
+        raise InputError(f"--config {path}: there is no setting {unknown[0]!r}")
+    return found
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

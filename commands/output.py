@@ -1,0 +1,117 @@
+"""The one place that talks to people: results on stdout, all else on stderr; errors as one sentence and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+
+from hybridize.errors import InputError, WorkError
+
+F = TypeVar("F", bound=Callable[..., None])
+EXIT_FAILED, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 1, 2, 3, 130
+EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+class Output:
+    """as_json: nothing but one JSON object on stdout. quiet: nothing but errors."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self._said = 0.0
+
+    def note(self, text: str) -> None:
+        """A line about what is going on, to stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def progress(self, text: str, last: bool = False) -> None:
+        """The latest state: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last or time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, value: dict[str, Any], human: Callable[[], None] | None = None) -> None:
+        """What the command found: an object with --json, else whatever `human` prints on stdout."""
+        if self.as_json:
+            print(json.dumps(value, allow_nan=False))
+        elif not self.quiet and human is not None:
+            human()
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """On stdout; plain and uncut where stdout is no terminal."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 or not column else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        terminal = sys.stdout.isatty()
+        console = Console(file=sys.stdout, force_terminal=None if terminal else False, width=None if terminal else 120)
+        console.print(title, soft_wrap=True, markup=False, highlight=False)
+        console.print(table)
+
+
+def guarded(function: F) -> F:
+    """Maps what goes wrong to one sentence on stderr and an exit code; HYBRIDIZE_DEBUG=1 shows the traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        before = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", EXIT_INTERRUPTED)
+        except InputError as error:
+            _fail(str(error), EXIT_INPUT)
+        except WorkError as error:
+            _fail(str(error), EXIT_FAILED)
+        except MemoryError:
+            _fail("out of memory; a smaller --batch-size, --micro-batch-size or --seq-len needs less", EXIT_FAILED)
+        except OSError as error:
+            _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_FAILED)
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                _fail("out of GPU memory; a smaller --batch-size, --micro-batch-size or --seq-len needs less", EXIT_FAILED)
+            first = (str(error).strip().splitlines() or [""])[0]
+            _fail(f"{type(error).__name__}: {first} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("HYBRIDIZE_DEBUG") == "1":
+        raise
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise typer.Exit(code)

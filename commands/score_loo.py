@@ -1,0 +1,105 @@
+"""hybridize score-loo"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from . import options as opt
+from .output import Output, guarded
+from .scoring import check_score_output, report_scores
+
+
+@guarded
+def command(
+    checkpoint: opt.Checkpoint = "./teacher",
+    tasks: opt.Tasks = "mmlu",
+    metric: Annotated[str, typer.Option("--metric", help="accuracy or margin (of the tasks), or kl (on --data).")] = "accuracy",
+    ablate: Annotated[str, typer.Option("--ablate", help="What a layer loses: its whole block, or the mixer alone.")] = "block",
+    data: opt.Data = None,
+    teacher: opt.Teacher = None,
+    mask: opt.Mask = "assistant",
+    windows: Annotated[int, typer.Option("--windows", help="For kl: sequences of data.")] = 16,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="For kl: tokens per sequence.")] = 512,
+    chat_template: opt.ChatTemplate = None,
+    num_fewshot: opt.NumFewshot = None,
+    limit: opt.Limit = None,
+    include_path: opt.IncludePath = None,
+    apply_chat_template: opt.ApplyChatTemplate = False,
+    batch_size: opt.EvalBatchSize = 8,
+    output: opt.Output = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    seed: opt.Seed = 0,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    revision: opt.Revision = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Reads a checkpoint; writes CHECKPOINT/scores/loo.json: what removing each attention layer alone costs.
+
+    Higher means convert later. With --metric accuracy or margin the cost is the drop on lm-eval tasks, with kl the rise of
+    the KL divergence from the teacher on data.
+    """
+    out = Output(as_json, quiet)
+    from hybridize.scoring.loo import LooSettings
+
+    settings = LooSettings(metric, ablate)
+    source, path = check_score_output(checkpoint, revision, output, "loo", overwrite)
+    from hybridize.runtime import load_model, load_tokenizer, pick_device, pick_dtype, quiet_transformers
+    from hybridize.scoring.loo import loo_kl, loo_tasks
+
+    quiet_transformers()
+    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
+    tokenizer = load_tokenizer(source.path, trust_remote_code)
+    started = time.time()
+
+    def progress(layer: int, score: float) -> None:
+        out.progress(f"layer {layer}: {score:.5f} after {time.time() - started:.0f} s")
+
+    ran: dict[str, Any] = {"device": where.type, "dtype": str(compute).removeprefix("torch."), "seed": seed}
+    if metric == "kl":
+        from hybridize.distillation.distill import check_vocabularies, open_corpus
+        from hybridize.distillation.encode import Encoder
+        from hybridize.distillation.settings import DistillSettings
+
+        from .models import data_for, template_text, teacher_of
+
+        origin = teacher_of(source, checkpoint, teacher, revision)
+        check_vocabularies(source, origin)
+        spec = data_for(data, origin)
+        encoder = Encoder(tokenizer, mask, template_text(chat_template))
+        corpus = open_corpus(spec, spec, encoder, limit)
+        rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
+        plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=mask)
+        batches = [batch.to(where) for batch in corpus.measuring(plan)]
+        model = load_model(source.path, where, compute, trust_remote_code)
+        other = model if origin.path == source.path else load_model(origin.path, where, compute, trust_remote_code)
+        found = loo_kl(_copy_if_same(model, other), other, settings, batches, compute, progress)
+        used = {"data": corpus.rows.name, "windows": windows, "seq_len": seq_len, "mask": mask}
+    else:
+        from hybridize.evaluation.harness import EvalSettings, open_tasks
+
+        names = tuple(t.strip() for t in tasks.split(",") if t.strip())
+        evaluation = EvalSettings(names, num_fewshot, limit, batch_size, apply_chat_template, None, include_path, seed)
+        manager = open_tasks(evaluation)
+        model = load_model(source.path, where, compute, trust_remote_code)
+        found = loo_tasks(model, tokenizer, settings, evaluation, manager, progress)
+        used = evaluation.to_json()
+    label = f"{metric} lost, {ablate} removed"
+    made = {"settings": asdict(settings) | used | ran, "seconds": round(time.time() - started, 2), "metric": metric}
+    report_scores(out, source, path, "loo", label, None, None, found, made)
+
+
+def _copy_if_same(model: Any, other: Any) -> Any:
+    """A second skeleton over the same weights: ablating one must not ablate what it is compared with."""
+    if model is not other:
+        return model
+    import copy
+
+    memo = {id(p): p for p in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)

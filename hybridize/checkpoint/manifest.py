@@ -1,0 +1,93 @@
+"""`hybridize.json`: where a checkpoint comes from, and by what command, settings and libraries it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hybridize import __version__
+from hybridize.checkpoint.reader import CheckpointReader, read_json
+from hybridize.errors import InputError
+
+MANIFEST = "hybridize.json"
+FORMAT = 1
+LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "mamba_ssm", "causal_conv1d")
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what a result depends on, for those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Lineage of one checkpoint. `path` in parent and root is relative to the checkpoint's own directory, or a hub id."""
+
+    parent: dict[str, str]
+    root: dict[str, str]
+    command: str
+    settings: dict[str, Any]
+    seed: int
+    layers: list[dict[str, str]]
+    data: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0  # training tokens since the root, all steps together
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "version": __version__, "libraries": libraries()}
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest as written, or None where the directory has none. InputError when it is of another format."""
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    found = read_json(checkpoint / MANIFEST)
+    if found.get("format") != FORMAT or not isinstance(found.get("root"), dict):
+        raise InputError(f"{checkpoint / MANIFEST} is not a manifest of format {FORMAT}")
+    return found
+
+
+def descend(
+    source: CheckpointReader, name: str, output: Path, command: str, settings: dict[str, Any], seed: int, **changes: Any
+) -> Manifest:
+    """The manifest of what `command` makes out of `source` (called `name` by the user) at `output`."""
+    before = read_manifest(source.path)
+    parent = {"path": _seen_from(output, source.path, name), "hash": source.hash}
+    root = parent
+    if before is not None:
+        origin = before["root"]
+        local = (source.path / origin["path"]).resolve()
+        root = {"path": _seen_from(output, local, origin["path"]), "hash": origin["hash"]}
+    kept = before or {"layers": [], "data": [], "tokens": 0}
+    values = {"layers": kept["layers"], "data": kept["data"], "tokens": kept["tokens"]} | changes
+    return Manifest(parent, root, command, settings, seed, **values)
+
+
+def _seen_from(output: Path, path: Path, name: str) -> str:
+    """A relative path where the user meant a directory, the hub id where not."""
+    if path.is_dir() and (Path(name).is_dir() or path.is_absolute() and not _is_hub_cache(path)):
+        return os.path.relpath(path.resolve(), output.resolve())
+    return name
+
+
+def _is_hub_cache(path: Path) -> bool:
+    return "snapshots" in path.parts and any(part.startswith("models--") for part in path.parts)
+
+
+def root_of(checkpoint: Path) -> str | None:
+    """The teacher that a checkpoint descends from, as a path or hub id that can be opened from here."""
+    found = read_manifest(checkpoint)
+    if found is None:
+        return None
+    path = str(found["root"].get("path", ""))
+    local = checkpoint / path
+    return str(local) if local.is_dir() else path

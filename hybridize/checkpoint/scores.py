@@ -1,0 +1,80 @@
+"""Score files: how much each attention layer is worth, bound by hash to the checkpoint they were measured on."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridize.checkpoint.reader import read_json
+from hybridize.checkpoint.writer import write_json_atomic
+from hybridize.errors import InputError
+
+KINDS = ("mmr", "loo")  # in the order in which `replace` prefers them
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """`score`: higher means convert later. `stderr`: its standard error, None where unknown."""
+
+    layer: int
+    score: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One ranking. `checkpoint` is the content hash of what was measured; `seconds` how long that took."""
+
+    kind: str
+    checkpoint: str
+    mixer: str | None
+    init: str | None
+    metric: str
+    settings: dict[str, Any]
+    seconds: float
+    layers: list[LayerScore]
+
+    def write(self, path: Path) -> None:
+        write_json_atomic(path, {"format": FORMAT, **asdict(self)})
+
+    def ranking(self) -> list[int]:
+        """Layers, least important first; equal scores by lower index."""
+        return [s.layer for s in sorted(self.layers, key=lambda s: (s.score, s.layer))]
+
+
+def read_scores(path: Path) -> Scores:
+    """InputError naming the file when it is no score file, or has a score that is missing, doubled or not finite."""
+    found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise InputError(f"{path} is not a score file of format {FORMAT}")
+    fields = {key: found.get(key) for key in Scores.__dataclass_fields__}
+    try:
+        layers = [LayerScore(int(s["layer"]), float(s["score"]), s.get("stderr")) for s in fields.pop("layers")]
+        scores = Scores(**fields, layers=layers)
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a score file: {error}") from error
+    for score in layers:
+        if not math.isfinite(score.score):
+            raise InputError(f"{path}: the score of layer {score.layer} is {score.score}")
+    if len({s.layer for s in layers}) != len(layers):
+        raise InputError(f"{path} scores a layer twice")
+    if not isinstance(scores.checkpoint, str) or not isinstance(scores.kind, str):
+        raise InputError(f"{path} does not say what it was measured on")
+    return scores
+
+
+def scores_path(checkpoint: Path, name: str, kind: str) -> Path:
+    """CHECKPOINT/scores/KIND.json, or ./scores/NAME/KIND.json where the checkpoint is a hub id or read-only."""
+    if Path(name).is_dir() and os.access(checkpoint, os.W_OK):
+        return checkpoint / "scores" / f"{kind}.json"
+    return Path("scores") / name.strip("/").replace("/", "--") / f"{kind}.json"
+
+
+def find_scores(checkpoint: Path, name: str) -> Path | None:
+    """The score file that `replace` would use: mmr before loo."""
+    candidates = (scores_path(checkpoint, name, kind) for kind in KINDS)
+    return next((path for path in candidates if path.is_file()), None)

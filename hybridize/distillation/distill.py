@@ -1,0 +1,118 @@
+"""Distils a checkpoint: opens data and models, trains, writes the result with its lineage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridize.checkpoint.manifest import descend
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
+from hybridize.distillation.encode import Encoder
+from hybridize.distillation.packing import Batch, batched, endless, pack_documents, pack_stream
+from hybridize.distillation.rows import Rows, read_rows
+from hybridize.distillation.run_dir import RunDir
+from hybridize.distillation.settings import DistillSettings
+from hybridize.distillation.training import Report, prefetched, train
+from hybridize.errors import InputError
+from hybridize.modeling import engine_for
+from hybridize.runtime import load_model
+
+HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training rows, held-out rows, and how both become batches."""
+
+    rows: Rows
+    heldout: Rows
+    encoder: Encoder
+
+    def lines(self, rows: Rows, order: Iterator[Any], length: int) -> Iterator[Any]:
+        if self.encoder.mask == "none":
+            return pack_stream(order, length)
+        pad = self.encoder.tokenizer.pad_token_id
+        return pack_documents(order, length, pad if pad is not None else self.encoder.tokenizer.eos_token_id or 0)
+
+    def training(self, settings: DistillSettings) -> Iterator[Batch]:
+        """Endless batches of `batch_size` sequences, the same for the same seed."""
+        encode = lambda i: self.encoder.encode(self.rows[i], self.rows.where(i))  # noqa: E731
+        order = endless(encode, len(self.rows), settings.seed)
+        return batched(self.lines(self.rows, order, settings.seq_len), settings.batch_size)
+
+    def measuring(self, settings: DistillSettings) -> list[Batch]:
+        """The first `eval_windows` held-out sequences, in file order."""
+        encoded = (self.encoder.encode(self.heldout[i], self.heldout.where(i)) for i in range(len(self.heldout)))
+        lines = self.lines(self.heldout, encoded, settings.seq_len)
+        chosen = [line for _, line in zip(range(settings.eval_windows), lines, strict=False)]
+        return list(batched(chosen, settings.micro, last=True))
+
+
+def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int | None = None) -> Corpus:
+    """Reads and checks all rows, and encodes the first few, so that bad data shows before any weight is loaded."""
+    rows = read_rows(data, limit)
+    if eval_data is not None:
+        heldout = read_rows(eval_data)
+    else:
+        count = min(HELDOUT_ROWS, len(rows) // 20)
+        heldout = Rows(rows.name, [rows[len(rows) - count + i] for i in range(count)], "held-out row ")
+        rows = Rows(rows.name, [rows[i] for i in range(len(rows) - count)], rows._unit)
+    for part in (rows, heldout):
+        for index in range(min(16, len(part))):
+            encoder.encode(part[index], part.where(index))
+    return Corpus(rows, heldout, encoder)
+
+
+def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> None:
+    """InputError unless both models speak of the same tokens."""
+    ours, theirs = student.config.get("vocab_size"), teacher.config.get("vocab_size")
+    if ours != theirs:
+        raise InputError(f"{student.path} has a vocabulary of {ours}, its teacher {teacher.path} of {theirs}")
+
+
+def distill(
+    source: CheckpointReader,
+    name: str,
+    teacher: CheckpointReader | None,
+    corpus: Corpus,
+    settings: DistillSettings,
+    output: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    resume: bool = False,
+    log_every: int = 1,
+    trust_remote_code: bool = False,
+    run: RunDir,
+    report: Report = lambda _: None,
+) -> None:
+    """Trains float32 weights under autocast to `dtype`; storage types of the result follow the source."""
+    run.start(resume)
+    torch.manual_seed(settings.seed)
+    student = load_model(source.path, device, torch.float32, trust_remote_code)
+    model = None if teacher is None else load_model(teacher.path, device, dtype, trust_remote_code)
+    if model is not None:
+        model.requires_grad_(False)
+    used = train(
+        student, model, prefetched(corpus.training(settings)), corpus.measuring(settings), settings, run,
+        dtype=dtype, log_every=log_every, resume=resume, report=report,
+    )  # fmt: skip
+    ran = {"engine": engine_for(device), "dtype": str(dtype).removeprefix("torch."), "device": device.type}
+    manifest = descend(source, name, output, "distill", asdict(settings) | ran, settings.seed)
+    data = [*manifest.data, {"path": Path(corpus.rows.name).name, "rows": len(corpus.rows), "tokens": used}]
+    manifest = dataclasses.replace(manifest, data=data, tokens=manifest.tokens + used)
+    trained = dict(student.state_dict())
+    with AtomicDirectory(output, overwrite) as path:
+        writer = CheckpointWriter(path)
+        for tensor_name, old in source.tensors():
+            writer.add(tensor_name, trained[tensor_name].to(old.dtype))
+        run.finish(path)
+        writer.close(source.config, manifest, carry_from=source.path)
+    run.remove()

@@ -1,0 +1,73 @@
+"""How far a student is from its teacher on held-out text: both KLs, top-1 agreement, perplexity. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridize.distillation.losses import CHUNK_TOKENS, forward_kl, reverse_kl
+from hybridize.distillation.packing import Batch
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over `tokens` kept tokens, nats at temperature 1; agreement: same most likely token; perplexity: the student's."""
+
+    reverse_kl: float
+    forward_kl: float
+    agreement: float
+    perplexity: float
+    tokens: int
+
+
+def output_weight(model: Any) -> Tensor:
+    """The output matrix [V, D] of a causal LM."""
+    return model.get_output_embeddings().weight
+
+
+def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Final hidden states [B, T, D], after the last norm, computed in `dtype`."""
+    device = batch.ids.device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def token_logits(model: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return (hidden.to(dtype) @ output_weight(model).to(dtype).t()).float()
+
+
+@torch.no_grad()
+def fidelity(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], dtype: torch.dtype) -> Fidelity:
+    """Compares two models on the kept tokens of `batches`, which lie on the models' device."""
+    per_batch = fidelity_per_batch(student, teacher, batches, dtype)
+    sums, tokens = per_batch[:, :4].sum(0), per_batch[:, 4].sum()
+    means = (sums / tokens).tolist()
+    return Fidelity(means[0], means[1], means[2], float(torch.exp(sums[3] / tokens)), int(tokens))
+
+
+@torch.no_grad()
+def fidelity_per_batch(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], dtype: torch.dtype) -> Tensor:
+    """[batches, 5] float64 sums: reverse KL, forward KL, agreements, negative log-likelihood, tokens."""
+    rows = []
+    for batch in batches:
+        kept = batch.keep.flatten()
+        ours, theirs = (hidden_states(m, batch, dtype).flatten(0, 1)[kept] for m in (student, teacher))
+        labels = batch.labels.flatten()[kept]
+        sums = torch.zeros(4, dtype=torch.float64, device=ours.device)
+        for begin in range(0, len(labels), CHUNK_TOKENS):
+            part = slice(begin, begin + CHUNK_TOKENS)
+            log_q = F.log_softmax(token_logits(student, ours[part], dtype), -1)
+            log_p = F.log_softmax(token_logits(teacher, theirs[part], dtype), -1)
+            measures = [
+                reverse_kl(log_q, log_p), forward_kl(log_q, log_p), (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+                F.nll_loss(log_q, labels[part], reduction="none"),
+            ]  # fmt: skip
+            sums += torch.stack(measures).double().sum(1)
+        rows.append(torch.cat([sums.cpu(), torch.tensor([len(labels)], dtype=torch.float64)]))
+    return torch.stack(rows)

@@ -1,0 +1,126 @@
+"""Documents to rows of one length, and rows to batches. The order follows from the seed alone.
+
+Two ways: `documents` packs whole documents beside one another, each with positions of its own, so that attention,
+convolution and state stay inside it; `stream` joins everything into one text and cuts it, as in pretraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridize.distillation.encode import Document
+
+OPEN_ROWS = 32  # rows that first-fit may still add to
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All [B, T]: ids; positions (restart at each document); labels, the next token's id; keep, whether it counts."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    keep: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def kept(self) -> int:
+        return int(self.keep.sum())
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of at most `rows` sequences."""
+        parts = zip(*(t.split(rows) for t in (self.ids, self.positions, self.labels, self.keep)), strict=True)
+        return [Batch(*part) for part in parts]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.labels, self.keep)))
+
+
+Line = tuple[list[int], list[int], list[int], list[bool]]  # ids, positions, labels, keep, each of one length
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` documents in one pass; another for each epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iterator[Line]:
+    """First-fit over the last OPEN_ROWS rows. Longer documents are cut into pieces of `length`, each then on its own.
+
+    Pieces of which no prediction counts are left out.
+    """
+    rows: list[Line] = []
+    for document in documents:
+        for begin in range(0, len(document.ids), length):
+            ids, keep = document.ids[begin : begin + length], document.keep[begin : begin + length]
+            keep = [*keep[1:], False]  # position t predicts token t + 1; the last of a piece predicts nothing
+            if not any(keep):
+                continue
+            row = next((r for r in rows if len(r[0]) + len(ids) <= length), None)
+            if row is None:
+                if len(rows) == OPEN_ROWS:
+                    fullest = max(range(len(rows)), key=lambda i: len(rows[i][0]))
+                    yield _filled(rows.pop(fullest), length, pad)
+                row = ([], [], [], [])
+                rows.append(row)
+            for part, values in zip(row, (ids, range(len(ids)), [*ids[1:], pad], keep), strict=True):
+                part.extend(values)  # type: ignore[arg-type]
+    for row in rows:
+        yield _filled(row, length, pad)
+
+
+def _filled(row: Line, length: int, pad: int) -> Line:
+    space = length - len(row[0])
+    return row[0] + [pad] * space, row[1] + list(range(space)), row[2] + [pad] * space, row[3] + [False] * space
+
+
+def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
+    """Consecutive windows of the joined documents; the window's last position predicts the next window's first token.
+
+    The rest that does not fill a window is left out.
+    """
+    ids: list[int] = []
+    keep: list[bool] = []
+    for document in documents:
+        ids += document.ids
+        keep += document.keep
+        begin = 0
+        while len(ids) - begin > length:
+            end = begin + length
+            yield ids[begin:end], list(range(length)), ids[begin + 1 : end + 1], keep[begin + 1 : end + 1]
+            begin = end
+        del ids[:begin], keep[:begin]
+
+
+def batched(lines: Iterable[Line], size: int, last: bool = False) -> Iterator[Batch]:
+    """Batches of `size` rows; a smaller last one only if `last`."""
+    group: list[Line] = []
+    for line in lines:
+        group.append(line)
+        if len(group) == size:
+            yield _stack(group)
+            group = []
+    if last and group:
+        yield _stack(group)
+
+
+def _stack(group: list[Line]) -> Batch:
+    ids, positions, labels, keep = zip(*group, strict=True)
+    return Batch(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels), torch.tensor(keep))
+
+
+def endless(document: Callable[[int], Document], count: int, seed: int) -> Iterator[Document]:
+    """Documents 0..count-1 in a new order each epoch, for ever."""
+    epoch = 0
+    while True:
+        for index in epoch_order(count, seed, epoch):
+            yield document(index)
+        epoch += 1

@@ -1,0 +1,118 @@
+"""Training rows from jsonl, parquet, plain text or a hub data set, checked field by field before anything starts.
+
+A row has `messages` (chat), `prompt` and `response`, or `text`. Knows nothing of tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridize.errors import InputError
+
+Row = dict[str, Any]
+
+
+class Rows(Sequence[Row]):
+    """Rows with a name for each (`file:line`), so that an error can point at it."""
+
+    def __init__(self, name: str, rows: Sequence[Row], unit: str) -> None:
+        self.name, self._rows, self._unit = name, rows, unit
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def where(self, index: int) -> str:
+        return f"{self.name}:{self._unit}{index + 1}"
+
+
+def find_data(flag: str | None, teacher: Path | None) -> str:
+    """What `--data` means when omitted: $HYBRIDIZE_DATA, ./traces.jsonl, then the teacher's own traces.jsonl."""
+    candidates = [flag, os.environ.get("HYBRIDIZE_DATA"), "traces.jsonl" if Path("traces.jsonl").is_file() else None]
+    if teacher is not None and (teacher / "traces.jsonl").is_file():
+        candidates.append(str(teacher / "traces.jsonl"))
+    found = next((c for c in candidates if c), None)
+    if found is None:
+        raise InputError("no data: give --data FILE, set HYBRIDIZE_DATA, or put a traces.jsonl into this folder")
+    return found
+
+
+def read_rows(spec: str, limit: int | None = None) -> Rows:
+    """Rows of a local .jsonl, .json, .parquet or .txt file, or of a hub data set's `train` split (ID or ID:SPLIT).
+
+    A .txt file is one `text` row. Raises InputError naming file and line when there are no rows or one lacks its fields.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        rows = _read_file(path)
+    elif spec.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
+        raise InputError(f"--data {spec} does not exist")
+    else:
+        rows = _read_hub(spec)
+    if limit is not None:
+        rows = Rows(rows.name, [rows[i] for i in range(min(limit, len(rows)))], rows._unit)
+    if not len(rows):
+        raise InputError(f"{spec} has no rows")
+    for index in range(len(rows)):
+        check_row(rows[index], rows.where(index))
+    return rows
+
+
+def _read_file(path: Path) -> Rows:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return Rows(str(path), pyarrow.parquet.read_table(path).to_pylist(), "row ")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not a readable parquet file: {error}") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".txt":
+        return Rows(str(path), [{"text": text}] if text.strip() else [], "")
+    rows: list[Row] = []
+    for number, line in enumerate(text.rstrip().split("\n") if text.strip() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number} is not JSON: {error}") from error
+    return Rows(str(path), rows, "")
+
+
+def _read_hub(spec: str) -> Rows:
+    from datasets import load_dataset
+
+    name, _, split = spec.partition(":")
+    try:
+        return Rows(spec, load_dataset(name, split=split or "train"), "row ")
+    except Exception as error:  # datasets raises many kinds, all meaning: not to be had
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--data {spec} is no local file, and the hub did not give it: {first}") from error
+
+
+def check_row(row: Any, where: str) -> None:
+    """InputError naming the row unless it has one of the three forms with text in every field."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not a JSON object")
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise InputError(f"{where}: `messages` must be a list with at least one message")
+        for message in messages:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise InputError(f"{where}: there is no assistant message to learn from")
+    elif "prompt" in row or "response" in row:
+        if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
+            raise InputError(f"{where}: `prompt` and `response` must both be there, as text")
+    elif not isinstance(row.get("text"), str):
+        raise InputError(f"{where} has neither `messages`, nor `prompt` and `response`, nor `text`")

@@ -1,0 +1,172 @@
+"""lm-eval over a model that is in memory: its tasks, requests and metrics, our loading. Knows nothing of gates or scores."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hybridize.errors import InputError, WorkError
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What decides an evaluation's figures. limit: documents per task; gen_kwargs as lm-eval reads them (a=b,c=d)."""
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    apply_chat_template: bool = False
+    gen_kwargs: str | None = None
+    include_path: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise InputError("--tasks is empty")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit} must be at least 1")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size} must be at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise InputError(f"--num-fewshot {self.num_fewshot} must not be negative")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise InputError(f"--include-path {self.include_path} is not a directory")
+
+    def to_json(self) -> dict[str, Any]:
+        """What two results must share to be compared."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "include_path"}
+
+
+def open_tasks(settings: EvalSettings) -> Any:
+    """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones."""
+    quiet_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    unknown: list[str] = list(settings.tasks)
+    for defaults in (False, True):  # lm-eval's own thousands of tasks take seconds to index: only when they are needed
+        if not defaults and settings.include_path is None:
+            continue
+        try:
+            manager = TaskManager(include_path=settings.include_path, include_defaults=defaults)
+        except Exception as error:  # a broken YAML raises whatever its loader raises
+            raise InputError(f"--include-path {settings.include_path}: {error}") from error
+        unknown = [task for task in settings.tasks if task not in set(manager.all_tasks)]
+        if not unknown:
+            break
+    if unknown:
+        raise InputError(f"lm-eval knows no task {unknown[0]!r}; a task of your own needs --include-path DIR")
+    return manager
+
+
+def evaluate(
+    model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, tasks: list[Any] | None = None
+) -> dict[str, Any]:
+    """lm-eval's results with per-document samples.
+
+    tasks: as `load_tasks` gives them, to save loading the data again. WorkError where lm-eval fails (its data cannot be had).
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _hushed():
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
+        try:
+            found = simple_evaluate(
+                model=wrapped, tasks=tasks or list(settings.tasks), num_fewshot=settings.num_fewshot, limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template, gen_kwargs=settings.gen_kwargs, task_manager=manager,
+                log_samples=True, bootstrap_iters=0, random_seed=settings.seed, numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
+            )  # fmt: skip
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {first}") from error
+    if found is None:
+        raise WorkError("lm-eval gave no results")
+    return found
+
+
+def main_metric(task_result: dict[str, Any]) -> tuple[str, float]:
+    """The figure a task is judged by: acc_norm's plain sibling acc before others, exact_match for generation.
+
+    Returns lm-eval's key (`acc,none`) and its value.
+    """
+    figures = {k: v for k, v in task_result.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)}
+    for wanted in ("acc", "exact_match", "acc_norm", "f1"):
+        for key, value in figures.items():
+            if key.split(",")[0] == wanted:
+                return key, float(value)
+    if not figures:
+        raise WorkError(f"task {task_result.get('alias', '')} reports no figure")
+    key = next(iter(figures))
+    return key, float(figures[key])
+
+
+def document_scores(samples: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Per document: its id, lm-eval's hash of it, and its score under the metric `key` (`name,filter`)."""
+    metric, _, chosen = key.partition(",")
+    return [
+        {"doc": s["doc_id"], "hash": s["doc_hash"], "score": float(s[metric])}
+        for s in samples
+        if s.get("filter") == chosen and isinstance(s.get(metric), int | float | bool)
+    ]
+
+
+def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per document of a multiple-choice task: log-probability of the right answer minus that of the best wrong one."""
+    found = []
+    for sample in samples:
+        values = [float(answer[0]) for answer in sample["filtered_resps"]]
+        target = sample["target"]
+        if isinstance(target, str) and not target.isdecimal():
+            choices = [arguments[1].strip() for arguments in sample["arguments"]]
+            target = choices.index(target.strip()) if target.strip() in choices else None
+        if target is None or len(values) < 2 or int(target) >= len(values):
+            raise InputError("--metric margin needs a multiple-choice task with one right answer")
+        right = values.pop(int(target))
+        found.append({"doc": sample["doc_id"], "hash": sample["doc_hash"], "score": right - max(values)})
+    return found
+
+
+def quiet_lm_eval() -> None:
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lm_eval", "lm-eval", "datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command reports."""
+    import tqdm
+
+    import lm_eval.evaluator as evaluator
+
+    quiet_lm_eval()
+    before = tqdm.tqdm.__init__
+    # it also asks git and pip about the machine, which takes seconds and prints errors outside a repository
+    probes = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, name)}
+    for name in probes:
+        setattr(evaluator, name, lambda *_: None)
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.tqdm.__init__ = silent  # type: ignore[method-assign]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.tqdm.__init__ = before  # type: ignore[method-assign]
+        for name, probe in probes.items():
+            setattr(evaluator, name, probe)

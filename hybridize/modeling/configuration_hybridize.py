@@ -1,0 +1,64 @@
+"""The configuration of a hybrid: the teacher's own keys, which layers are Mamba (`layer_types`), and the mixer's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+MIXER_LAYER = "linear_attention"  # transformers' name for a layer whose cache is a convolution window and a state
+MIXER_KEYS = ("kind", "d_inner", "d_state", "d_conv", "dt_rank", "expand")
+
+
+class HybridConfig(PreTrainedConfig):
+    """Every key of the teacher's config, plus the layout.
+
+    base_model_type: the teacher's `model_type`. layer_types: one entry a layer, `linear_attention` for a mixer, the
+    teacher's own kind otherwise. mixer: {kind, d_inner, d_state, d_conv, dt_rank, expand}, or None while no layer is converted.
+    Raises ValueError when the layout and the mixer contradict each other.
+    """
+
+    model_type = "hybridize"
+
+    def __init__(
+        self,
+        base_model_type: str = "llama",
+        layer_types: list[str] | None = None,
+        mixer: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The family's own class fills in its defaults and reads legacy spellings (rope_theta, rope_scaling).
+        kinds = layer_types
+        own = {key: value for key, value in kwargs.items() if key not in ("model_type", "transformers_version")}
+        family = CONFIG_MAPPING[base_model_type](**own)
+        values = {k: v for k, v in vars(family).items() if not k.startswith("_")} | {
+            k: v for k, v in own.items() if k.startswith("_") or k in ("auto_map", "architectures")
+        }
+        values.pop("layer_types", None)
+        super().__init__(**values)
+        for key, value in values.items():  # the base class drops what it takes for generation settings, use_cache among them
+            if key not in vars(self):
+                setattr(self, key, value)
+        count = self.num_hidden_layers
+        windowed = getattr(self, "sliding_window", None) is not None
+        self.layer_types = list(kinds or ["sliding_attention" if windowed else "full_attention"] * count)
+        self.base_model_type, self.mixer = base_model_type, mixer
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers {self.num_hidden_layers}")
+        if MIXER_LAYER in self.layer_types and self.mixer is None:
+            raise ValueError("layer_types has mixers, but the config's `mixer` is missing")
+        missing = [key for key in MIXER_KEYS if self.mixer is not None and key not in self.mixer]
+        if missing:
+            raise ValueError(f"the config's `mixer` lacks {', '.join(missing)}")
+
+    @property
+    def mixer_layers(self) -> list[int]:
+        """Indices of the Mamba layers."""
+        return [i for i, kind in enumerate(self.layer_types) if kind == MIXER_LAYER]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All keys: a value that equals Llama's default may differ from the default of this config's own family."""
+        return self.to_dict()

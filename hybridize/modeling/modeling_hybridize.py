@@ -1,0 +1,218 @@
+"""The hybrid causal LM: a Llama-shaped teacher's own layers, some with a mixer in place of attention.
+
+The backbone's forward is ours, because mixers need what attention layers never see: the 2-D padding mask, the packing
+boundaries, and a position count that does not come from a key/value cache. Knows nothing of training or files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_hybridize import MIXER_LAYER, HybridConfig
+from .mamba import FLOAT32, MambaMixer
+
+MIXERS = {"mamba": MambaMixer}
+LLAMA_SHAPED = ("llama", "mistral")  # families whose backbone is embed -> layers -> norm, with nothing in between
+
+
+def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: int) -> nn.Module:
+    """A layer of the teacher's own class, norms, MLP and residuals as they are, whose `self_attn` is a mixer."""
+
+    class HybridLayer(layer_class):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__(config, index)
+            del self.self_attn
+            self.mixer = MIXERS[config.mixer["kind"]](config, index)
+
+        @property
+        def self_attn(self) -> nn.Module:
+            return self.mixer
+
+        @self_attn.deleter
+        def self_attn(self) -> None:
+            del self._modules["self_attn"]
+
+    return HybridLayer()
+
+
+class StateCache(DynamicCache):
+    """The cache of a layout without any attention, which transformers' own cannot count the tokens of."""
+
+    hybrid_seen_tokens = 0
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.hybrid_seen_tokens if self.has_previous_state() else 0
+
+
+def new_cache(config: HybridConfig) -> DynamicCache:
+    """An empty cache that fits the layout: keys and values for attention layers, window and state for mixers."""
+    stateful = set(config.layer_types) == {MIXER_LAYER}
+    return StateCache(config=config) if stateful else DynamicCache(config=config)
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = set(FLOAT32)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True  # a recurrent state cannot be rolled back, so generation must not crop the cache
+    _can_compile_fullgraph = False
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, tuple(MIXERS.values())):
+            module.reset_parameters()
+
+
+class HybridModel(HybridPreTrainedModel):
+    """Embedding, layers, final norm. Weights keep the teacher's names; a converted layer has `mixer.*`, no `self_attn.*`."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        family = config.base_model_type
+        if family not in LLAMA_SHAPED:
+            raise ValueError(f"base_model_type {family!r} is not supported; these are: {', '.join(LLAMA_SHAPED)}")
+        # The family's parts are built on our config, which has all of its keys, so that one attention setting rules all.
+        teacher = MODEL_MAPPING[CONFIG_MAPPING[family]](config)
+        self.embed_tokens, self.norm, self.rotary_emb = teacher.embed_tokens, teacher.norm, teacher.rotary_emb
+        self.layers = teacher.layers
+        for index in config.mixer_layers:
+            self.layers[index] = converted_layer(type(self.layers[index]), config, index)
+        self._no_split_modules = list({type(layer).__name__ for layer in self.layers})
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T].
+
+        Without a mask and a cache, positions that restart mark packed documents (transformers' convention): attention,
+        convolution and state then stay within each. Returns last_hidden_state [B, T, D].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        checkpointing = self.gradient_checkpointing and self.training
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not checkpointing:
+            past_key_values = new_cache(self.config)
+        length = hidden.shape[1]
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=hidden.device).unsqueeze(0)
+
+        masks = attention_mask if isinstance(attention_mask, dict) else {}
+        plain = None if isinstance(attention_mask, dict) else attention_mask
+        seq_idx = document_index(position_ids, hidden) if attention_mask is None and past_key_values is None else None
+        extra: dict[str, dict[str, Any]] = {}
+        for kind in set(self.config.layer_types):
+            if kind == MIXER_LAYER:
+                mask = masks.get(kind) if masks else padding_mask(plain, length)
+                extra[kind] = {"attention_mask": None if mask is None else mask.bool(), "seq_idx": seq_idx}
+                continue
+            make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+            shared = dict(past_key_values=past_key_values, position_ids=position_ids)
+            made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
+            extra[kind] = {"attention_mask": made, **kwargs}
+
+        rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        trail = [hidden]
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden = layer(
+                hidden, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
+                position_embeddings=rotary, **extra[kind],
+            )  # fmt: skip
+            trail.append(hidden)
+        hidden = self.norm(hidden)
+        if isinstance(past_key_values, StateCache):
+            past_key_values.hybrid_seen_tokens = past + length
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*trail[:-1], hidden) if output_hidden_states else None,
+        )
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As in any transformers causal LM: logits [B, T or logits_to_keep, vocabulary]; labels -100 are left out."""
+        kwargs.pop("return_dict", None)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden = out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            model_kwargs["past_key_values"] = new_cache(self.config)
+
+
+def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The last `length` columns of a 2-D mask as bool, or None where nothing is padded (or a step decodes one token)."""
+    if attention_mask is None or attention_mask.ndim != 2 or length == 1:
+        return None
+    mask = attention_mask[:, -length:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def document_index(position_ids: Tensor, hidden: Tensor) -> Tensor | None:
+    """[B, T] number of the packed document each token belongs to, or None where no position restarts."""
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not bool(breaks.any()):
+        return None
+    index = nn.functional.pad(breaks.long().cumsum(1), (1, 0))
+    return index.expand(hidden.shape[0], -1)
+

@@ -1,0 +1,68 @@
+"""Where and how models run: device and compute type from the flags, and loading of models and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridize.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. InputError when the device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is not a device; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees no CUDA device on this machine")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` computes in bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the network."""
+    import transformers
+
+    import hybridize.modeling  # noqa: F401  (registers the hybrid)
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer, or InputError where it has none."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise InputError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def quiet_transformers() -> None:
+    """No warnings and progress bars of transformers' own: one program, one voice."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

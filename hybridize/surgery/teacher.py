@@ -1,0 +1,98 @@
+"""The teacher contract: what surgery must know of a checkpoint, read from its config and tensors, or a refusal by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.errors import InputError
+from hybridize.modeling import LLAMA_SHAPED, MIXER_LAYER, HybridConfig
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer as in its (hybrid) config."""
+
+    family: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    mixer: dict[str, Any] | None
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.layer_types) if kind != MIXER_LAYER]
+
+    @property
+    def mixer_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.layer_types) if kind == MIXER_LAYER]
+
+
+def family_of(config: dict[str, Any], where: str) -> str:
+    """The supported family of a config; InputError naming what it is instead."""
+    kind = str(config.get("model_type"))
+    family = str(config.get("base_model_type")) if kind == HybridConfig.model_type else kind
+    if family not in LLAMA_SHAPED:
+        raise InputError(f"{where} is a {family!r} model; supported families: {', '.join(LLAMA_SHAPED)}")
+    classes = config.get("architectures") or ["ForCausalLM"]
+    if not any(str(name).endswith("ForCausalLM") for name in classes):
+        raise InputError(f"{where} is no causal language model but {classes[0]}")
+    if config.get("quantization_config"):
+        raise InputError(f"{where} is quantised; surgery needs the plain weights (dequantise it first)")
+    return family
+
+
+def read_teacher(reader: CheckpointReader) -> Teacher:
+    """Checks the whole contract without loading a weight.
+
+    Raises InputError naming the family, the tensor or the shape that cannot be converted.
+    """
+    where, raw = str(reader.path), reader.config
+    family = family_of(raw, where)
+    try:
+        config = hybrid_config(raw)
+    except Exception as error:  # config classes raise their own kinds for a bad value
+        raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    teacher = Teacher(
+        family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head,
+        tuple(config.layer_types), config.mixer,
+    )  # fmt: skip
+    shapes = {
+        "q_proj": (teacher.inner, teacher.hidden), "k_proj": (teacher.kv, teacher.hidden),
+        "v_proj": (teacher.kv, teacher.hidden), "o_proj": (teacher.hidden, teacher.inner),
+    }  # fmt: skip
+    for layer, kind in enumerate(teacher.layer_types):
+        prefix = f"model.layers.{layer}."
+        if kind == MIXER_LAYER:
+            if f"{prefix}mixer.in_proj.weight" not in reader:
+                raise InputError(f"{where}: the config calls layer {layer} a mixer, but its tensors are missing")
+            continue
+        for projection, shape in shapes.items():
+            name = f"{prefix}self_attn.{projection}.weight"
+            if reader.shape(name) != shape:
+                raise InputError(f"{where}: {name} has shape {reader.shape(name)}, the config says {shape}")
+    known = tuple(f"self_attn.{p}.weight" for p in PROJECTIONS)
+    for name in reader.names:
+        if ".self_attn." in name and not name.endswith(known) and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{where}: {name} has no place in a mixer yet; models with it cannot be converted")
+    return teacher
+
+
+def hybrid_config(raw: dict[str, Any]) -> HybridConfig:
+    """The hybrid view of a checkpoint's config, whether it is a plain teacher's or already a hybrid's."""
+    keys = {key: value for key, value in raw.items() if key not in ("model_type", "base_model_type", "auto_map")}
+    return HybridConfig(base_model_type=raw.get("base_model_type", raw["model_type"]), **keys)
