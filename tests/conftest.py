@@ -1,0 +1,131 @@
+"""A tiny random teacher with tokenizer and traces, made afresh; no downloads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hybridize.commands import app
+from hybridize.modeling import HybridConfig, HybridForCausalLM, kernels_missing
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1], model_max_length=512, padding_side="left"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_teacher(path: Path, layers: int = 4, vocab: int = 260, seed: int = 0, **changes: object) -> Path:
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(5)  # logits that differ between tokens, so that equal greedy tokens mean something
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_traces(path: Path, count: int = 24) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} and {i}?"}, {"role": "assistant", "content": f"That is {2 * i}."}]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def hybrid_config(kinds: str, **changes: object) -> HybridConfig:
+    """`kinds`: a letter a layer, m Mamba, a attention."""
+    mixer = {"kind": "mamba", "d_inner": 32, "d_state": 4, "d_conv": 4, "dt_rank": 2, "expand": "head"}
+    settings = dict(
+        base_model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=len(kinds),
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, mixer=mixer,
+        layer_types=[{"m": "linear_attention", "a": "full_attention"}[kind] for kind in kinds],
+    )  # fmt: skip
+    return HybridConfig(**{**settings, **changes})
+
+
+def hybrid(kinds: str, seed: int = 0, **changes: object) -> HybridForCausalLM:
+    torch.manual_seed(seed)
+    model = HybridForCausalLM(hybrid_config(kinds, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and not name.endswith(("A_log", "D", "dt_bias")):
+                parameter.mul_(5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("tiny") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_traces(tmp_path_factory.mktemp("data") / "traces.jsonl")
+
+
+class Runner:
+    """Runs the command line in process; keeps stdout and stderr apart."""
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        self.stdout, self.stderr = result.stdout, result.stderr
+        assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr, result.exception)
+        return result.stdout
+
+    def fails(self, *arguments: object, code: int = 2) -> str:
+        """Runs what must fail; returns the one sentence it says."""
+        self(*arguments, code=code)
+        lines = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.stderr
+        assert "Traceback" not in self.stderr
+        return lines[0]
+
+
+@pytest.fixture
+def cli() -> Runner:
+    return Runner()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = kernels_missing()
+    for item in items:
+        if reason is not None and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs the CUDA kernels: {reason}"))
+
+
+def worst(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference relative to the size of `other`; printed, so that a failure shows how far off it is."""
+    assert one.shape == other.shape
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    assert torch.isfinite(one).all()
+    difference = (one - other).abs()
+    print(f"max difference {difference.max():.3e}, mean {difference.mean():.3e}, size {other.abs().max():.3e}")
+    return float(difference.max() / other.abs().max().clamp(min=1e-30))

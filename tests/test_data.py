@@ -1,0 +1,169 @@
+"""Rows, loss masks and packing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridize.distillation.encode import Document, Encoder
+from hybridize.distillation.packing import batched, epoch_order, pack_documents, pack_stream
+from hybridize.distillation.rows import find_data, read_rows
+from hybridize.errors import InputError
+from tests.conftest import make_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"}, {"role": "assistant", "content": "22"},
+]  # fmt: skip
+
+
+def kept_text(encoder: Encoder, row: dict) -> str:
+    document = encoder.encode(row, "row")
+    return encoder.tokenizer.decode([t for t, keep in zip(document.ids, document.keep, strict=True) if keep])
+
+
+def test_the_mask_keeps_what_the_assistant_says_and_its_end() -> None:
+    encoder = Encoder(make_tokenizer(), "assistant")
+    assert kept_text(encoder, {"messages": CHAT}) == "1<|end|>22<|end|>"
+    assert kept_text(encoder, {"prompt": "one?", "response": "1"}) == "1<|end|>"
+    assert kept_text(encoder, {"text": "all"}) == "all<|end|>"
+    everything = kept_text(Encoder(make_tokenizer(), "none"), {"messages": CHAT[:2]})
+    assert everything == "<|user|>one?<|end|><|assistant|>1<|end|>"
+
+
+def test_a_template_that_drops_earlier_thoughts() -> None:
+    """As Qwen3's: thoughts stay in the last turn only, so a rendered prefix is no prefix of the whole."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('#')[-1] }}{% else %}{{ m.content }}{% endif %}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = [CHAT[0], {"role": "assistant", "content": "hm#1"}, CHAT[2], {"role": "assistant", "content": "hm#22"}]
+    text = kept_text(Encoder(make_tokenizer(), "assistant", template), {"messages": messages})
+    assert text.endswith("hm#22<|end|>")
+    assert "two?" not in text
+
+
+def test_without_a_template_a_chat_is_refused_and_a_pair_is_joined() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    encoder = Encoder(tokenizer, "assistant")
+    assert kept_text(encoder, {"prompt": "a", "response": "b"}) == "b<|end|>"
+    with pytest.raises(InputError, match="x:1 is a chat, but the tokenizer has no chat template"):
+        encoder.encode({"messages": CHAT}, "x:1")
+
+
+def test_a_row_that_keeps_nothing_is_an_error() -> None:
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(InputError, match="x:3: the loss mask keeps no token"):
+        Encoder(make_tokenizer(), "assistant", template).encode({"messages": CHAT[:2]}, "x:3")
+
+
+documents = st.lists(
+    st.lists(st.booleans(), min_size=1, max_size=40).map(lambda keep: Document(list(range(1, len(keep) + 1)), keep)),
+    min_size=1, max_size=60,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(docs=documents, length=st.integers(2, 30))
+def test_packing_keeps_every_prediction_once_and_apart(docs: list[Document], length: int) -> None:
+    """Each kept next-token prediction inside a piece appears once, with its own position; nothing else is kept."""
+    numbered = [Document([1000 * n + i for i in d.ids], d.keep) for n, d in enumerate(docs)]
+    want = sorted(
+        (d.ids[i], d.ids[i + 1], i % length)
+        for d in numbered
+        for i in range(len(d.ids) - 1)
+        if d.keep[i + 1] and (i + 1) % length
+    )
+    got = []
+    for ids, positions, labels, keep in pack_documents(numbered, length, pad=0):
+        assert len(ids) == len(positions) == len(labels) == len(keep) == length
+        got += [(i, n, p) for i, p, n, k in zip(ids, positions, labels, keep, strict=True) if k]
+        for t in range(1, length):
+            same = ids[t] and ids[t - 1] and ids[t] // 1000 == ids[t - 1] // 1000 and ids[t] == ids[t - 1] + 1
+            assert (positions[t] == positions[t - 1] + 1) == bool(same) or not ids[t]
+    assert sorted(got) == want
+
+
+@settings(max_examples=40, deadline=None)
+@given(docs=documents, length=st.integers(2, 30))
+def test_a_stream_is_the_joined_text(docs: list[Document], length: int) -> None:
+    joined = [token for d in docs for token in d.ids]
+    flags = [keep for d in docs for keep in d.keep]
+    lines = list(pack_stream(docs, length))
+    assert len(lines) == (len(joined) - 1) // length
+    for n, (ids, positions, labels, keep) in enumerate(lines):
+        begin = n * length
+        assert ids == joined[begin : begin + length]
+        assert labels == joined[begin + 1 : begin + length + 1]
+        assert keep == flags[begin + 1 : begin + length + 1]
+        assert positions == list(range(length))
+
+
+def test_epochs_are_permutations_of_the_seed() -> None:
+    assert sorted(epoch_order(50, 1, 0)) == list(range(50))
+    assert epoch_order(50, 1, 0) == epoch_order(50, 1, 0)
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_batches_split_into_micro_batches() -> None:
+    lines = list(pack_stream([Document(list(range(50)), [True] * 50)], 7))
+    (batch,) = batched(lines[:6], 6)
+    parts = batch.split(4)
+    assert [len(p.ids) for p in parts] == [4, 2]
+    assert sum(p.kept for p in parts) == batch.kept == 42
+    assert [b.ids.shape[0] for b in batched(lines, 4, last=True)] == [4, 3]
+
+
+def test_every_format(tmp_path: Path) -> None:
+    rows = [{"messages": CHAT}, {"messages": CHAT[:2]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("some text\nof two lines")
+    assert list(read_rows(str(tmp_path / "a.jsonl"))) == rows
+    assert [r["messages"][0]["content"] for r in read_rows(str(tmp_path / "a.parquet"))] == ["one?", "one?"]
+    assert list(read_rows(str(tmp_path / "a.txt"))) == [{"text": "some text\nof two lines"}]
+    assert len(read_rows(str(tmp_path / "a.jsonl"), limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no rows"),
+        ('{"text": "a"}\nnot json\n', "a.jsonl:2 is not JSON"),
+        ('{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl:2 is not JSON"),
+        ('{"text": "a"}\n{"x": 1}\n', "a.jsonl:2 has neither"),
+        ('{"text": 3}\n', "a.jsonl:1 has neither"),
+        ("[1]\n", "a.jsonl:1 is not a JSON object"),
+        ('{"prompt": "a"}\n', "a.jsonl:1: `prompt` and `response`"),
+        ('{"messages": []}\n', "a.jsonl:1: `messages`"),
+        ('{"messages": [{"role": "user"}]}\n', "a.jsonl:1: each message"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "a.jsonl:1: there is no assistant"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(InputError, match=says):
+        read_rows(str(tmp_path / "a.jsonl"))
+
+
+def test_where_data_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYBRIDIZE_DATA", raising=False)
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(InputError, match="no data"):
+        find_data(None, tmp_path / "teacher")
+    (tmp_path / "teacher/traces.jsonl").write_text("x")
+    assert find_data(None, tmp_path / "teacher") == str(tmp_path / "teacher/traces.jsonl")
+    (tmp_path / "traces.jsonl").write_text("x")
+    assert find_data(None, tmp_path / "teacher") == "traces.jsonl"
+    monkeypatch.setenv("HYBRIDIZE_DATA", "env.jsonl")
+    assert find_data(None, None) == "env.jsonl"
+    assert find_data("flag.jsonl", None) == "flag.jsonl"

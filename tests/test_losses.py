@@ -1,0 +1,94 @@
+"""Divergences and the chunked loss against float64 formulas and autograd written here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridize.distillation.losses import Loss, chunked_loss
+from hybridize.errors import InputError
+from tests.conftest import worst
+
+
+def reference(kind: str, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, T: float) -> torch.Tensor:
+    """Per token, float64, from probabilities."""
+    student, teacher = student.double(), teacher.double()
+    if kind == "ce":
+        return -torch.softmax(student, -1).gather(1, labels[:, None]).squeeze(1).log()
+    q, p = torch.softmax(student / T, -1), torch.softmax(teacher / T, -1)
+    if kind == "reverse-kl":
+        value = (q * (q / p).log()).sum(-1)
+    elif kind == "forward-kl":
+        value = (p * (p / q).log()).sum(-1)
+    else:
+        m = 0.5 * p + 0.5 * q
+        value = 0.5 * (p * (p / m).log()).sum(-1) + 0.5 * (q * (q / m).log()).sum(-1)
+    return T**2 * value
+
+
+def problem(n: int = 13, V: int = 37, D: int = 8, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
+    labels = torch.randint(0, V, (n,), generator=g)
+    return draw(n, D).requires_grad_(), draw(V, D).requires_grad_(), draw(n, D + 2), draw(V, D + 2), labels
+
+
+@pytest.mark.parametrize("text", ["reverse-kl", "forward-kl", "js", "ce", "reverse-kl=.9,ce=.1", "js=2,forward-kl=.5"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_value_and_gradients(text: str, temperature: float, chunk: int) -> None:
+    h, W, th, tW, labels = problem()
+    ours = chunked_loss(h, W, th, tW, labels, Loss.parse(text, temperature), count=20, chunk=chunk)
+    grads = torch.autograd.grad(3 * ours, [h, W])
+    h64, W64 = (t.detach().double().requires_grad_() for t in (h, W))
+    total = torch.zeros((), dtype=torch.float64)
+    for part in text.split(","):
+        kind, _, weight = part.partition("=")
+        total = total + float(weight or 1) * reference(kind, h64 @ W64.t(), th @ tW.t(), labels, temperature).sum() / 20
+    wanted = torch.autograd.grad(3 * total, [h64, W64])
+    assert worst(ours, total) <= 1e-5
+    for got, want in zip(grads, wanted, strict=True):
+        assert worst(got, want) <= 1e-4
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 12), max_size=3), chunk=st.integers(1, 20))
+def test_any_split_gives_the_same_gradient(cuts: list[int], chunk: int) -> None:
+    h, W, th, tW, labels = problem()
+    whole = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), count=13), [h, W])
+    edges = [0, *sorted(set(cuts)), 13]
+    parts = [
+        chunked_loss(h[a:b], W, th[a:b], tW, labels[a:b], Loss(), count=13, chunk=chunk)
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    for got, want in zip(torch.autograd.grad(sum(parts), [h, W]), whole, strict=True):
+        assert worst(got, want) <= 1e-5
+
+
+def test_half_precision_projections_and_a_frozen_head() -> None:
+    h, W, th, tW, labels = problem(n=64, V=200, D=32)
+    exact = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), count=64), [h, W])
+    half = chunked_loss(h, W, th.bfloat16(), tW.bfloat16(), labels, Loss(), count=64, dtype=torch.bfloat16)
+    for got, want in zip(torch.autograd.grad(half, [h, W]), exact, strict=True):
+        assert (got - want).norm() / want.norm() <= 2e-2
+    frozen = chunked_loss(h, W.detach(), th, tW, labels, Loss(), count=64)
+    assert worst(torch.autograd.grad(frozen, [h])[0], exact[0]) == 0
+
+
+def test_extreme_logits_stay_finite() -> None:
+    h, W, th, tW, labels = problem()
+    for text in ("reverse-kl", "forward-kl", "js"):
+        value = chunked_loss(h * 1e4, W, th * 1e4, tW, labels, Loss.parse(text), count=13)
+        assert torch.isfinite(value)
+        assert torch.isfinite(torch.autograd.grad(value, [h])[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("kl", "unknown"), ("ce=x", "not a number"), ("ce=0", "positive"), ("ce=-1", "positive"), ("ce,ce", "twice"), ("", "unknown")],
+)
+def test_bad_mixtures(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Loss.parse(text)

@@ -1,0 +1,196 @@
+"""The hybrid model: caches, padding, packing, generation, types. DESIGN section 8's numbers on tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from hybridize.modeling import FLOAT32, HybridConfig
+from tests.conftest import hybrid, hybrid_config, worst
+
+LAYOUTS = ["ammam", "mmm", "aa", "ma"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def ids(batch: int, length: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parts", [[9, 1, 1, 1, 8], [3, 17], [20], [1] * 20])
+def test_cached_is_full(layout: str, parts: list[int], device: str) -> None:
+    model, tokens = hybrid(layout).to(device), ids(3, 20, device=device)
+    full = model(tokens, use_cache=False).logits
+    cache, outs = None, []
+    for part in tokens.split(parts, 1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        outs.append(out.logits)
+    assert worst(torch.cat(outs, 1), full) <= 1e-4
+    assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_left_padding_changes_nothing(layout: str, device: str) -> None:
+    model, lengths = hybrid(layout).to(device), [12, 5, 9]
+    rows = [ids(1, n, seed=n, device=device) for n in lengths]
+    batch = torch.full((3, 12), 0, device=device)
+    mask = torch.zeros(3, 12, dtype=torch.long, device=device)
+    for i, row in enumerate(rows):
+        batch[i, 12 - row.shape[1] :], mask[i, 12 - row.shape[1] :] = row[0], 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=positions).logits
+    tokens = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for i, row in enumerate(rows):
+        assert worst(logits[i, 12 - row.shape[1] :], model(row).logits[0]) <= 1e-4
+        alone = model.generate(row, max_new_tokens=8, do_sample=False)[0, row.shape[1] :].tolist()
+        assert tokens[i, 12:].tolist()[: len(alone)] == alone
+
+
+def test_a_segment_of_padding_leaves_every_state_alone() -> None:
+    model = hybrid("mmam")
+    cache = model(ids(1, 6), use_cache=True).past_key_values
+    before = [layer.recurrent_states[0].clone() for layer in (cache.layers[i] for i in (0, 1, 3))]
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    model(ids(1, 3, seed=5), attention_mask=mask, past_key_values=cache, use_cache=True)
+    for kept, layer in zip(before, (cache.layers[i] for i in (0, 1, 3)), strict=True):
+        assert torch.equal(kept, layer.recurrent_states[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_documents_are_separate_documents(layout: str, device: str) -> None:
+    model, lengths = hybrid(layout).to(device), [7, 1, 12, 4]
+    rows = [ids(1, n, seed=n, device=device) for n in lengths]
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0)
+    packed = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(row).logits for row in rows], 1)
+    assert worst(packed, alone) <= 1e-4
+    weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    gradients = []
+    for logits in (packed, alone):
+        model.zero_grad()
+        (logits * weight).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert worst(gradient, gradients[1][name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_generate_with_and_without_cache(layout: str) -> None:
+    model, tokens = hybrid(layout), ids(2, 6)
+    cached = model.generate(tokens, max_new_tokens=15, do_sample=False)
+    assert torch.equal(cached, model.generate(tokens, max_new_tokens=15, do_sample=False, use_cache=False))
+    beams = [model.generate(tokens, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*beams)
+
+
+def test_a_users_own_cache_can_be_continued() -> None:
+    model, tokens = hybrid("mam"), ids(1, 10)
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :6], past_key_values=cache)
+    assert worst(model(tokens[:, 6:], past_key_values=cache).logits, model(tokens).logits[:, 6:]) <= 1e-4
+
+
+def test_assisted_decoding_is_refused() -> None:
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        hybrid("ma").generate(ids(1, 4), assistant_model=hybrid("ma"), max_new_tokens=4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = hybrid("mam").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids(2, 12), labels=ids(2, 12)).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert worst(*gradients) <= 1e-6
+
+
+def read_types(model: torch.nn.Module, run) -> set[torch.dtype]:
+    """The types of A_log, D and dt bias as the forward of each mixer sees them."""
+    seen: set[torch.dtype] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda m, _: seen.update(getattr(m, name).dtype for name in FLOAT32))
+        for module in model.modules()
+        if hasattr(module, "A_log")
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_float32_parameters_stay_float32_and_exact() -> None:
+    model = hybrid("mam")
+    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith(FLOAT32)}
+    assert len(before) == 6
+    cast = model.to(torch.bfloat16)
+    assert cast.lm_head.weight.dtype == torch.bfloat16
+    assert read_types(cast, lambda: cast(ids(1, 4))) == {torch.float32}
+    assert all(torch.equal(p, before[n]) for n, p in cast.named_parameters() if n in before)
+    cast.half().float()
+    assert all(torch.equal(p, before[n]) for n, p in cast.named_parameters() if n in before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert read_types(model, lambda: model(ids(1, 4))) == {torch.float32}
+
+
+def test_save_and_load_is_bit_identical(tmp_path: Path) -> None:
+    model, tokens = hybrid("mam"), ids(2, 9)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, parameter in small.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith(FLOAT32) else torch.bfloat16)
+        if name.endswith(FLOAT32):
+            assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_config_keeps_values_that_equal_another_familys_default(tmp_path: Path) -> None:
+    config = hybrid_config("ma", base_model_type="mistral", sliding_window=None, rms_norm_eps=1e-6, use_cache=False)
+    config.save_pretrained(tmp_path)
+    again = HybridConfig.from_pretrained(tmp_path)
+    assert (again.base_model_type, again.sliding_window, again.rms_norm_eps) == ("mistral", None, 1e-6)
+    assert again.layer_types == ["linear_attention", "full_attention"]
+    assert again.mixer == config.mixer
+    assert again.use_cache is False
+
+
+def test_config_refuses_contradictions() -> None:
+    with pytest.raises(ValueError, match="mixer"):
+        hybrid_config("ma", mixer=None)
+    with pytest.raises(ValueError, match="2 layers"):
+        hybrid_config("ma", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="lacks d_conv"):
+        hybrid_config("ma", mixer={"kind": "mamba", "d_inner": 32, "d_state": 4, "dt_rank": 2, "expand": "head"})
+
+
+def test_sliding_windows_reach_their_layers() -> None:
+    """A windowed attention layer beside a mixer sees as far as its window and no further."""
+    kinds = ["sliding_attention", "linear_attention"]
+    model = hybrid("aa", base_model_type="mistral", sliding_window=4, layer_types=kinds)
+    only = hybrid("a", base_model_type="mistral", sliding_window=4, layer_types=["sliding_attention"])
+    tokens = ids(1, 12)
+    changed = tokens.clone()
+    changed[0, 0] = 3 if tokens[0, 0] != 3 else 4
+    assert torch.equal(only(tokens).logits[:, 5:], only(changed).logits[:, 5:])
+    assert not torch.equal(only(tokens).logits[:, 3], only(changed).logits[:, 3])
+    cache, outs = None, []
+    for part in tokens.split(1, 1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache, outs = out.past_key_values, [*outs, out.logits]
+    assert worst(torch.cat(outs, 1), model(tokens, use_cache=False).logits) <= 1e-4
+
+
+def test_hidden_states_and_logits_to_keep() -> None:
+    model, tokens = hybrid("mam"), ids(2, 6)
+    out = model(tokens, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    assert torch.equal(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])
