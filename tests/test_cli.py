@@ -1,0 +1,305 @@
+"""Every command end to end on a tiny random teacher, and what each says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hybridize.modeling  # noqa: F401
+from hybridize.commands import COMMANDS, app
+from tests.conftest import Runner, make_teacher, write_traces
+from tests.test_surgery import mamba_layers
+
+TASK = """
+task: tiny_{kind}
+custom_dataset: !function tiny.load
+test_split: test
+output_type: {output}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: {target}
+{extra}
+metric_list:
+  - metric: {metric}
+    aggregation: mean
+    higher_is_better: true
+"""
+LOADER = """
+import datasets
+def load(**_):
+    rows = [{"question": f"{i}+{i}=", "answer": str(2 * i), "choices": [str(2 * i), "x", "yy"]} for i in range(12)]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+
+
+def write_tasks(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "tiny.py").write_text(LOADER)
+    choice = dict(kind="choice", output="multiple_choice", target="0", metric="acc", extra='doc_to_choice: "{{choices}}"')
+    exact = dict(
+        kind="exact", output="generate_until", target='"{{answer}}"', metric="exact_match",
+        extra='generation_kwargs: {until: ["\\n"], max_gen_toks: 6}',
+    )  # fmt: skip
+    for task in (choice, exact):
+        (folder / f"{task['kind']}.yaml").write_text(TASK.format(**task))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with teacher/, traces.jsonl and tasks/, as a user would have it; the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYBRIDIZE_DATA", raising=False)
+    make_teacher(tmp_path / "teacher")
+    write_traces(tmp_path / "traces.jsonl")
+    write_tasks(tmp_path / "tasks")
+    return tmp_path
+
+
+TRAIN = ("--steps", 3, "--batch-size", 2, "--seq-len", 48, "--eval-every", 0)
+
+
+def test_the_whole_chain(place: Path, cli: Runner) -> None:
+    cli("score-loo", "--metric", "margin", "--tasks", "tiny_choice", "--include-path", "tasks")
+    cli("replace", "--layers", 1)
+    cli("distill", "h1", "--data", "traces.jsonl", "-o", "h1-kd", *TRAIN)
+    cli("score-mmr", "h1-kd", "--steps", 2, "--batch-size", 2, "--seq-len", 48)
+    cli("replace", "h1-kd", "--layers", 3, "-o", "h3")
+    cli("distill", "h3", "-o", "h3-kd", *TRAIN)
+    cli("distill", "h3-kd", "--loss", "ce", "-o", "h3-sft", *TRAIN)
+    cli("eval", "h3-sft", "--tasks", "tiny_choice,tiny_exact", "--include-path", "tasks", "--baseline", "teacher", "--max-drop", 1)
+    cli("export", "h3-sft", "-o", "release")
+
+    assert len(mamba_layers(place / "h3-sft")) == 3
+    note = json.loads((place / "h3-sft/hybridize.json").read_text())
+    assert (note["command"], note["parent"]["path"], note["root"]["path"]) == ("distill", "../h3-kd", "../teacher")
+    assert note["tokens"] == 3 * 3 * 2 * 48
+    assert [part["rows"] for part in note["data"]] == [23, 23, 23]  # one of 24 is held out
+    assert note["settings"]["engine"] == "torch"
+    results = json.loads((place / "h3-sft/eval/results.json").read_text())
+    assert len(results["tasks"]["tiny_exact"]["documents"]) == 12
+    assert results["settings"]["tasks"] == ["tiny_choice", "tiny_exact"]
+    losses = [json.loads(line)["loss"] for line in (place / "h3-kd/metrics.jsonl").open()]
+    assert len(losses) == 3
+    assert not list(place.glob("*.run"))
+    assert not list(place.glob(".*tmp*"))
+    card = (place / "release/README.md").read_text()
+    assert "3 of 4 attention layers are Mamba" in card
+    tokens = torch.randint(4, 260, (1, 9))
+    first = AutoModelForCausalLM.from_pretrained("h3").model.norm.weight
+    last = AutoModelForCausalLM.from_pretrained("h3-sft")
+    assert not torch.equal(first, last.model.norm.weight)
+    assert last(tokens).logits.isfinite().all()
+
+
+def test_defaults_of_a_chain_without_names(place: Path, cli: Runner) -> None:
+    cli("score-mmr", "--steps", 1, "--batch-size", 1, "--seq-len", 48)
+    cli("replace", "--layers", 2)
+    cli("distill", "h2", *TRAIN)
+    cli("export", "h2-kd")
+    assert (place / "h2-kd-hf/config.json").exists()
+
+
+def test_score_loo_by_accuracy_reads_the_drop_of_the_task(place: Path, cli: Runner) -> None:
+    cli("score-loo", "--tasks", "tiny_choice", "--include-path", "tasks", "--limit", 5, "-o", "s.json", "--json")
+    found = json.loads((place / "s.json").read_text())
+    assert (found["metric"], found["settings"]["limit"]) == ("accuracy", 5)
+    cli("eval", "--tasks", "tiny_choice", "--include-path", "tasks", "--limit", 5, "--json")
+    whole = json.loads(cli.stdout)["tasks"]["tiny_choice"]["value"]
+    for score in found["layers"]:
+        assert round((whole - score["score"]) * 5, 6) in range(6)
+
+
+def test_json_is_one_object_and_quiet_is_silent(place: Path, cli: Runner) -> None:
+    cli("replace", "--indices", "1", "--json")
+    assert json.loads(cli.stdout)["converted"] == [1]
+    cli("replace", "--indices", "1", "--overwrite", "--quiet")
+    assert (cli.stdout, cli.stderr) == ("", "")
+
+
+def test_dry_run_names_the_source_of_every_row_and_writes_nothing(place: Path, cli: Runner) -> None:
+    before = sorted(place.iterdir())
+    text = cli("replace", "--indices", "1", "--dry-run")
+    lines = [line for line in text.splitlines() if line.startswith("model.layers.1.mixer.")]
+    assert len(lines) == 8
+    (rows,) = [line for line in lines if "in_proj" in line]
+    for part in ("x[32:48] = model.layers.1.self_attn.v_proj.weight[0:16]", "C[64:96] = model.layers.1.self_attn.q_proj.weight"):
+        assert part in rows
+    assert sorted(place.iterdir()) == before
+
+
+def test_settings_from_a_file_and_flags_over_them(place: Path, cli: Runner) -> None:
+    cli("replace", "--indices", "1")
+    (place / "plan.toml").write_text('steps = 2\nbatch-size = 2\nseq_len = 48\nloss = "forward-kl"\n')
+    cli("distill", "h1", "-o", "out", "--config", "plan.toml", "--steps", 1)
+    made = json.loads((place / "out/hybridize.json").read_text())["settings"]
+    assert (made["steps"], made["loss"], made["batch_size"]) == (1, "forward-kl", 2)
+    (place / "plan.yaml").write_text("stepps: 2\n")
+    assert "no setting 'stepps'" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
+    (place / "plan.yaml").write_text("steps: [\n")
+    assert "plan.yaml is not valid YAML" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
+
+
+def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridize.distillation import training
+
+    cli("replace", "--indices", "1,2")
+    cli("distill", "h2", "-o", "whole", *TRAIN)
+    real, calls = training.update, []
+
+    def stops(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "update", stops)
+    assert cli.fails("distill", "h2", "-o", "parts", *TRAIN, code=130) == "error: interrupted"
+    assert not (place / "parts").exists()
+    monkeypatch.setattr(training, "update", real)
+    assert "--resume" in cli.fails("distill", "h2", "-o", "parts", *TRAIN)
+    assert "lr was" in cli.fails("distill", "h2", "-o", "parts", *TRAIN, "--lr", 1, "--resume")
+    cli("distill", "h2", "-o", "parts", *TRAIN, "--resume")
+    one, two = (next((place / p).glob("*.safetensors")).read_bytes() for p in ("whole", "parts"))
+    assert one == two
+
+
+def test_the_gate(place: Path, cli: Runner) -> None:
+    common = ("--tasks", "tiny_choice", "--include-path", "tasks")
+    cli("eval", "teacher", *common)
+    cli("replace", "--indices", "0-3")
+    found = json.loads((place / "teacher/eval/results.json").read_text())
+    found["tasks"]["tiny_choice"]["value"] = 2.0
+    (place / "high.json").write_text(json.dumps(found))
+    cli("eval", "h4", *common, "--baseline", "high.json", "--max-drop", 0.1, code=3)
+    assert "gate not met: tiny_choice" in cli.stderr
+    assert (place / "h4/eval/results.json").exists()
+    cli("eval", "h4", *common, "--baseline", "high.json", "--max-drop", 2, "--overwrite")
+    assert "not comparable" in cli.fails("eval", "h4", *common, "--baseline", "high.json", "--limit", 3, "--overwrite")
+
+
+BAD = [
+    (("replace", "nowhere/", "--layers", 1), "nowhere/ does not exist"),
+    (("replace", "./nowhere", "--layers", 1), "./nowhere does not exist"),
+    (("replace", "half", "--layers", 1), "is missing, though the index names it"),
+    (("replace", "bert", "--layers", 1), "'bert' model; supported families: llama"),
+    (("replace", "classifier", "--layers", 1), "no causal language model but LlamaForSequenceClassification"),
+    (("replace", "biased", "--layers", 1), "has no place in a mixer"),
+    (("replace", "--layers", 1), "has no scores"),
+    (("replace", "--layers", 9), "has only 4 layers"),
+    (("replace", "--layers", 1, "--scores", "nothing.json"), "nothing.json is missing"),
+    (("replace", "--indices", "9"), "there is no layer 9"),
+    (("replace", "--indices", "x"), "not a list like"),
+    (("replace",), "either --layers N or --indices"),
+    (("replace", "--indices", "1", "-o", "teacher"), "is the input"),
+    (("replace", "--indices", "1", "-o", "tasks"), "tasks exists"),
+    (("replace", "--indices", "1", "--d-state", 3), "must divide the head dimension"),
+    (("distill", "--data", "nothing.jsonl", "--steps", 1), "nothing.jsonl does not exist"),
+    (("distill", "--data", "empty.jsonl", "--steps", 1), "empty.jsonl has no rows"),
+    (("distill", "--data", "bad.jsonl", "--steps", 1), "bad.jsonl:2"),
+    (("distill",), "--tokens or --steps"),
+    (("distill", "--steps", 0), "must be positive"),
+    (("distill", "--steps", 1, "--loss", "kl"), "'kl' is unknown"),
+    (("distill", "--steps", 1, "--device", "cuda:9x"), "cuda:9x"),
+    (("distill", "--steps", 1, "--dtype", "int8"), "int8 is unknown"),
+    (("distill", "--steps", 1, "--teacher", "other"), "vocabulary"),
+    (("eval", "--tasks", "no_such_task", "--include-path", "tasks"), "no task 'no_such_task'"),
+    (("eval", "--tasks", "tiny_choice", "--include-path", "nowhere"), "nowhere is not a directory"),
+    (("eval", "--tasks", "tiny_choice", "--include-path", "tasks", "--max-drop", 1), "needs a --baseline"),
+    (("score-loo", "--metric", "speed"), "--metric speed is unknown"),
+    (("score-mmr", "--steps", 0), "must be positive"),
+    (("export",), "is no hybrid"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(map(str, a)) for a, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_2_before_weights(
+    place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch, arguments: tuple, says: str
+) -> None:
+    def copied(name: str, **changes: object) -> Path:
+        make_teacher(place / name, layers=2)
+        config = json.loads((place / name / "config.json").read_text()) | changes
+        (place / name / "config.json").write_text(json.dumps(config))
+        return place / name
+
+    wanted = str(arguments)
+    if "half" in wanted:
+        copied("half")
+        (place / "half/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
+    if "bert" in wanted:
+        copied("bert", model_type="bert")
+    if "classifier" in wanted:
+        copied("classifier", architectures=["LlamaForSequenceClassification"])
+    if "biased" in wanted:
+        make_teacher(place / "biased", layers=2, attention_bias=True)
+    if "other" in wanted:
+        make_teacher(place / "other", layers=2, vocab=300)
+    (place / "empty.jsonl").write_text("\n")
+    (place / "bad.jsonl").write_text('{"text": "a"}\n{"x": 1}\n')
+    before = sorted(str(p) for p in place.rglob("*"))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    assert says in cli.fails(*arguments)
+    assert sorted(str(p) for p in place.rglob("*")) == before
+
+
+def test_unknown_flags_are_usage_errors(cli: Runner) -> None:
+    cli("replace", "--laiers", 3, code=2)
+    assert "No such option" in cli.stderr
+    cli("no-such-command", code=2)
+
+
+def test_a_layer_that_is_mamba_already(place: Path, cli: Runner) -> None:
+    cli("replace", "--indices", "1")
+    assert "layer 1 is a Mamba layer already" in cli.fails("replace", "h1", "--indices", "1")
+    assert "never turns one back" in cli.fails("replace", "h1", "--layers", 0)
+    assert "and all must agree" in cli.fails("replace", "h1", "--indices", "2", "--d-state", 4)
+    cli("replace", "h1", "--layers", 1, "-o", "same")
+
+
+def test_flags_are_frozen() -> None:
+    """The command line is an interface: a change here is a change for every script that calls it."""
+    import typer.main
+
+    found = {
+        name.replace("_", "-"): sorted(option for p in command.params for option in p.opts if option.startswith("--"))
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    assert set(found) == {name.replace("_", "-") for name in COMMANDS}
+    expected = json.loads((Path(__file__).parent / "flags.json").read_text())
+    assert found == expected
+
+
+def test_help_is_fast_and_free_of_torch() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom hybridize.commands import app, COMMANDS\n"
+        "for name in ['', *COMMANDS]:\n"
+        "    args = ([name.replace('_', '-')] if name else []) + ['--help']\n"
+        "    assert CliRunner().invoke(app, args).exit_code == 0\n"
+        "assert not {'torch', 'transformers', 'lm_eval', 'rich.table'} & set(sys.modules), 'heavy import'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def test_the_library_knows_no_command_line() -> None:
+    for path in Path(hybridize.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        for word in ("import typer", "from typer", "import rich", "from rich", "hybridize.commands", "sys.argv"):
+            assert word not in text, (path, word)
+
+
+def test_debug_shows_the_traceback(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    monkeypatch.setenv("HYBRIDIZE_DEBUG", "1")
+    result = CliRunner().invoke(app, ["replace", "--layers", "1"])
+    assert type(result.exception).__name__ == "InputError"
