@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -18,41 +18,41 @@ def command(
     data: opt.Data = None,
     eval_data: opt.EvalData = None,
     teacher: opt.Teacher = None,
-    tokens: Annotated[Optional[int], typer.Option("--tokens", help="Length: all packed tokens.")] = None,
-    steps: Annotated[Optional[int], typer.Option("--steps", help="Length: optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Length: all packed tokens.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Length: optimizer steps.")] = None,
     loss: Annotated[
-        Optional[str], typer.Option("--loss", help="reverse-kl, forward-kl, js, ce or a mixture: reverse-kl=.9,ce=.1.")
+        str | None, typer.Option("--loss", help="reverse-kl, forward-kl, js, ce or a mixture: reverse-kl=.9,ce=.1.")
     ] = None,
-    temperature: Annotated[Optional[float], typer.Option("--temperature", help="Of the divergences [default: 1].")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Of the divergences [default: 1].")] = None,
     mask: Annotated[
-        Optional[str], typer.Option("--mask", help="assistant: learn its tokens; none: every token of one joined stream.")
+        str | None, typer.Option("--mask", help="assistant: learn its tokens; none: every token of one joined stream.")
     ] = None,
     chat_template: opt.ChatTemplate = None,
     limit: opt.Limit = None,
-    batch_size: Annotated[Optional[int], typer.Option("--batch-size", help="Sequences per optimizer step [default: 16].")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences per optimizer step [default: 16].")] = None,
     micro_batch_size: Annotated[
-        Optional[int], typer.Option("--micro-batch-size", help="Sequences at once [default: the batch].")
+        int | None, typer.Option("--micro-batch-size", help="Sequences at once [default: the batch].")
     ] = None,
-    seq_len: Annotated[Optional[int], typer.Option("--seq-len", help="Tokens per sequence [default: 2048].")] = None,
-    lr_mixer: Annotated[Optional[float], typer.Option("--lr-mixer", help="Peak rate of the mixers [default: 1e-3].")] = None,
-    lr: Annotated[Optional[float], typer.Option("--lr", help="Peak rate of the rest [default: 1e-4].")] = None,
-    warmup_steps: Annotated[Optional[int], typer.Option("--warmup-steps", help="Steps up to the peak [default: 50].")] = None,
-    weight_decay: Annotated[Optional[float], typer.Option("--weight-decay", help="On matrices [default: 0].")] = None,
-    clip: Annotated[Optional[float], typer.Option("--clip", help="Largest gradient norm [default: 1].")] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence [default: 2048].")] = None,
+    lr_mixer: Annotated[float | None, typer.Option("--lr-mixer", help="Peak rate of the mixers [default: 1e-3].")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of the rest [default: 1e-4].")] = None,
+    warmup_steps: Annotated[int | None, typer.Option("--warmup-steps", help="Steps up to the peak [default: 50].")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="On matrices [default: 0].")] = None,
+    clip: Annotated[float | None, typer.Option("--clip", help="Largest gradient norm [default: 1].")] = None,
     train: Annotated[
-        Optional[str], typer.Option("--train", help="all, body (not embeddings and head), or mixers [default: all].")
+        str | None, typer.Option("--train", help="all, body (not embeddings and head), or mixers [default: all].")
     ] = None,
     gradient_checkpointing: Annotated[
-        Optional[bool], typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
     ] = None,
-    eval_every: Annotated[Optional[int], typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
-    eval_windows: Annotated[Optional[int], typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
-    save_every: Annotated[Optional[int], typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
-    config: Annotated[Optional[Path], typer.Option("--config", help="YAML or TOML with any of these; flags win.")] = None,
+    eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
+    eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
+    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML or TOML with any of these; flags win.")] = None,
     output: opt.Output = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
-    seed: Annotated[Optional[int], typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
     log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of metrics and progress.")] = 1,
     trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
@@ -135,7 +135,9 @@ def command(
     def human() -> None:
         print(f"{target}: trained on {settings.total_steps * settings.batch_size * settings.seq_len:,} tokens")
 
-    out.result({"output": str(target), "steps": settings.total_steps, "last": last.get("step"), "heldout": last.get("eval")}, human)
+    out.result(
+        {"output": str(target), "steps": settings.total_steps, "last": last.get("step"), "heldout": last.get("eval")}, human
+    )
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,10 +21,10 @@ def command(
     checkpoint: opt.Checkpoint = "./teacher",
     tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = ...,  # type: ignore[assignment]
     baseline: Annotated[
-        Optional[str], typer.Option("--baseline", help="A checkpoint, or a results.json of the same settings, to compare with.")
+        str | None, typer.Option("--baseline", help="A checkpoint, or a results.json of the same settings, to compare with.")
     ] = None,
     max_drop: Annotated[
-        Optional[float], typer.Option("--max-drop", help="Exit 3 when a task falls further than this below the baseline.")
+        float | None, typer.Option("--max-drop", help="Exit 3 when a task falls further than this below the baseline.")
     ] = None,
     num_fewshot: opt.NumFewshot = None,
     limit: opt.Limit = None,
@@ -95,14 +95,18 @@ def command(
     def human() -> None:
         limited = f" (limited to {limit} documents a task)" if limit is not None else ""
         if drops:
-            rows = [[d.task, d.metric, str(d.documents), f"{d.baseline:.4f}", f"{d.candidate:.4f}", f"{d.drop:+.4f}"] for d in drops]
+            rows = [
+                [d.task, d.metric, str(d.documents), f"{d.baseline:.4f}", f"{d.candidate:.4f}", f"{d.drop:+.4f}"] for d in drops
+            ]
             out.table(f"{target / 'results.json'}{limited}", ["task", "metric", "documents", "baseline", "value", "drop"], rows)
         else:
             rows = [[t, v["metric"], str(len(v["documents"])), f"{v['value']:.4f}"] for t, v in results["tasks"].items()]
             out.table(f"{target / 'results.json'}{limited}", ["task", "metric", "documents", "value"], rows)
 
     summary = {t: {"metric": v["metric"], "value": v["value"]} for t, v in results["tasks"].items()}
-    out.result({"results": str(target / "results.json"), "tasks": summary, "drops": drops_json(drops), "passed": not failed}, human)
+    out.result(
+        {"results": str(target / "results.json"), "tasks": summary, "drops": drops_json(drops), "passed": not failed}, human
+    )
     for drop in failed:
         out.warn(
             f"gate not met: {drop.task} {drop.metric} is {drop.candidate:.4f}, {drop.drop:.4f} worse than the baseline's "

@@ -111,7 +111,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    if os.environ.get("HYBRIDIZE_DEBUG") == "1":
-        raise
+    error = sys.exception()
+    if os.environ.get("HYBRIDIZE_DEBUG") == "1" and error is not None:
+        raise error
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise typer.Exit(code)

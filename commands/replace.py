@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,9 @@ from .output import Output, guarded
 @guarded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
-    layers: Annotated[Optional[int], typer.Option("--layers", min=0, help="Mamba layers in the result, old and new.")] = None,
-    indices: Annotated[Optional[str], typer.Option("--indices", help="Layers to convert, by index: 3,5-8.")] = None,
-    scores: Annotated[Optional[Path], typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else loo].")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=0, help="Mamba layers in the result, old and new.")] = None,
+    indices: Annotated[str | None, typer.Option("--indices", help="Layers to convert, by index: 3,5-8.")] = None,
+    scores: Annotated[Path | None, typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else loo].")] = None,
     init_from: Annotated[
         str, typer.Option("--init-from", help="Whose attention weights: checkpoint (as they are now) or teacher.")
     ] = "checkpoint",
@@ -85,7 +85,9 @@ def command(
         lacking = [layer for layer in chosen if layer not in origin.attention_layers]
         if lacking:
             raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")
-    strip = "".join("N" if i in chosen else "M" if i in contract.mixer_layers else "a" for i in range(len(contract.layer_types)))
+    strip = "".join(
+        "N" if i in chosen else "M" if i in contract.mixer_layers else "a" for i in range(len(contract.layer_types))
+    )
     summary = {
         "output": str(target), "converted": chosen, "mamba_layers": sorted([*chosen, *contract.mixer_layers]),
         "layers": len(contract.layer_types), "mixer": surgery.mixer, "init_from": init_from,
@@ -102,8 +104,8 @@ def command(
         return
     settings = {"layers": layers, "indices": chosen, "mixer": surgery.mixer, "init_from": init_from}
     replace(
-        source, checkpoint, surgery, target, donor=donor, init_from=init_from, seed=seed, overwrite=overwrite, settings=settings,
-        progress=lambda name: out.progress(f"writing {name}"),
+        source, checkpoint, surgery, target, donor=donor, init_from=init_from, seed=seed, overwrite=overwrite,
+        settings=settings, progress=lambda name: out.progress(f"writing {name}"),
     )  # fmt: skip
     out.progress(f"wrote {target}", last=True)
 

@@ -67,7 +67,7 @@ def command(
         from hybridize.distillation.encode import Encoder
         from hybridize.distillation.settings import DistillSettings
 
-        from .models import data_for, template_text, teacher_of
+        from .models import data_for, teacher_of, template_text
 
         origin = teacher_of(source, checkpoint, teacher, revision)
         check_vocabularies(source, origin)

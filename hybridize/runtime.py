@@ -53,9 +53,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise InputError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
 

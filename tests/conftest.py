@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hybridize.commands import app
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hybridize.commands import app
 from hybridize.modeling import HybridConfig, HybridForCausalLM, kernels_missing
 
 TEMPLATE = (

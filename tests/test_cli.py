@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hybridize.commands import COMMANDS, app
 from transformers import AutoModelForCausalLM
 
-import hybridize.modeling  # noqa: F401
-from hybridize.commands import COMMANDS, app
+import hybridize.modeling
 from tests.conftest import Runner, make_teacher, write_traces
 from tests.test_surgery import mamba_layers
 
@@ -73,7 +73,18 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
     cli("replace", "h1-kd", "--layers", 3, "-o", "h3")
     cli("distill", "h3", "-o", "h3-kd", *TRAIN)
     cli("distill", "h3-kd", "--loss", "ce", "-o", "h3-sft", *TRAIN)
-    cli("eval", "h3-sft", "--tasks", "tiny_choice,tiny_exact", "--include-path", "tasks", "--baseline", "teacher", "--max-drop", 1)
+    cli(
+        "eval",
+        "h3-sft",
+        "--tasks",
+        "tiny_choice,tiny_exact",
+        "--include-path",
+        "tasks",
+        "--baseline",
+        "teacher",
+        "--max-drop",
+        1,
+    )
     cli("export", "h3-sft", "-o", "release")
 
     assert len(mamba_layers(place / "h3-sft")) == 3
@@ -129,7 +140,10 @@ def test_dry_run_names_the_source_of_every_row_and_writes_nothing(place: Path, c
     lines = [line for line in text.splitlines() if line.startswith("model.layers.1.mixer.")]
     assert len(lines) == 8
     (rows,) = [line for line in lines if "in_proj" in line]
-    for part in ("x[32:48] = model.layers.1.self_attn.v_proj.weight[0:16]", "C[64:96] = model.layers.1.self_attn.q_proj.weight"):
+    for part in (
+        "x[32:48] = model.layers.1.self_attn.v_proj.weight[0:16]",
+        "C[64:96] = model.layers.1.self_attn.q_proj.weight",
+    ):
         assert part in rows
     assert sorted(place.iterdir()) == before
 

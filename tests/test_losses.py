@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,8 +62,7 @@ def test_any_split_gives_the_same_gradient(cuts: list[int], chunk: int) -> None:
     whole = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), count=13), [h, W])
     edges = [0, *sorted(set(cuts)), 13]
     parts = [
-        chunked_loss(h[a:b], W, th[a:b], tW, labels[a:b], Loss(), count=13, chunk=chunk)
-        for a, b in zip(edges, edges[1:], strict=False)
+        chunked_loss(h[a:b], W, th[a:b], tW, labels[a:b], Loss(), count=13, chunk=chunk) for a, b in itertools.pairwise(edges)
     ]
     for got, want in zip(torch.autograd.grad(sum(parts), [h, W]), whole, strict=True):
         assert worst(got, want) <= 1e-5
@@ -87,7 +88,14 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("kl", "unknown"), ("ce=x", "not a number"), ("ce=0", "positive"), ("ce=-1", "positive"), ("ce,ce", "twice"), ("", "unknown")],
+    [
+        ("kl", "unknown"),
+        ("ce=x", "not a number"),
+        ("ce=0", "positive"),
+        ("ce=-1", "positive"),
+        ("ce,ce", "twice"),
+        ("", "unknown"),
+    ],
 )
 def test_bad_mixtures(text: str, says: str) -> None:
     with pytest.raises(InputError, match=says):

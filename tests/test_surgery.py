@@ -77,7 +77,7 @@ def test_a_fresh_mixer_is_the_teachers_linear_attention(teacher: Path, tmp_path:
 
     monkeypatch.setattr(mamba, "selective_scan", bare_scan)
     monkeypatch.setattr(mamba, "causal_conv", lambda x, *_, **__: x)
-    monkeypatch.setattr(mamba.nn.functional, "silu", lambda z: torch.ones_like(z))
+    monkeypatch.setattr(mamba.nn.functional, "silu", torch.ones_like)
     got = mixer(hidden.unsqueeze(0))[0][0]
     assert worst(got, linear_attention(CheckpointReader(teacher), 1, hidden, chunk=4)) <= 1e-5
 

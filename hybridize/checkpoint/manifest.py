@@ -74,7 +74,7 @@ def descend(
 
 def _seen_from(output: Path, path: Path, name: str) -> str:
     """A relative path where the user meant a directory, the hub id where not."""
-    if path.is_dir() and (Path(name).is_dir() or path.is_absolute() and not _is_hub_cache(path)):
+    if path.is_dir() and (Path(name).is_dir() or (path.is_absolute() and not _is_hub_cache(path))):
         return os.path.relpath(path.resolve(), output.resolve())
     return name
 

@@ -135,7 +135,7 @@ class CheckpointReader:
 def fingerprint(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], str]:
     """(name, dtype, shape, sha256 of the bytes) of one tensor."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), hashlib.sha256(raw).hexdigest()
+    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), hashlib.sha256(raw).hexdigest()  # type: ignore[arg-type]
 
 
 def content_hash(parts: list[tuple[str, str, tuple[int, ...], str]], config: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def read_scores(path: Path) -> Scores:
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise InputError(f"{path} is not a score file of format {FORMAT}")
-    fields = {key: found.get(key) for key in Scores.__dataclass_fields__}
+    fields: dict[str, Any] = {key: found.get(key) for key in Scores.__dataclass_fields__}
     try:
         layers = [LayerScore(int(s["layer"]), float(s["score"]), s.get("stderr")) for s in fields.pop("layers")]
         scores = Scores(**fields, layers=layers)

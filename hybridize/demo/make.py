@@ -54,8 +54,8 @@ def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 def make_config(tokenizer: PreTrainedTokenizerFast, hidden: int, heads: int, kv_heads: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=8,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
 
@@ -110,17 +110,17 @@ def drop_attention(model: LlamaForCausalLM, most: float) -> None:
     1909.11556, on attention alone). Without it every one of eight layers is vital and there is nothing to convert.
     """
 
+    rates: list[torch.Tensor] = []  # one draw per sequence, shared by the layers of one forward
+
     def hook(module: torch.nn.Module, _: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if not module.training:
             return output
-        rows = len(output[0])
-        kept = torch.rand(rows, 1, 1, device=output[0].device) >= most * module.rates
+        kept = torch.rand(len(output[0]), 1, 1, device=output[0].device) >= most * rates[0]
         return (output[0] * kept, *output[1:])
 
     def draw(module: torch.nn.Module, args: object, kwargs: dict) -> None:
-        rates = torch.rand(len(kwargs["input_ids"]), 1, 1, device=kwargs["input_ids"].device)
-        for layer in module.model.layers:
-            layer.self_attn.rates = rates
+        ids = kwargs["input_ids"]
+        rates[:] = [torch.rand(len(ids), 1, 1, device=ids.device)]
 
     model.register_forward_pre_hook(draw, with_kwargs=True)
     for layer in model.model.layers:
@@ -188,8 +188,6 @@ def main() -> None:
     drop_attention(model, args.drop)
     train(model, iter(loader), args.steps, args.lr, args.out / "training.jsonl")
     model = model.to(torch.bfloat16).eval()
-    for layer in model.model.layers:
-        del layer.self_attn.rates
     score = exact_match(model, tokenizer, heldout)
     print(f"exact match on {len(heldout)} held-out problems: {score:.3f}", flush=True)
     model.save_pretrained(args.out)

@@ -10,8 +10,29 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-NAMES = "Ana Ben Cal Dee Eli Fay Gus Hal Ida Jon Kim Leo Mia Ned Ola Pam Ray Sue Tom Una".split()
-THINGS = "apples books coins cards keys pens shells stamps".split()
+NAMES = [
+    "Ana",
+    "Ben",
+    "Cal",
+    "Dee",
+    "Eli",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Ola",
+    "Pam",
+    "Ray",
+    "Sue",
+    "Tom",
+    "Una",
+]
+THINGS = ["apples", "books", "coins", "cards", "keys", "pens", "shells", "stamps"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +49,8 @@ class Problem:
     def last_step(self) -> tuple[str, list[str]]:
         """The solution up to its last computed number, and four candidates for that number, the right one first."""
         head, right = self.solution.split(" The answer is ")[0].removesuffix(".").rsplit("=", 1)
-        value = int(right)
-        wrong = [value + 10 if value < 90 else value - 10, value + 1 if value < 99 else value - 2, abs(value - 11)]
+        near = (int(right) + step for step in (10, -10, 1, -1, 11, -11))
+        wrong = [value for value in near if 0 <= value <= 99][:3]
         return head + "=", [f"{number}." for number in (right, *wrong)]  # with its full stop: else "1" begins "10"
 
 
@@ -72,7 +93,8 @@ def _attempt(rng: random.Random, people: tuple[int, int], depth: tuple[int, int]
 
 def make_problems(count: int, seed: int, *, exclude: frozenset[str] = frozenset()) -> list[Problem]:
     """`count` distinct problems, none of whose questions is in `exclude`."""
-    rng, seen, problems = random.Random(seed), set(exclude), []
+    problems: list[Problem] = []
+    rng, seen = random.Random(seed), set(exclude)
     while len(problems) < count:
         problem = make_problem(rng)
         if problem.question not in seen:

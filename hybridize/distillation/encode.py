@@ -54,7 +54,7 @@ class Encoder:
 
     def _plain(self, text: str, ends: bool = False) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids + [self.tokenizer.eos_token_id] if ends and self.tokenizer.eos_token_id is not None else ids
+        return [*ids, self.tokenizer.eos_token_id] if ends and self.tokenizer.eos_token_id is not None else ids
 
     def _render(self, messages: list[dict[str, str]], where: str, prompt: bool = False) -> list[int]:
         if self.template is None:

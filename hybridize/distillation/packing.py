@@ -71,8 +71,10 @@ def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iter
                     yield _filled(rows.pop(fullest), length, pad)
                 row = ([], [], [], [])
                 rows.append(row)
-            for part, values in zip(row, (ids, range(len(ids)), [*ids[1:], pad], keep), strict=True):
-                part.extend(values)  # type: ignore[arg-type]
+            row[0].extend(ids)
+            row[1].extend(range(len(ids)))
+            row[2].extend([*ids[1:], pad])
+            row[3].extend(keep)
     for row in rows:
         yield _filled(row, length, pad)
 

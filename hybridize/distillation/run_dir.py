@@ -79,7 +79,9 @@ class RunDir:
         for name, parameter in student.named_parameters():
             found = {key.rsplit("/", 1)[1]: value for key, value in moments.items() if key.rsplit("/", 1)[0] == name}
             if found:
-                optimizer.state[parameter] = {k: v.cpu() if k == "step" and device.type == "cpu" else v for k, v in found.items()}
+                optimizer.state[parameter] = {
+                    k: v.cpu() if k == "step" and device.type == "cpu" else v for k, v in found.items()
+                }
         return step
 
     @staticmethod
@@ -103,4 +105,3 @@ class RunDir:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-

@@ -149,8 +149,7 @@ def quiet_lm_eval() -> None:
 def _hushed() -> Iterator[None]:
     """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command reports."""
     import tqdm
-
-    import lm_eval.evaluator as evaluator
+    from lm_eval import evaluator
 
     quiet_lm_eval()
     before = tqdm.tqdm.__init__

@@ -35,7 +35,9 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
         tasks[task] = {
             "metric": key, "value": value, "higher_is_better": bool(better), "documents": document_scores(samples, key),
         }  # fmt: skip
-    own = {key: found[key] for key in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better") if key in found}
+    own = {
+        key: found[key] for key in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better") if key in found
+    }
     return {
         "format": FORMAT, "checkpoint": checkpoint, "settings": settings.to_json(), "limited": settings.limit is not None,
         "ran": ran, "libraries": libraries(), "tasks": tasks, "lm_eval": own,

@@ -67,7 +67,7 @@ def model_card(source: CheckpointReader, manifest: dict[str, Any] | None) -> str
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [hybridize, mamba, hybrid]", "---",
         f"# Hybrid of {_plain(Path(root['path']).name or 'a teacher')}", "",
-        f"{len(mixers)} of {len(kinds)} attention layers are Mamba layers (`{config.get('mixer') and config['mixer']['kind']}`).", "",
+        f"{len(mixers)} of {len(kinds)} attention layers are Mamba layers (mixer: {(config['mixer'] or {}).get('kind')}).", "",
         f"    {strip}   (M Mamba, a attention)", "",
         "## Use", "",
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",

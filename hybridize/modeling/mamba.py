@@ -97,6 +97,7 @@ class MambaMixer(nn.Module):
             x = x * attention_mask.unsqueeze(-1).to(x.dtype)
         x = self._expand(x)
         state, length = None, x.shape[1]
+        assert self.conv1d.bias is not None
         conv = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if past_key_values is not None:
             # `layers[i]` and not the get_*_state helpers: transformers 5.17 lacks them

@@ -6,7 +6,7 @@ boundaries, and a position count that does not come from a key/value cache. Know
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: i
         def __init__(self) -> None:
             super().__init__(config, index)
             del self.self_attn
+            assert config.mixer is not None
             self.mixer = MIXERS[config.mixer["kind"]](config, index)
 
         @property
@@ -62,19 +63,19 @@ class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = set(FLOAT32)
+    _keep_in_fp32_modules_strict = frozenset(FLOAT32)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, so generation must not crop the cache
     _can_compile_fullgraph = False
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = "past_key_values"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, tuple(MIXERS.values())):
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -133,7 +134,7 @@ class HybridModel(HybridPreTrainedModel):
                 extra[kind] = {"attention_mask": None if mask is None else mask.bool(), "seq_idx": seq_idx}
                 continue
             make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
-            shared = dict(past_key_values=past_key_values, position_ids=position_ids)
+            shared = {"past_key_values": past_key_values, "position_ids": position_ids}
             made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
             extra[kind] = {"attention_mask": made, **kwargs}
 
@@ -156,7 +157,7 @@ class HybridModel(HybridPreTrainedModel):
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -215,4 +216,3 @@ def document_index(position_ids: Tensor, hidden: Tensor) -> Tensor | None:
         return None
     index = nn.functional.pad(breaks.long().cumsum(1), (1, 0))
     return index.expand(hidden.shape[0], -1)
-

@@ -38,9 +38,7 @@ def engine_for(device: torch.device) -> str:
     return "kernel" if device.type == "cuda" and kernels_missing() is None else "torch"
 
 
-def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, engine: str | None = None
-) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, engine: str | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU.
 
     x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps never cross into another.
@@ -166,7 +164,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dlast):  # type: ignore[no-untyped-def]
         x, delta, A, B, C, reset = ctx.saved_tensors
-        A2, carry, dA = A.t().contiguous() * LOG2E, dlast.transpose(1, 2), 0
+        A2, carry, dA = A.t().contiguous() * LOG2E, dlast.transpose(1, 2), torch.zeros_like(A.t())
         again, scratch = _Work(x, A2, B.shape[2]), _Work(x, A2, B.shape[2])
         dx, ddelta, dB, dC = (torch.empty_like(t.transpose(0, 1)).contiguous() for t in (x, delta, B, C))
         starts = range(0, x.shape[1], CHUNK)

@@ -5,6 +5,7 @@ Either the drop of a task's metric through lm-eval, or the rise of the KL to the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def loo_tasks(
             means.append(drop.mean())
             variances.append(drop.var() / len(drop) if len(drop) > 1 else torch.tensor(float("nan"), dtype=torch.float64))
         score, error = float(sum(means) / len(means)), float(sum(variances).sqrt() / len(variances))  # type: ignore[union-attr]
-        scores.append(LayerScore(layer, score, error if error == error else None))
+        scores.append(LayerScore(layer, score, None if math.isnan(error) else error))
         progress(layer, score)
     return scores
 
@@ -72,7 +73,12 @@ def _per_document(
 
 
 def loo_kl(
-    model: Any, teacher: Any, settings: LooSettings, batches: list[Batch], dtype: torch.dtype, progress: Progress = lambda *_: None
+    model: Any,
+    teacher: Any,
+    settings: LooSettings,
+    batches: list[Batch],
+    dtype: torch.dtype,
+    progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
     """Score = rise of the forward KL from `teacher` on the kept tokens of `batches`; stderr over batches."""
     base = fidelity_per_batch(model, teacher, batches, dtype)

@@ -88,9 +88,7 @@ def plan_layer(teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Targ
         Target(f"{base}.dt_bias", (inner,), whole),
         Target(f"{base}.dt_proj.weight", (inner, rank), whole),
         Target(f"{base}.in_proj.weight", (sum(part.count for part in inputs), teacher.hidden), inputs),
-        Target(
-            f"{base}.out_proj.weight", (teacher.hidden, inner), (Rows("o", teacher.hidden, f"{attention}.o_proj.weight"),)
-        ),
+        Target(f"{base}.out_proj.weight", (teacher.hidden, inner), (Rows("o", teacher.hidden, f"{attention}.o_proj.weight"),)),
     ]
 
 
