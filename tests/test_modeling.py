@@ -12,6 +12,8 @@ from hybridize.modeling import FLOAT32, HybridConfig
 from tests.conftest import hybrid, hybrid_config, worst
 
 LAYOUTS = ["ammam", "mmm", "aa", "ma"]
+# DESIGN section 8: 1e-4 on the CPU; on CUDA a cached step runs the torch engine against the kernel, which may differ by 1e-3
+BOUND = {"cpu": 1e-4, "cuda": 1e-3}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -30,7 +32,7 @@ def test_cached_is_full(layout: str, parts: list[int], device: str) -> None:
         out = model(part, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         outs.append(out.logits)
-    assert worst(torch.cat(outs, 1), full) <= 1e-4
+    assert worst(torch.cat(outs, 1), full) <= BOUND[device]
     assert cache.get_seq_length() == 20
 
 

@@ -44,8 +44,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
     x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps never cross into another.
     Returns [B, T, I] in x's dtype. What precedes x counts as zeros: prepend the cached inputs to continue a sequence.
     """
-    if (engine or engine_for(x.device)) == "kernel":
+    if (engine or engine_for(x.device)) == "kernel" and x.shape[2] % 8 == 0:
         from causal_conv1d import causal_conv1d_fn
+
+        x = x.contiguous()  # a slice of a longer window has rows at addresses that the kernel's wide loads cannot read
 
         if seq_idx is not None:
             seq_idx = seq_idx.to(torch.int32).contiguous()
