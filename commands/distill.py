@@ -116,7 +116,7 @@ def command(
         if kind == "eval":
             out.note(
                 f"step {event['step']}: held-out reverse KL {event['reverse_kl']:.4f}, forward KL {event['forward_kl']:.4f}, "
-                f"agreement {event['agreement']:.4f} ({event['tokens']} tokens)"
+                f"agreement {event['agreement']:.4f} ({event['heldout_tokens']} tokens)"
             )
         else:
             done = event["step"] == event["steps"]

@@ -92,6 +92,8 @@ def test_training_lowers_the_divergence_and_logs_it(tmp_path: Path) -> None:
     assert lines[0]["lr"] == pytest.approx(1e-2 / 2)
     measures = [json.loads(line) for line in (tmp_path / "out.run/eval.jsonl").read_text().splitlines()]
     assert [m["step"] for m in measures] == [0, 20, 40]
+    assert [m["tokens"] for m in measures] == [0, 20 * 48, 40 * 48]
+    assert {m["heldout_tokens"] for m in measures} == {batch(999).kept}
     assert measures[-1]["reverse_kl"] < measures[0]["reverse_kl"]
 
 

@@ -117,9 +117,10 @@ def train(
     def measure(step: int) -> None:
         if held and teacher is not None:
             student.eval()
-            found = fidelity(student, teacher, held, dtype)
-            run.log("eval", {"step": step, "tokens": step * tokens_a_step, **vars(found)})
-            report({"kind": "eval", "step": step, **vars(found)})
+            found = vars(fidelity(student, teacher, held, dtype))
+            record = {"step": step, "tokens": step * tokens_a_step, "heldout_tokens": found.pop("tokens"), **found}
+            run.log("eval", record)
+            report({"kind": "eval", **record})
 
     tokens_a_step, step = settings.batch_size * settings.seq_len, start
     began, pending = time.perf_counter(), []  # losses stay on the device until they are logged
