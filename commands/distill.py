@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -48,7 +48,7 @@ def command(
     eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
     eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML or TOML with any of these; flags win.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML or TOML with training settings; flags win.")] = None,
     output: opt.Output = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -79,19 +79,21 @@ def command(
     from hybridize.distillation.losses import Loss
     from hybridize.distillation.settings import DistillSettings
     from hybridize.errors import InputError
+    from hybridize.surgery.teacher import read_teacher
 
-    chosen = _from_file(config) | {key: value for key, value in given.items() if value is not None}
-    try:
-        settings = DistillSettings(**chosen)
-    except TypeError as error:
-        raise InputError(f"{config}: {error}") from error
+    flags, filed = {key: value for key, value in given.items() if value is not None}, _from_file(config)
+    if "tokens" in flags:  # a length on the command line wins over either length in the file
+        filed.pop("steps", None)
+    settings = DistillSettings(**(filed | flags))
     objective = Loss.parse(settings.loss, settings.temperature)
     source = open_checkpoint(checkpoint, revision)
+    if settings.train == "mixers" and not read_teacher(source).mixer_layers:
+        raise InputError(f"--train mixers: {checkpoint} has no Mamba layer")
     target = output or Path(f"{Path(checkpoint).name}-kd")
-    check_output(target, overwrite, source.path)
     origin = None
     if objective.needs_teacher or eval_data is not None:
-        origin = teacher_of(source, checkpoint, teacher, revision)
+        origin = teacher_of(source, checkpoint, teacher)
+    check_output(target, overwrite, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
     from hybridize.distillation.encode import Encoder
     from hybridize.distillation.run_dir import RunDir
@@ -100,12 +102,13 @@ def command(
     quiet_transformers()
     if origin is not None:
         check_vocabularies(source, origin)
-    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
+    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device), training=True)
     spec = data_for(data, origin)
     text = template_text(chat_template)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), settings.mask, text)
-    corpus = open_corpus(spec, eval_data, encoder, limit)
-    decisive = asdict(settings) | {"checkpoint": source.hash, "data": spec, "rows": len(corpus.rows), "template": text}
+    corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
+    ran = {"dtype": str(compute), "device": where.type, "template": text, "data": corpus.hash}
+    decisive = asdict(settings) | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
     run = RunDir(target, decisive)
     run.check(resume, overwrite)
     last: dict[str, Any] = {}
@@ -144,8 +147,6 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     """Settings from a YAML or TOML file; InputError on unknown keys."""
     if path is None:
         return {}
-    from dataclasses import fields
-
     from hybridize.distillation.settings import DistillSettings
     from hybridize.errors import InputError
 
@@ -168,10 +169,27 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"--config {path} must be a table of settings")
     found = {str(key).replace("-", "_"): value for key, value in found.items()}
-    unknown = sorted(set(found) - {field.name for field in fields(DistillSettings)})
-    if unknown:
-        raise InputError(f"--config {path}: there is no setting {unknown[0]!r}")
+    hints = get_type_hints(DistillSettings)
+    for key, value in found.items():
+        if key not in hints:
+            raise InputError(f"--config {path}: there is no setting {key!r}")
+        found[key] = _typed(value, hints[key], f"--config {path}: {key}")
     return found
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type of its setting; 1e-3, a string to YAML, is a number to people."""
+    from hybridize.errors import InputError
+
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    try:
+        if kinds == [float] and not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    if type(value) is kinds[0] or (value is None and type(None) in get_args(hint)):
+        return value
+    raise InputError(f"{where} is {value!r}, which is no {kinds[0].__name__}")
 
 
 def _clock(seconds: float) -> str:

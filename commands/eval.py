@@ -47,11 +47,11 @@ def command(
     With --baseline both are measured alike and compared document by document; --max-drop makes that a gate.
     """
     out = Output(as_json, quiet)
-    from hybridize.checkpoint.writer import write_json_atomic
+    from hybridize.checkpoint.writer import check_writable, write_json_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.harness import EvalSettings, open_tasks
-    from hybridize.evaluation.results import compare, drops_json, read_results
-    from hybridize.runtime import pick_device, pick_dtype, quiet_transformers
+    from hybridize.evaluation.results import check_comparable, compare, drops_json, read_results
+    from hybridize.runtime import load_tokenizer, pick_device, pick_dtype, quiet_transformers
 
     if max_drop is not None and baseline is None:
         raise InputError("--max-drop needs a --baseline to fall from")
@@ -61,22 +61,31 @@ def command(
     target = output or _default_output(source.path, checkpoint)
     if (target / "results.json").exists() and not overwrite:
         raise InputError(f"{target / 'results.json'} exists; give another -o or --overwrite")
+    if target.is_file():
+        raise InputError(f"{target} is a file; results go into a directory")
+    check_writable(target / "results.json")
     other: Any = None
     if baseline is not None:
         other = read_results(Path(baseline)) if Path(baseline).is_file() else open_checkpoint(baseline)
+        if isinstance(other, dict):
+            check_comparable(settings.to_json(), other)
     where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
     manager = open_tasks(settings)
     quiet_transformers()
+
+    readers = [source] if other is None or isinstance(other, dict) else [source, other]
+    tokenizers = {reader.path: load_tokenizer(reader.path, trust_remote_code) for reader in readers}
+    if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
+        raise InputError("--apply-chat-template: the tokenizer has no chat template")
 
     def measure(reader: CheckpointReader) -> dict[str, Any]:
         from hybridize.evaluation.harness import evaluate
         from hybridize.evaluation.results import make_results
         from hybridize.modeling import engine_for
-        from hybridize.runtime import load_model, load_tokenizer
+        from hybridize.runtime import load_model
 
-        tokenizer = load_tokenizer(reader.path, trust_remote_code)
         model = load_model(reader.path, where, compute, trust_remote_code)
-        found = evaluate(model, tokenizer, settings, manager)
+        found = evaluate(model, tokenizers[reader.path], settings, manager)
         ran = {"device": where.type, "dtype": str(compute).removeprefix("torch."), "engine": engine_for(where)}
         return make_results(found, settings, reader.hash, ran)
 

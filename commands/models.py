@@ -19,7 +19,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> CheckpointReader:
     return reader
 
 
-def teacher_of(source: CheckpointReader, name: str, teacher: str | None, revision: str | None) -> CheckpointReader:
+def teacher_of(source: CheckpointReader, name: str, teacher: str | None) -> CheckpointReader:
     """--teacher, else the manifest's root, else the checkpoint itself where it is no hybrid."""
     from hybridize.checkpoint.manifest import root_of
     from hybridize.errors import InputError
@@ -29,7 +29,7 @@ def teacher_of(source: CheckpointReader, name: str, teacher: str | None, revisio
     root = root_of(source.path)
     if root is not None:
         try:
-            return open_checkpoint(root, revision)
+            return open_checkpoint(root)
         except InputError as error:
             raise InputError(f"the teacher of {name} cannot be opened ({error}); say where it is with --teacher") from error
     if source.config.get("model_type") == "hybridize":

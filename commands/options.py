@@ -30,7 +30,9 @@ ChatTemplate = Annotated[
 ]
 Mask = Annotated[str, typer.Option("--mask", help="assistant: learn its tokens; none: every token of one joined stream.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of CHECKPOINT, where that is a hub id.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, in one step, when done.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -73,9 +73,11 @@ def command(
                 out.warn(f"{path} was measured with {ranking.mixer} mixers started by {ranking.init}, not with mamba by mil")
     total = len(contract.mixer_layers) + len(chosen)
     target = output or Path(f"h{total}")
-    check_output(target, overwrite or dry_run, source.path)
+    if teacher is not None and init_from != "teacher":
+        raise InputError("--teacher has no use without --init-from teacher")
     surgery = plan(contract, chosen, MixerSettings(d_state, d_conv, dt_rank, expand))
-    donor = teacher_of(source, checkpoint, teacher, revision) if init_from == "teacher" else source
+    donor = teacher_of(source, checkpoint, teacher) if init_from == "teacher" else source
+    check_output(target, overwrite or dry_run, source.path, donor.path)
     if donor is not source:
         origin = read_teacher(donor)
         if (origin.hidden, origin.heads, origin.kv_heads, origin.head_dim) != (

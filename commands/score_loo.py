@@ -46,6 +46,7 @@ def command(
     the KL divergence from the teacher on data.
     """
     out = Output(as_json, quiet)
+    from hybridize.errors import InputError
     from hybridize.scoring.loo import LooSettings
 
     settings = LooSettings(metric, ablate)
@@ -69,7 +70,7 @@ def command(
 
         from .models import data_for, teacher_of, template_text
 
-        origin = teacher_of(source, checkpoint, teacher, revision)
+        origin = teacher_of(source, checkpoint, teacher)
         check_vocabularies(source, origin)
         spec = data_for(data, origin)
         encoder = Encoder(tokenizer, mask, template_text(chat_template))
@@ -77,6 +78,8 @@ def command(
         rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
         plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=mask)
         batches = [batch.to(where) for batch in corpus.measuring(plan)]
+        if not batches:
+            raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
         model = load_model(source.path, where, compute, trust_remote_code)
         other = model if origin.path == source.path else load_model(origin.path, where, compute, trust_remote_code)
         found = loo_kl(_copy_if_same(model, other), other, settings, batches, compute, progress)

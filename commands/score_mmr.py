@@ -54,7 +54,7 @@ def command(
     settings = MmrSettings(steps, batch_size, seq_len, lr_mixer, loss, mask, seed)
     Loss.parse(loss)
     source, path = check_score_output(checkpoint, revision, output, "mmr", overwrite)
-    origin = teacher_of(source, checkpoint, teacher, revision)
+    origin = teacher_of(source, checkpoint, teacher)
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.encode import Encoder
     from hybridize.modeling import HybridForCausalLM, engine_for
@@ -68,7 +68,7 @@ def command(
     contract = read_teacher(source)
     shape = plan(contract, contract.attention_layers[:1], MixerSettings(d_state, d_conv, dt_rank, expand)).mixer
     assert shape is not None
-    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
+    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device), training=True)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
     corpus = open_corpus(data_for(data, origin), None, encoder, limit)
     batches = [batch.to(where) for batch in itertools.islice(corpus.training(settings.as_distill()), steps)]

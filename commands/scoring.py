@@ -20,6 +20,7 @@ def check_score_output(
 ) -> tuple[CheckpointReader, Path]:
     """The checkpoint, and the file its scores go to; InputError when that is there already or nothing is left to score."""
     from hybridize.checkpoint.scores import scores_path
+    from hybridize.checkpoint.writer import check_writable
     from hybridize.errors import InputError
     from hybridize.surgery.teacher import read_teacher
 
@@ -31,6 +32,7 @@ def check_score_output(
         raise InputError(f"{path} exists; give another -o or --overwrite")
     if path.is_dir():
         raise InputError(f"{path} is a directory; scores go to a file")
+    check_writable(path)
     return source, path
 
 

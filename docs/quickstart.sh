@@ -2,15 +2,16 @@
 # quickstart.sh FOLDER: the whole conversion of the embedded teacher, a step a command. `make demo` runs this.
 set -euo pipefail
 folder=${1:-demo-run}
-rm -rf "$folder" && mkdir -p "$folder" && cd "$folder"
+if [ -e "$folder" ] && [ ! -e "$folder/.quickstart" ]; then echo "$folder exists and is not of this script's making"; exit 2; fi
+rm -rf "$folder" && mkdir -p "$folder" && cd "$folder" && touch .quickstart
 began=$(date +%s)
 tasks=(--tasks wordproblems_exact,wordproblems_choice --include-path tasks --limit 100 --batch-size 50)
 
 hybridize demo                                                   # teacher/ with its traces, tasks/ for lm-eval
 hybridize score-loo --metric kl --windows 16 --seq-len 256       # rank the layers by what removing each one costs
 hybridize replace --layers 4                                     # teacher/ -> h4/: half of its attention is now Mamba
-hybridize distill h4 -o h4-kd --steps 150 --batch-size 4 --seq-len 512 --lr-mixer 3e-3 --lr 3e-4 --warmup-steps 10 \
-  --eval-every 50 --log-every 25 --save-every 0                  # reverse KL back to the teacher
+hybridize distill h4 -o h4-kd --loss reverse-kl=.5,forward-kl=.5 --steps 180 --batch-size 4 --seq-len 512 \
+  --lr-mixer 3e-3 --lr 3e-4 --warmup-steps 10 --eval-every 60 --log-every 30 --save-every 0  # back to the teacher
 hybridize eval teacher "${tasks[@]}" --quiet
 hybridize eval h4 "${tasks[@]}" --quiet
 hybridize eval h4-kd "${tasks[@]}" --baseline teacher/eval/results.json --max-drop 0.1

@@ -26,8 +26,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` computes in bfloat16 on CUDA and float32 elsewhere."""
+def pick_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """`auto` computes in bfloat16 on CUDA and float32 elsewhere. `training` refuses float16, whose gradients underflow."""
+    if training and name == "float16":
+        raise InputError("--dtype float16 loses small gradients; train with bfloat16 or float32")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:

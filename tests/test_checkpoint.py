@@ -74,6 +74,12 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
+def test_weights_that_share_memory_are_written_twice(tmp_path: Path) -> None:
+    one = torch.ones(3, 3)
+    found = write(tmp_path / "out", {"a": one, "b": one})
+    assert torch.equal(found.tensor("a"), found.tensor("b"))
+
+
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     old = write(tmp_path / "out", TENSORS).hash
     with pytest.raises(RuntimeError, match="half-way"), AtomicDirectory(tmp_path / "out", overwrite=True) as folder:
@@ -117,8 +123,15 @@ def test_outputs_are_refused_before_work(tmp_path: Path) -> None:
         check_output(tmp_path / "there", False)
     with pytest.raises(InputError, match="is a file"):
         check_output(tmp_path / "file", True)
-    with pytest.raises(InputError, match="is the input"):
-        check_output(tmp_path / "there", True, tmp_path / "there")
+    for inside in (tmp_path / "there", tmp_path / "there/deep/model"):
+        with pytest.raises(InputError, match="is or holds the input"):
+            check_output(tmp_path / "there", True, inside)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("")
+    with pytest.raises(InputError, match="is a directory but no checkpoint"):
+        check_output(tmp_path / "thesis", True)
+    with pytest.raises(InputError, match="is the current directory"):
+        check_output(Path(), True)
     check_output(tmp_path / "there", True)
 
 

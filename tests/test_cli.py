@@ -91,7 +91,7 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
     note = json.loads((place / "h3-sft/hybridize.json").read_text())
     assert (note["command"], note["parent"]["path"], note["root"]["path"]) == ("distill", "../h3-kd", "../teacher")
     assert note["tokens"] == 3 * 3 * 2 * 48
-    assert [part["rows"] for part in note["data"]] == [23, 23, 23]  # one of 24 is held out
+    assert [part["rows"] for part in note["data"]] == [23, 23, 24]  # one of 24 is held out where a teacher measures it
     assert note["settings"]["engine"] == "torch"
     results = json.loads((place / "h3-sft/eval/results.json").read_text())
     assert len(results["tasks"]["tiny_exact"]["documents"]) == 12
@@ -156,8 +156,31 @@ def test_settings_from_a_file_and_flags_over_them(place: Path, cli: Runner) -> N
     assert (made["steps"], made["loss"], made["batch_size"]) == (1, "forward-kl", 2)
     (place / "plan.yaml").write_text("stepps: 2\n")
     assert "no setting 'stepps'" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
+    (place / "plan.yaml").write_text("steps: 1.5\n")
+    assert "steps is 1.5, which is no int" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
+    (place / "plan.yaml").write_text("steps: 9\nbatch-size: 2\nseq-len: 48\nlr-mixer: 1e-3\n")
+    cli("distill", "h1", "-o", "out3", "--config", "plan.yaml", "--tokens", 96)
+    assert json.loads((place / "out3/hybridize.json").read_text())["tokens"] == 96
     (place / "plan.yaml").write_text("steps: [\n")
     assert "plan.yaml is not valid YAML" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
+
+
+def test_a_teacher_that_was_fine_tuned_first_can_be_converted(place: Path, cli: Runner) -> None:
+    cli("distill", "teacher", "--loss", "ce", "-o", "tuned", *TRAIN)
+    cli("replace", "tuned", "--indices", "1")
+    assert [o["origin"] for o in json.loads((place / "h1/hybridize.json").read_text())["layers"]][1] == "mil"
+
+
+def test_buffers_of_old_checkpoints_survive_training(place: Path, cli: Runner) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = load_file(place / "teacher/model.safetensors") | {name: torch.arange(4.0)}
+    save_file(tensors, place / "teacher/model.safetensors", metadata={"format": "pt"})
+    cli("replace", "--indices", "1")
+    cli("distill", "h1", *TRAIN)
+    (shard,) = (place / "h1-kd").glob("*.safetensors")
+    assert torch.equal(load_file(shard)[name], torch.arange(4.0))
 
 
 def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +234,7 @@ BAD = [
     (("replace", "--indices", "9"), "there is no layer 9"),
     (("replace", "--indices", "x"), "not a list like"),
     (("replace",), "either --layers N or --indices"),
-    (("replace", "--indices", "1", "-o", "teacher"), "is the input"),
+    (("replace", "--indices", "1", "-o", "teacher"), "is or holds the input"),
     (("replace", "--indices", "1", "-o", "tasks"), "tasks exists"),
     (("replace", "--indices", "1", "--d-state", 3), "must divide the head dimension"),
     (("distill", "--data", "nothing.jsonl", "--steps", 1), "nothing.jsonl does not exist"),
@@ -229,6 +252,13 @@ BAD = [
     (("score-loo", "--metric", "speed"), "--metric speed is unknown"),
     (("score-mmr", "--steps", 0), "must be positive"),
     (("export",), "is no hybrid"),
+    (("replace", "--indices", "1", "-o", ".", "--overwrite"), "holds the input"),
+    (("replace", "--indices", "1", "-o", "tasks", "--overwrite"), "no checkpoint"),
+    (("replace", "--indices", "1", "--teacher", "teacher"), "no use without --init-from teacher"),
+    (("distill", "--steps", 1, "--dtype", "float16"), "float16 loses small gradients"),
+    (("distill", "--steps", 1, "--train", "mixers"), "has no Mamba layer"),
+    (("eval", "--tasks", "tiny_choice", "--include-path", "tasks", "-o", "traces.jsonl"), "results go into a directory"),
+    (("score-loo", "--metric", "kl", "--mask", "none", "--seq-len", 99999), "does not fill one window"),
 ]  # fmt: skip
 
 

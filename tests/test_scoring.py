@@ -65,6 +65,19 @@ def test_ablation_is_undone(teacher: Path) -> None:
         assert torch.equal(model(tokens).logits, before)
 
 
+@pytest.mark.parametrize("what", ["block", "mixer"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_an_ablated_model_generates_the_same_with_and_without_a_cache(teacher: Path, layer: int, what: str) -> None:
+    """transformers reads positions off the first attention layer's cache, which must go on counting without it."""
+    model = load_model(teacher, CPU, torch.float32)
+    tokens, mask = torch.randint(4, 260, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    with ablated(model, layer, what):
+        shared = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+        outs = [model.generate(tokens, **shared, use_cache=use) for use in (True, False)]
+    assert torch.equal(*outs)
+
+
 def test_attention_layers_of_teachers_and_hybrids(teacher: Path, tmp_path: Path) -> None:
     convert(teacher, [1, 3], tmp_path / "h")
     assert attention_layers(load_model(teacher, CPU, torch.float32)) == [0, 1, 2, 3]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hybridize.distillation import training
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.packing import Batch
@@ -76,7 +78,7 @@ def test_fidelity_against_plain_formulas() -> None:
         q.append(F.log_softmax(student(part.ids).logits.double(), -1)[part.keep])
         p.append(F.log_softmax(teacher(part.ids).logits.double(), -1)[part.keep])
         labels.append(part.labels[part.keep])
-    log_q, log_p, target = torch.cat(q), torch.cat(p), torch.cat(labels)
+    log_q, log_p, target = torch.cat(q).detach(), torch.cat(p).detach(), torch.cat(labels)
     assert found.tokens == len(target)
     assert found.reverse_kl == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum(-1).mean()), rel=1e-5)
     assert found.forward_kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
@@ -109,6 +111,41 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, stop_at: i
     assert torch.equal(run(tmp_path / "b", settings(), resume=True), whole)
     logs = [[json.loads(line)["loss"] for line in (tmp_path / p / "out.run/metrics.jsonl").open()] for p in "ab"]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("when", ["measure", "log", "update", "last"])
+def test_an_interrupt_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """During a measure after the step, while logging, in the middle of the optimizer step, and after the last step."""
+    plan = settings(eval_every=2)
+    whole = run(tmp_path / "a", plan)
+    calls = []
+
+    def interrupting(module, name: str, at: int) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*arguments, **keywords):
+            calls.append(name)
+            if len(calls) == at:
+                if name == "update":
+                    found = real(*arguments, **keywords)
+                    signal.raise_signal(signal.SIGINT)
+                    return found
+                raise KeyboardInterrupt
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    where = {"measure": ("fidelity", 2), "last": ("fidelity", 4), "update": ("update", 3)}
+    if when == "log":
+        interrupting(RunDir, "log", 5)  # measure 0, steps 1 and 2, measure 2, step 3
+    else:
+        interrupting(training, *where[when])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", plan)
+    monkeypatch.undo()
+    step = json.loads((tmp_path / "b/out.run/state/state.json").read_text())["step"]
+    assert step == {"measure": 2, "last": 6, "update": 3, "log": 3}[when]
+    assert torch.equal(run(tmp_path / "b", plan, resume=True), whole)
 
 
 def test_a_killed_run_resumes_from_its_last_save(tmp_path: Path) -> None:

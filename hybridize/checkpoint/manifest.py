@@ -51,7 +51,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     if not (checkpoint / MANIFEST).exists():
         return None
     found = read_json(checkpoint / MANIFEST)
-    if found.get("format") != FORMAT or not isinstance(found.get("root"), dict):
+    kinds = {"root": dict, "layers": list, "data": list, "tokens": int}
+    if found.get("format") != FORMAT or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"{checkpoint / MANIFEST} is not a manifest of format {FORMAT}")
     return found
 
@@ -67,9 +68,9 @@ def descend(
         origin = before["root"]
         local = (source.path / origin["path"]).resolve()
         root = {"path": _seen_from(output, local, origin["path"]), "hash": origin["hash"]}
-    kept = before or {"layers": [], "data": [], "tokens": 0}
-    values = {"layers": kept["layers"], "data": kept["data"], "tokens": kept["tokens"]} | changes
-    return Manifest(parent, root, command, settings, seed, **values)
+    count = int(source.config.get("num_hidden_layers", 0))
+    kept = before or {"layers": [{"origin": "teacher"} for _ in range(count)], "data": [], "tokens": 0}
+    return Manifest(parent, root, command, settings, seed, kept["layers"], kept["data"], kept["tokens"])
 
 
 def _seen_from(output: Path, path: Path, name: str) -> str:
@@ -90,4 +91,4 @@ def root_of(checkpoint: Path) -> str | None:
         return None
     path = str(found["root"].get("path", ""))
     local = checkpoint / path
-    return str(local) if local.is_dir() else path
+    return str(local.resolve()) if local.is_dir() else path

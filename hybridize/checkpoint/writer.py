@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridize.checkpoint.manifest import MANIFEST, Manifest
 from hybridize.checkpoint.reader import INDEX
-from hybridize.errors import InputError
+from hybridize.errors import InputError, WorkError
 
 SHARD_BYTES = 2 * 10**9
 CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
@@ -28,14 +28,31 @@ CARRIED = (  # what makes a directory usable beside its weights: tokenizer, temp
 _LOCK = ".lock"
 
 
-def check_output(output: Path, overwrite: bool, *sources: Path) -> None:
-    """InputError when `output` is there already (without `overwrite`), is one of the inputs, or cannot be made."""
-    if any(output.resolve() == source.resolve() for source in sources):
-        raise InputError(f"{output} is the input; a step never writes over what it reads")
+OURS = ("config.json", MANIFEST, "model.safetensors", INDEX)  # one of these makes a directory a checkpoint
+
+
+def check_output(output: Path, overwrite: bool, *sources: Path, replaceable: tuple[str, ...] = ()) -> None:
+    """InputError when `output` is there already (without `overwrite`), is or holds one of the inputs, or cannot be made.
+
+    Even with `overwrite` only an empty directory or a checkpoint (or one with a `replaceable` file) is ever replaced.
+    """
+    whole = output.resolve()
+    for source in sources:
+        if whole == source.resolve() or whole in source.resolve().parents:
+            raise InputError(f"{output} is or holds the input {source}; a step never writes over what it reads")
+    if whole == Path.cwd():
+        raise InputError(f"{output} is the current directory; name a directory in it")
     if (output.exists() or output.is_symlink()) and not overwrite:
         raise InputError(f"{output} exists; give another -o or --overwrite")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; the output is a directory")
+    if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in (*OURS, *replaceable)):
+        raise InputError(f"{output} is a directory but no checkpoint; --overwrite does not replace it")
+    check_writable(output)
+
+
+def check_writable(output: Path) -> None:
+    """InputError when `output` cannot be made where it is to be."""
     nearest = next(parent for parent in output.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{output} cannot be written: no write permission in {nearest}")
@@ -80,7 +97,7 @@ class AtomicDirectory:
             try:
                 os.rename(self.path, self.output)  # fails on a directory that someone else has filled meanwhile
             except OSError as error:
-                raise InputError(f"{self.output} appeared while this command ran; nothing was replaced") from error
+                raise WorkError(f"{self.output} appeared while this command ran; nothing was replaced") from error
         _sync(self.output.parent)
 
 
@@ -94,20 +111,25 @@ class CheckpointWriter:
         self.path, self.shard_bytes = path, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._bytes = self._total = 0
+        self._pointers: set[int] = set()
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > self.shard_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        plain = tensor.detach().cpu().contiguous()
+        if plain.data_ptr() in self._pointers:  # tied weights stored twice: safetensors wants each to own its memory
+            plain = plain.clone()
+        self._pointers.add(plain.data_ptr())
+        self._pending[name] = plain
         self._bytes += size
         self._total += size
 
     def _flush(self) -> None:
         save_file(self._pending, self.path / f"shard-{len(self._shards) + 1}", metadata={"format": "pt"})
         self._shards.append(list(self._pending))
-        self._pending, self._bytes = {}, 0
+        self._pending, self._bytes, self._pointers = {}, 0, set()
 
     def close(self, config: dict[str, Any], manifest: Manifest, carry_from: Path | None) -> None:
         self._flush()

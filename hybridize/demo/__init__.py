@@ -14,7 +14,7 @@ def write_demo(folder: Path, overwrite: bool = False) -> tuple[Path, Path]:
     """Copies both to FOLDER/teacher and FOLDER/tasks. InputError when one is there already and not `overwrite`."""
     targets = [(TEACHER, folder / "teacher"), (TASKS, folder / "tasks")]
     for _, target in targets:
-        check_output(target, overwrite)
+        check_output(target, overwrite, replaceable=("wordproblems.py",))
     for source, target in targets:
         with AtomicDirectory(target, overwrite) as path:
             for file in sorted(source.iterdir()):

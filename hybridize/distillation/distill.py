@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from hybridize.errors import InputError
 from hybridize.modeling import engine_for
 from hybridize.runtime import load_model
 
+CHECKED = 20_000  # rows that are encoded before anything starts; later ones only have their fields checked
 HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
 
 
@@ -53,18 +57,31 @@ class Corpus:
         chosen = [line for _, line in zip(range(settings.eval_windows), lines, strict=False)]
         return list(batched(chosen, settings.micro, last=True))
 
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all rows, training and held-out: what a resumed run must find unchanged."""
+        digest = hashlib.sha256()
+        for part in (self.rows, self.heldout):
+            for row in part:
+                digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+            digest.update(b"--")
+        return digest.hexdigest()
 
-def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int | None = None) -> Corpus:
-    """Reads and checks all rows, and encodes the first few, so that bad data shows before any weight is loaded."""
+
+def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int | None = None, hold_out: bool = True) -> Corpus:
+    """Reads and checks all rows and encodes the first CHECKED of each part, so that bad data shows before any weight is loaded.
+
+    Without `eval_data` the last rows are held out, if `hold_out`.
+    """
     rows = read_rows(data, limit)
     if eval_data is not None:
-        heldout = read_rows(eval_data)
+        heldout = read_rows(eval_data, limit if eval_data == data else None)
     else:
-        count = min(HELDOUT_ROWS, len(rows) // 20)
-        heldout = Rows(rows.name, [rows[len(rows) - count + i] for i in range(count)], "held-out row ")
-        rows = Rows(rows.name, [rows[i] for i in range(len(rows) - count)], rows._unit)
+        count = min(HELDOUT_ROWS, len(rows) // 20) if hold_out else 0
+        heldout = rows.part(len(rows) - count, len(rows))
+        rows = rows.part(0, len(rows) - count)
     for part in (rows, heldout):
-        for index in range(min(16, len(part))):
+        for index in range(min(CHECKED, len(part))):
             encoder.encode(part[index], part.where(index))
     return Corpus(rows, heldout, encoder)
 
@@ -94,25 +111,26 @@ def distill(
     report: Report = lambda _: None,
 ) -> None:
     """Trains float32 weights under autocast to `dtype`; storage types of the result follow the source."""
-    run.start(resume)
     torch.manual_seed(settings.seed)
     student = load_model(source.path, device, torch.float32, trust_remote_code)
     model = None if teacher is None else load_model(teacher.path, device, dtype, trust_remote_code)
     if model is not None:
         model.requires_grad_(False)
+    run.start(resume)
     used = train(
         student, model, prefetched(corpus.training(settings)), corpus.measuring(settings), settings, run,
         dtype=dtype, log_every=log_every, resume=resume, report=report,
     )  # fmt: skip
     ran = {"engine": engine_for(device), "dtype": str(dtype).removeprefix("torch."), "device": device.type}
     manifest = descend(source, name, output, "distill", asdict(settings) | ran, settings.seed)
-    data = [*manifest.data, {"path": Path(corpus.rows.name).name, "rows": len(corpus.rows), "tokens": used}]
+    used_data = Path(corpus.rows.name).name if Path(corpus.rows.name).is_file() else corpus.rows.name
+    data = [*manifest.data, {"path": used_data, "rows": len(corpus.rows), "tokens": used}]
     manifest = dataclasses.replace(manifest, data=data, tokens=manifest.tokens + used)
     trained = dict(student.state_dict())
     with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
         for tensor_name, old in source.tensors():
-            writer.add(tensor_name, trained[tensor_name].to(old.dtype))
+            writer.add(tensor_name, trained.get(tensor_name, old).to(old.dtype))  # buffers that no model keeps stay as they are
         run.finish(path)
         writer.close(source.config, manifest, carry_from=source.path)
     run.remove()

@@ -19,8 +19,8 @@ Row = dict[str, Any]
 class Rows(Sequence[Row]):
     """Rows with a name for each (`file:line`), so that an error can point at it."""
 
-    def __init__(self, name: str, rows: Sequence[Row], unit: str) -> None:
-        self.name, self._rows, self._unit = name, rows, unit
+    def __init__(self, name: str, rows: Sequence[Row], unit: str, first: int = 1) -> None:
+        self.name, self._rows, self._unit, self._first = name, rows, unit, first
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -29,7 +29,11 @@ class Rows(Sequence[Row]):
         return self._rows[index]
 
     def where(self, index: int) -> str:
-        return f"{self.name}:{self._unit}{index + 1}"
+        return f"{self.name}:{self._unit}{index + self._first}"
+
+    def part(self, begin: int, end: int) -> Rows:
+        """Rows begin..end - 1, still called by their places in the whole."""
+        return Rows(self.name, [self._rows[i] for i in range(begin, end)], self._unit, self._first + begin)
 
 
 def find_data(flag: str | None, teacher: Path | None) -> str:
@@ -44,7 +48,8 @@ def find_data(flag: str | None, teacher: Path | None) -> str:
 
 
 def read_rows(spec: str, limit: int | None = None) -> Rows:
-    """Rows of a local .jsonl, .json, .parquet or .txt file, or of a hub data set's `train` split (ID or ID:SPLIT).
+    """Rows of a local .jsonl (or .json, a row a line), .parquet or .txt file, or of a hub data set:
+    its `train` split, or ID:SPLIT.
 
     A .txt file is one `text` row. Raises InputError naming file and line when there are no rows or one lacks its fields.
     """
@@ -56,7 +61,7 @@ def read_rows(spec: str, limit: int | None = None) -> Rows:
     else:
         rows = _read_hub(spec)
     if limit is not None:
-        rows = Rows(rows.name, [rows[i] for i in range(min(limit, len(rows)))], rows._unit)
+        rows = rows.part(0, min(limit, len(rows)))
     if not len(rows):
         raise InputError(f"{spec} has no rows")
     for index in range(len(rows)):
@@ -111,8 +116,14 @@ def check_row(row: Any, where: str) -> None:
                 raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError(f"{where}: there is no assistant message to learn from")
+        if not any(message["content"] for message in messages if message["role"] == "assistant"):
+            raise InputError(f"{where}: the assistant says nothing")
     elif "prompt" in row or "response" in row:
         if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
             raise InputError(f"{where}: `prompt` and `response` must both be there, as text")
+        if not row["response"]:
+            raise InputError(f"{where}: the response is empty")
     elif not isinstance(row.get("text"), str):
         raise InputError(f"{where} has neither `messages`, nor `prompt` and `response`, nor `text`")
+    elif not row["text"]:
+        raise InputError(f"{where}: the text is empty")

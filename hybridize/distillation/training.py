@@ -5,8 +5,10 @@ Knows nothing of checkpoints' formats or of the command line; `report` is told w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +103,7 @@ def train(
 ) -> int:
     """Runs to the last step; returns the tokens of this run. `batches` starts at the first step also when resuming.
 
-    Raises WorkError when the loss or gradient is not finite. On any interruption the state of the last finished step is saved.
+    Raises WorkError when the loss or gradient is not finite. Whatever else stops it, the last finished step is saved first.
     """
     loss = Loss.parse(settings.loss, settings.temperature)
     device, steps = next(student.parameters()).device, settings.total_steps
@@ -122,44 +124,79 @@ def train(
             run.log("eval", record)
             report({"kind": "eval", **record})
 
-    tokens_a_step, step = settings.batch_size * settings.seq_len, start
-    began, pending = time.perf_counter(), []  # losses stay on the device until they are logged
-    if not start:
-        measure(0)
+    tokens_a_step, finished, spent = settings.batch_size * settings.seq_len, start, 0.0
+    pending: list[tuple[int, Tensor, Tensor, float]] = []  # losses stay on the device until they are logged
+
+    def flush() -> dict[str, Any]:
+        """Logs what is pending; WorkError at the first step that is not finite."""
+        record: dict[str, Any] = {}
+        while pending:
+            at, value, norm, factor = pending[0]
+            record = {
+                "step": at, "tokens": at * tokens_a_step, "loss": float(value), "lr": settings.lr_mixer * factor,
+                "lr_rest": settings.lr * factor, "grad_norm": float(norm), "seconds": round(spent, 3),
+            }  # fmt: skip
+            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+                raise WorkError(f"step {at}: the loss is {record['loss']}, the gradient norm {record['grad_norm']}")
+            run.log("metrics", record)
+            del pending[0]
+        return record
+
     try:
-        for step in range(start, steps):
+        if not start:
+            measure(0)
+        while finished < steps:
+            began = time.perf_counter()
             batch = next(batches).to(device)
             student.train()
             value = accumulate(student, teacher if loss.needs_teacher else None, batch, loss, settings.micro, dtype)
-            factor = cosine(step, steps, min(settings.warmup_steps, steps // 2))
-            norm = update(student, optimizer, factor, settings.clip)
-            pending.append((step, value, norm, factor))
-            done = step + 1
-            if done % log_every == 0 or done == steps:
-                seconds = time.perf_counter() - began
-                for at, value, norm, factor in pending:
-                    record = {
-                        "step": at + 1, "tokens": (at + 1) * tokens_a_step, "loss": float(value),
-                        "lr": settings.lr_mixer * factor, "lr_rest": settings.lr * factor, "grad_norm": float(norm),
-                        "seconds": round(seconds, 3),
-                    }  # fmt: skip
-                    if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-                        raise WorkError(f"step {at + 1}: the loss is {record['loss']}, the gradient norm {record['grad_norm']}")
-                    run.log("metrics", record)
-                rate = (done - start) * tokens_a_step / seconds
-                left = (steps - done) * tokens_a_step / rate
-                report({"kind": "step", **record, "steps": steps, "tokens_per_second": rate, "seconds_left": left})
-                pending = []
-            if settings.eval_every and done % settings.eval_every == 0 and done != steps:
-                measure(done)
-            if settings.save_every and done % settings.save_every == 0 and done != steps:
-                run.save(student, optimizer, done)
-    except KeyboardInterrupt:
-        if step > start:
-            run.save(student, optimizer, step)  # `step` optimizer steps are complete; the one at work is done again
+            factor = cosine(finished, steps, min(settings.warmup_steps, steps // 2))
+            with uninterrupted():
+                norm = update(student, optimizer, factor, settings.clip)
+                finished += 1
+                pending.append((finished, value, norm, factor))
+            logs = finished % log_every == 0 or finished == steps
+            saves = settings.save_every and (finished % settings.save_every == 0 or finished == steps)
+            if logs or saves:
+                loss_so_far = float(value)  # waits for the device, so that the time is the step's own
+            spent += time.perf_counter() - began
+            if logs or saves:
+                record = flush()
+                rate = (finished - start) * tokens_a_step / spent
+                left = (steps - finished) * tokens_a_step / rate
+                if logs:
+                    speed = {"steps": steps, "tokens_per_second": rate, "seconds_left": left, "loss": loss_so_far}
+                    report({"kind": "step", **record, **speed})
+            if saves:
+                run.save(student, optimizer, finished)
+            if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
+                measure(finished)
+        measure(steps)
+    except BaseException as error:
+        # Whatever stopped the run, its finished steps are kept, unless the loss is not finite and they are worthless.
+        if finished > start and not isinstance(error, WorkError):
+            with contextlib.suppress(Exception):
+                flush()
+                run.save(student, optimizer, finished)
         raise
-    measure(steps)
     return steps * tokens_a_step
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds back SIGINT and SIGTERM until the block is done: an optimizer step is taken whole or not at all."""
+    held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda n, _: held.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def prefetched(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:

@@ -67,13 +67,8 @@ def open_tasks(settings: EvalSettings) -> Any:
     return manager
 
 
-def evaluate(
-    model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, tasks: list[Any] | None = None
-) -> dict[str, Any]:
-    """lm-eval's results with per-document samples.
-
-    tasks: as `load_tasks` gives them, to save loading the data again. WorkError where lm-eval fails (its data cannot be had).
-    """
+def evaluate(model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any) -> dict[str, Any]:
+    """lm-eval's results with per-document samples. WorkError where lm-eval fails (its data cannot be had)."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -81,7 +76,7 @@ def evaluate(
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
         try:
             found = simple_evaluate(
-                model=wrapped, tasks=tasks or list(settings.tasks), num_fewshot=settings.num_fewshot, limit=settings.limit,
+                model=wrapped, tasks=list(settings.tasks), num_fewshot=settings.num_fewshot, limit=settings.limit,
                 apply_chat_template=settings.apply_chat_template, gen_kwargs=settings.gen_kwargs, task_manager=manager,
                 log_samples=True, bootstrap_iters=0, random_seed=settings.seed, numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
@@ -126,6 +121,8 @@ def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per document of a multiple-choice task: log-probability of the right answer minus that of the best wrong one."""
     found = []
     for sample in samples:
+        if isinstance(sample["filtered_resps"][0], str):
+            raise InputError("--metric margin needs a multiple-choice task; this one generates text")
         values = [float(answer[0]) for answer in sample["filtered_resps"]]
         target = sample["target"]
         if isinstance(target, str) and not target.isdecimal():

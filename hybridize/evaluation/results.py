@@ -47,17 +47,22 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
 def read_results(path: Path) -> dict[str, Any]:
     """InputError when the file is not one of ours."""
     found = read_json(path)
-    if found.get("format") != FORMAT or not isinstance(found.get("tasks"), dict):
+    if found.get("format") != FORMAT or not all(isinstance(found.get(key), dict) for key in ("tasks", "settings")):
         raise InputError(f"{path} is not a results.json of format {FORMAT}")
     return found
 
 
-def compare(candidate: dict[str, Any], baseline: dict[str, Any]) -> list[TaskDrop]:
-    """Paired over documents. InputError when the two were measured differently or on other documents."""
+def check_comparable(settings: dict[str, Any], baseline: dict[str, Any]) -> None:
+    """InputError unless `baseline` was measured with these settings."""
     for key in ("tasks", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs", "seed"):
-        ours, theirs = candidate["settings"].get(key), baseline["settings"].get(key)
+        ours, theirs = settings.get(key), baseline["settings"].get(key)
         if ours != theirs:
             raise InputError(f"the baseline was evaluated with {key} {theirs!r}, the candidate with {ours!r}: not comparable")
+
+
+def compare(candidate: dict[str, Any], baseline: dict[str, Any]) -> list[TaskDrop]:
+    """Paired over documents. InputError when the two were measured differently or on other documents."""
+    check_comparable(candidate["settings"], baseline)
     drops = []
     for task, ours in candidate["tasks"].items():
         theirs = baseline["tasks"].get(task)

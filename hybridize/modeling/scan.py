@@ -113,7 +113,12 @@ def _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset):  # type: ignore[no-un
         def spread(t: Tensor) -> Tensor:
             return t.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *t.shape[2:])
 
-        x, dt, B, C = spread(x).masked_fill(gap, 0), spread(dt).masked_fill(gap, _ALWAYS), spread(B), spread(C)
+        x, dt, B, C = (
+            spread(x).masked_fill(gap, 0),
+            spread(dt).masked_fill(gap, min(_ALWAYS, torch.finfo(dt.dtype).max)),
+            spread(B),
+            spread(C),
+        )
     # variable B and C go in as [B, G, N, T]; one dtype for all that varies in time
     y, last = selective_scan_fn(
         x.transpose(1, 2).contiguous(), dt.to(x.dtype).transpose(1, 2).contiguous(), A,

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hybridize.modeling import MIXER_LAYER
@@ -21,15 +22,20 @@ def attention_layers(model: Any) -> list[int]:
 
 
 class _Nothing(nn.Module):
-    """Stands in for a self-attention that adds nothing to the residual stream."""
+    """Stands in for a self-attention that adds nothing to the residual stream (or, `passes`, for a layer that changes nothing).
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return hidden_states.new_zeros(hidden_states.shape), None
+    It still tells the cache how many tokens went by: transformers reads positions and mask sizes off the first attention layer.
+    """
 
+    def __init__(self, layer: int, passes: bool) -> None:
+        super().__init__()
+        self.layer, self.passes = layer, passes
 
-class _Identity(nn.Module):
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+        if past_key_values is not None:
+            empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(empty, empty, self.layer)
+        return hidden_states if self.passes else (torch.zeros_like(hidden_states), None)
 
 
 @contextlib.contextmanager
@@ -38,14 +44,14 @@ def ablated(model: Any, layer: int, what: str) -> Iterator[None]:
     layers = model.base_model.layers
     whole = layers[layer]
     if what == "block":
-        layers[layer] = _Identity()
+        layers[layer] = _Nothing(layer, passes=True)
         try:
             yield
         finally:
             layers[layer] = whole
         return
     attention = whole.self_attn
-    whole.self_attn = _Nothing()
+    whole.self_attn = _Nothing(layer, passes=False)
     try:
         yield
     finally:

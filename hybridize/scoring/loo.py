@@ -14,7 +14,7 @@ import torch
 from hybridize.checkpoint.scores import LayerScore
 from hybridize.distillation.measure import fidelity_per_batch
 from hybridize.distillation.packing import Batch
-from hybridize.errors import InputError
+from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins
 from hybridize.scoring.interface import Progress, ablated, attention_layers
 
@@ -52,6 +52,8 @@ def loo_tasks(
             means.append(drop.mean())
             variances.append(drop.var() / len(drop) if len(drop) > 1 else torch.tensor(float("nan"), dtype=torch.float64))
         score, error = float(sum(means) / len(means)), float(sum(variances).sqrt() / len(variances))  # type: ignore[union-attr]
+        if not math.isfinite(score):
+            raise WorkError(f"layer {layer}: the score is {score}; try --dtype float32")
         scores.append(LayerScore(layer, score, None if math.isnan(error) else error))
         progress(layer, score)
     return scores
@@ -88,6 +90,8 @@ def loo_kl(
             found = fidelity_per_batch(model, teacher, batches, dtype)
         rise, tokens = found[:, 1] - base[:, 1], found[:, 4]
         score = float(rise.sum() / tokens.sum())
+        if not math.isfinite(score):
+            raise WorkError(f"layer {layer}: the KL is {score}; try --dtype float32")
         each = rise / tokens
         scores.append(LayerScore(layer, score, float(each.std() / len(each) ** 0.5) if len(each) > 1 else None))
         progress(layer, score)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hybridize.checkpoint.manifest import descend, read_manifest
+from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
 from hybridize.errors import InputError
@@ -92,12 +92,9 @@ def replace(
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest."""
-    before = read_manifest(source.path)
-    count = len(hybrid_config(source.config).layer_types)
-    origins = list(before["layers"]) if before else [{"origin": "teacher"} for _ in range(count)]
+    manifest = descend(source, name, output, "replace", settings, seed)
     for layer in surgery.layers:
-        origins[layer] = {"origin": "mil", "from": init_from}
-    manifest = descend(source, name, output, "replace", settings, seed, layers=origins)
+        manifest.layers[layer] = {"origin": "mil", "from": init_from}
     with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
         for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed):
