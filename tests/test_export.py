@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 path, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 batch = tokenizer(["1 and 1?", "a longer prompt"], return_tensors="pt", padding=True)
 ids = torch.arange(4, 44).view(2, 20)
 torch.save({

@@ -21,7 +21,7 @@ python3 - "$out/release" <<'P'
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
 print(type(model).__module__.split(".")[0], tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0]))
 P
