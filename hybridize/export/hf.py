@@ -72,7 +72,7 @@ def model_card(source: CheckpointReader, manifest: dict[str, Any] | None) -> str
         "## Use", "",
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)  # else it asks about the config', "```", "",
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)', "```", "",
         "Needs torch and transformers 5.17 or newer. With mamba-ssm and causal-conv1d on a CUDA device it runs their kernels,",
         "elsewhere plain PyTorch. Assisted decoding is refused: a recurrent state cannot be rolled back.", "",
         "## Lineage", "",
