@@ -107,13 +107,14 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
     (alive,) = tmp_path.iterdir()
-    write(tmp_path / "other", TENSORS)
+    with pytest.raises(RuntimeError, match="another"), AtomicDirectory(tmp_path / "out"):
+        raise RuntimeError("another writer of the same output, which must leave the first one's work alone")
     assert alive.exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
     write(tmp_path / "out", TENSORS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_outputs_are_refused_before_work(tmp_path: Path) -> None:
