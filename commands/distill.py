@@ -97,17 +97,17 @@ def command(
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
     from hybridize.distillation.encode import Encoder
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.runtime import load_tokenizer, pick_device, pick_dtype, quiet_transformers
+    from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
     quiet_transformers()
     if origin is not None:
         check_vocabularies(source, origin)
-    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device), training=True)
+    where, compute = pick_compute(device, dtype, training=True)
     spec = data_for(data, origin)
     text = template_text(chat_template)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), settings.mask, text)
     corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
-    ran = {"dtype": str(compute), "device": where.type, "template": text, "data": corpus.hash}
+    ran = {**ran_on(where, compute), "template": text, "data": corpus.hash}
     decisive = asdict(settings) | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
     run = RunDir(target, decisive)
     run.check(resume, overwrite)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,18 +46,20 @@ def command(
     With --baseline both are measured alike and compared document by document; --max-drop makes that a gate.
     """
     out = Output(as_json, quiet)
+    from hybridize.checkpoint.scores import beside
     from hybridize.checkpoint.writer import check_writable, write_json_atomic
     from hybridize.errors import InputError
-    from hybridize.evaluation.harness import EvalSettings, open_tasks
+    from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
     from hybridize.evaluation.results import check_comparable, compare, drops_json, read_results
-    from hybridize.runtime import load_tokenizer, pick_device, pick_dtype, quiet_transformers
+    from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers
 
     if max_drop is not None and baseline is None:
         raise InputError("--max-drop needs a --baseline to fall from")
-    names = tuple(t.strip() for t in tasks.split(",") if t.strip())
-    settings = EvalSettings(names, num_fewshot, limit, batch_size, apply_chat_template, gen_kwargs, include_path, seed)
+    settings = EvalSettings(
+        task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, gen_kwargs, include_path, seed
+    )
     source = open_checkpoint(checkpoint, revision)
-    target = output or _default_output(source.path, checkpoint)
+    target = output or beside(source.path, checkpoint, "eval")
     if (target / "results.json").exists() and not overwrite:
         raise InputError(f"{target / 'results.json'} exists; give another -o or --overwrite")
     if target.is_file():
@@ -69,7 +70,7 @@ def command(
         other = read_results(Path(baseline)) if Path(baseline).is_file() else open_checkpoint(baseline)
         if isinstance(other, dict):
             check_comparable(settings.to_json(), other)
-    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
+    where, compute = pick_compute(device, dtype)
     manager = open_tasks(settings)
     quiet_transformers()
 
@@ -81,15 +82,13 @@ def command(
     def measure(reader: CheckpointReader) -> dict[str, Any]:
         from hybridize.evaluation.harness import evaluate
         from hybridize.evaluation.results import make_results
-        from hybridize.modeling import engine_for
-        from hybridize.runtime import load_model
+        from hybridize.runtime import load_model, ran_on
 
         model = load_model(reader.path, where, compute, trust_remote_code)
         found = evaluate(model, tokenizers[reader.path], settings, manager)
-        ran = {"device": where.type, "dtype": str(compute).removeprefix("torch."), "engine": engine_for(where)}
-        return make_results(found, settings, reader.hash, ran)
+        return make_results(found, settings, reader.hash, ran_on(where, compute))
 
-    out.note(f"evaluating {checkpoint} on {', '.join(names)}")
+    out.note(f"evaluating {checkpoint} on {', '.join(settings.tasks)}")
     results = measure(source)
     write_json_atomic(target / "results.json", results)
     drops = []
@@ -123,9 +122,3 @@ def command(
         )
     if failed:
         raise typer.Exit(EXIT_GATE)
-
-
-def _default_output(path: Path, name: str) -> Path:
-    if Path(name).is_dir() and os.access(path, os.W_OK):
-        return path / "eval"
-    return Path("eval") / name.strip("/").replace("/", "--")

@@ -51,18 +51,18 @@ def command(
 
     settings = LooSettings(metric, ablate)
     source, path = check_score_output(checkpoint, revision, output, "loo", overwrite)
-    from hybridize.runtime import load_model, load_tokenizer, pick_device, pick_dtype, quiet_transformers
+    from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
     from hybridize.scoring.loo import loo_kl, loo_tasks
 
     quiet_transformers()
-    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device))
+    where, compute = pick_compute(device, dtype)
     tokenizer = load_tokenizer(source.path, trust_remote_code)
     started = time.time()
 
     def progress(layer: int, score: float) -> None:
         out.progress(f"layer {layer}: {score:.5f} after {time.time() - started:.0f} s")
 
-    ran: dict[str, Any] = {"device": where.type, "dtype": str(compute).removeprefix("torch."), "seed": seed}
+    ran: dict[str, Any] = {**ran_on(where, compute), "seed": seed}
     if metric == "kl":
         from hybridize.distillation.distill import check_vocabularies, open_corpus
         from hybridize.distillation.encode import Encoder
@@ -85,10 +85,11 @@ def command(
         found = loo_kl(_copy_if_same(model, other), other, settings, batches, compute, progress)
         used = {"data": corpus.rows.name, "windows": windows, "seq_len": seq_len, "mask": mask}
     else:
-        from hybridize.evaluation.harness import EvalSettings, open_tasks
+        from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
 
-        names = tuple(t.strip() for t in tasks.split(",") if t.strip())
-        evaluation = EvalSettings(names, num_fewshot, limit, batch_size, apply_chat_template, None, include_path, seed)
+        evaluation = EvalSettings(
+            task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, None, include_path, seed
+        )
         manager = open_tasks(evaluation)
         model = load_model(source.path, where, compute, trust_remote_code)
         found = loo_tasks(model, tokenizer, settings, evaluation, manager, progress)

@@ -57,8 +57,8 @@ def command(
     origin = teacher_of(source, checkpoint, teacher)
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.encode import Encoder
-    from hybridize.modeling import HybridForCausalLM, engine_for
-    from hybridize.runtime import load_model, load_tokenizer, pick_device, pick_dtype, quiet_transformers
+    from hybridize.modeling import HybridForCausalLM
+    from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
     from hybridize.scoring.mmr import mmr
     from hybridize.surgery.replace import MixerSettings, plan
     from hybridize.surgery.teacher import hybrid_config, read_teacher
@@ -68,7 +68,7 @@ def command(
     contract = read_teacher(source)
     shape = plan(contract, contract.attention_layers[:1], MixerSettings(d_state, d_conv, dt_rank, expand)).mixer
     assert shape is not None
-    where, compute = pick_device(device), pick_dtype(dtype, pick_device(device), training=True)
+    where, compute = pick_compute(device, dtype, training=True)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
     corpus = open_corpus(data_for(data, origin), None, encoder, limit)
     batches = [batch.to(where) for batch in itertools.islice(corpus.training(settings.as_distill()), steps)]
@@ -82,7 +82,7 @@ def command(
         out.progress(f"layer {layer}: {score:.5f} after {time.time() - started:.0f} s")
 
     found = mmr(student.to(where), model, contract, shape, batches, settings, compute, progress)
-    ran = {"data": corpus.rows.name, "engine": engine_for(where), "dtype": str(compute).removeprefix("torch.")}
+    ran = {"data": corpus.rows.name, **ran_on(where, compute)}
     made = {
         "settings": asdict(settings) | shape | ran, "seconds": round(time.time() - started, 2), "metric": loss,
     }  # fmt: skip

@@ -37,6 +37,19 @@ def pick_dtype(name: str, device: torch.device, training: bool = False) -> torch
     return DTYPES[name]
 
 
+def pick_compute(device: str, dtype: str, training: bool = False) -> tuple[torch.device, torch.dtype]:
+    """Both of the above."""
+    where = pick_device(device)
+    return where, pick_dtype(dtype, where, training)
+
+
+def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What a result file says about where its figures come from."""
+    from hybridize.modeling import engine_for
+
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "engine": engine_for(device)}
+
+
 def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the network."""
     import transformers

@@ -67,11 +67,15 @@ def read_scores(path: Path) -> Scores:
     return scores
 
 
-def scores_path(checkpoint: Path, name: str, kind: str) -> Path:
-    """CHECKPOINT/scores/KIND.json, or ./scores/NAME/KIND.json where the checkpoint is a hub id or read-only."""
+def beside(checkpoint: Path, name: str, folder: str) -> Path:
+    """CHECKPOINT/FOLDER, or ./FOLDER/NAME where the checkpoint is a hub id or read-only."""
     if Path(name).is_dir() and os.access(checkpoint, os.W_OK):
-        return checkpoint / "scores" / f"{kind}.json"
-    return Path("scores") / name.strip("/").replace("/", "--") / f"{kind}.json"
+        return checkpoint / folder
+    return Path(folder) / name.strip("/").replace("/", "--")
+
+
+def scores_path(checkpoint: Path, name: str, kind: str) -> Path:
+    return beside(checkpoint, name, "scores") / f"{kind}.json"
 
 
 def find_scores(checkpoint: Path, name: str) -> Path | None:

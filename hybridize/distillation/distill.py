@@ -23,8 +23,7 @@ from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.training import Report, prefetched, train
 from hybridize.errors import InputError
-from hybridize.modeling import engine_for
-from hybridize.runtime import load_model
+from hybridize.runtime import load_model, ran_on
 
 CHECKED = 20_000  # rows that are encoded before anything starts; later ones only have their fields checked
 HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
@@ -63,7 +62,7 @@ class Corpus:
         digest = hashlib.sha256()
         for part in (self.rows, self.heldout):
             for row in part:
-                digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
             digest.update(b"--")
         return digest.hexdigest()
 
@@ -75,12 +74,12 @@ def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int |
     """
     rows = read_rows(data, limit)
     if eval_data is not None:
-        heldout = read_rows(eval_data, limit if eval_data == data else None)
+        heldout = rows if eval_data == data else read_rows(eval_data)
     else:
         count = min(HELDOUT_ROWS, len(rows) // 20) if hold_out else 0
         heldout = rows.part(len(rows) - count, len(rows))
         rows = rows.part(0, len(rows) - count)
-    for part in (rows, heldout):
+    for part in (rows,) if heldout is rows else (rows, heldout):
         for index in range(min(CHECKED, len(part))):
             encoder.encode(part[index], part.where(index))
     return Corpus(rows, heldout, encoder)
@@ -121,8 +120,8 @@ def distill(
         student, model, prefetched(corpus.training(settings)), corpus.measuring(settings), settings, run,
         dtype=dtype, log_every=log_every, resume=resume, report=report,
     )  # fmt: skip
-    ran = {"engine": engine_for(device), "dtype": str(dtype).removeprefix("torch."), "device": device.type}
-    manifest = descend(source, name, output, "distill", asdict(settings) | ran, settings.seed)
+    made = asdict(settings) | ran_on(device, dtype)
+    manifest = descend(source, name, output, "distill", made, settings.seed)
     used_data = Path(corpus.rows.name).name if Path(corpus.rows.name).is_file() else corpus.rows.name
     data = [*manifest.data, {"path": used_data, "rows": len(corpus.rows), "tokens": used}]
     manifest = dataclasses.replace(manifest, data=data, tokens=manifest.tokens + used)

@@ -46,6 +46,11 @@ class EvalSettings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "include_path"}
 
 
+def task_names(text: str) -> tuple[str, ...]:
+    """`gsm8k, mmlu` -> ("gsm8k", "mmlu")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def open_tasks(settings: EvalSettings) -> Any:
     """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones."""
     quiet_lm_eval()

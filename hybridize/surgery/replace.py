@@ -72,10 +72,10 @@ def hybrid_tensors(
     for name in source.names:
         if not name.startswith(gone):
             yield name, source.tensor(name)
+    layers = {target.name.split(".mixer.")[0] for target in surgery.targets}
+    dtypes = {layer: source.tensor(f"{layer}.self_attn.q_proj.weight").dtype for layer in layers}
     for target in surgery.targets:
-        layer = target.name.split(".mixer.")[0]
-        dtype = source.tensor(f"{layer}.self_attn.q_proj.weight").dtype
-        yield target.name, build(target, donor.tensor, dtype, seed)
+        yield target.name, build(target, donor.tensor, dtypes[target.name.split(".mixer.")[0]], seed)
 
 
 def replace(
