@@ -60,25 +60,36 @@ def write_traces(path: Path, count: int = 24) -> Path:
     return path
 
 
-def hybrid_config(kinds: str, **changes: object) -> HybridConfig:
-    """`kinds`: a letter a layer, m Mamba, a attention."""
-    mixer = {"kind": "mamba", "d_inner": 32, "d_state": 4, "d_conv": 4, "dt_rank": 2, "expand": "head"}
+SHAPES = {
+    "mamba": {"kind": "mamba", "d_inner": 32, "d_state": 4, "d_conv": 4, "dt_rank": 2, "expand": "head"},
+    "mamba2": {"kind": "mamba2", "d_inner": 32, "d_state": 8, "d_conv": 4},
+}
+
+
+def hybrid_config(kinds: str, kind: str = "mamba", **changes: object) -> HybridConfig:
+    """`kinds`: a letter a layer, m Mamba, a attention; kind: which mixer."""
     settings = dict(
         base_model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=len(kinds),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, mixer=mixer,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, mixer=SHAPES[kind],
         layer_types=[{"m": "linear_attention", "a": "full_attention"}[kind] for kind in kinds],
     )  # fmt: skip
     return HybridConfig(**{**settings, **changes})
 
 
-def hybrid(kinds: str, seed: int = 0, **changes: object) -> HybridForCausalLM:
+def hybrid(kinds: str, kind: str = "mamba", seed: int = 0, **changes: object) -> HybridForCausalLM:
     torch.manual_seed(seed)
-    model = HybridForCausalLM(hybrid_config(kinds, **changes)).eval()
+    model = HybridForCausalLM(hybrid_config(kinds, kind, **changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and not name.endswith(("A_log", "D", "dt_bias")):
                 parameter.mul_(5)
     return model
+
+
+@pytest.fixture(params=list(SHAPES))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of mixer in turn."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,8 @@ def ids(batch: int, length: int, seed: int = 0, device: str = "cpu") -> torch.Te
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parts", [[9, 1, 1, 1, 8], [3, 17], [20], [1] * 20])
-def test_cached_is_full(layout: str, parts: list[int], device: str) -> None:
-    model, tokens = hybrid(layout).to(device), ids(3, 20, device=device)
+def test_cached_is_full(kind: str, layout: str, parts: list[int], device: str) -> None:
+    model, tokens = hybrid(layout, kind).to(device), ids(3, 20, device=device)
     full = model(tokens, use_cache=False).logits
     cache, outs = None, []
     for part in tokens.split(parts, 1):
@@ -38,8 +38,8 @@ def test_cached_is_full(layout: str, parts: list[int], device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_left_padding_changes_nothing(layout: str, device: str) -> None:
-    model, lengths = hybrid(layout).to(device), [12, 5, 9]
+def test_left_padding_changes_nothing(kind: str, layout: str, device: str) -> None:
+    model, lengths = hybrid(layout, kind).to(device), [12, 5, 9]
     rows = [ids(1, n, seed=n, device=device) for n in lengths]
     batch = torch.full((3, 12), 0, device=device)
     mask = torch.zeros(3, 12, dtype=torch.long, device=device)
@@ -54,8 +54,8 @@ def test_left_padding_changes_nothing(layout: str, device: str) -> None:
         assert tokens[i, 12:].tolist()[: len(alone)] == alone
 
 
-def test_a_segment_of_padding_leaves_every_state_alone() -> None:
-    model = hybrid("mmam")
+def test_a_segment_of_padding_leaves_every_state_alone(kind: str) -> None:
+    model = hybrid("mmam", kind)
     cache = model(ids(1, 6), use_cache=True).past_key_values
     before = [layer.recurrent_states[0].clone() for layer in (cache.layers[i] for i in (0, 1, 3))]
     mask = torch.tensor([[1] * 6 + [0] * 3])
@@ -66,8 +66,8 @@ def test_a_segment_of_padding_leaves_every_state_alone() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_documents_are_separate_documents(layout: str, device: str) -> None:
-    model, lengths = hybrid(layout).to(device), [7, 1, 12, 4]
+def test_packed_documents_are_separate_documents(kind: str, layout: str, device: str) -> None:
+    model, lengths = hybrid(layout, kind).to(device), [7, 1, 12, 4]
     rows = [ids(1, n, seed=n, device=device) for n in lengths]
     positions = torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0)
     packed = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
@@ -84,16 +84,16 @@ def test_packed_documents_are_separate_documents(layout: str, device: str) -> No
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_generate_with_and_without_cache(layout: str) -> None:
-    model, tokens = hybrid(layout), ids(2, 6)
+def test_generate_with_and_without_cache(kind: str, layout: str) -> None:
+    model, tokens = hybrid(layout, kind), ids(2, 6)
     cached = model.generate(tokens, max_new_tokens=15, do_sample=False)
     assert torch.equal(cached, model.generate(tokens, max_new_tokens=15, do_sample=False, use_cache=False))
     beams = [model.generate(tokens, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*beams)
 
 
-def test_a_users_own_cache_can_be_continued() -> None:
-    model, tokens = hybrid("mam"), ids(1, 10)
+def test_a_users_own_cache_can_be_continued(kind: str) -> None:
+    model, tokens = hybrid("mam", kind), ids(1, 10)
     cache = DynamicCache(config=model.config)
     model(tokens[:, :6], past_key_values=cache)
     assert worst(model(tokens[:, 6:], past_key_values=cache).logits, model(tokens).logits[:, 6:]) <= 1e-4
@@ -104,10 +104,10 @@ def test_assisted_decoding_is_refused() -> None:
         hybrid("ma").generate(ids(1, 4), assistant_model=hybrid("ma"), max_new_tokens=4)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = hybrid("mam").train()
+        model = hybrid("mam", kind).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(ids(2, 12), labels=ids(2, 12)).loss.backward()
@@ -129,8 +129,8 @@ def read_types(model: torch.nn.Module, run) -> set[torch.dtype]:
     return seen
 
 
-def test_float32_parameters_stay_float32_and_exact() -> None:
-    model = hybrid("mam")
+def test_float32_parameters_stay_float32_and_exact(kind: str) -> None:
+    model = hybrid("mam", kind)
     before = {n: p.clone() for n, p in model.named_parameters() if n.endswith(FLOAT32)}
     assert len(before) == 6
     cast = model.to(torch.bfloat16)
@@ -143,8 +143,8 @@ def test_float32_parameters_stay_float32_and_exact() -> None:
         assert read_types(model, lambda: model(ids(1, 4))) == {torch.float32}
 
 
-def test_save_and_load_is_bit_identical(tmp_path: Path) -> None:
-    model, tokens = hybrid("mam"), ids(2, 9)
+def test_save_and_load_is_bit_identical(kind: str, tmp_path: Path) -> None:
+    model, tokens = hybrid("mam", kind), ids(2, 9)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
@@ -191,8 +191,8 @@ def test_sliding_windows_reach_their_layers() -> None:
     assert worst(torch.cat(outs, 1), model(tokens, use_cache=False).logits) <= 1e-4
 
 
-def test_hidden_states_and_logits_to_keep() -> None:
-    model, tokens = hybrid("mam"), ids(2, 6)
+def test_hidden_states_and_logits_to_keep(kind: str) -> None:
+    model, tokens = hybrid("mam", kind), ids(2, 6)
     out = model(tokens, output_hidden_states=True)
     assert len(out.hidden_states) == 4
     assert torch.equal(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])

@@ -7,14 +7,17 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 MIXER_LAYER = "linear_attention"  # transformers' name for a layer whose cache is a convolution window and a state
-MIXER_KEYS = ("kind", "d_inner", "d_state", "d_conv", "dt_rank", "expand")
+MIXER_KEYS = {  # what the config's `mixer` has beside `kind`
+    "mamba": ("d_inner", "d_state", "d_conv", "dt_rank", "expand"),
+    "mamba2": ("d_inner", "d_state", "d_conv"),
+}
 
 
 class HybridConfig(PreTrainedConfig):
     """Every key of the teacher's config, plus the layout.
 
     base_model_type: the teacher's `model_type`. layer_types: one entry a layer, `linear_attention` for a mixer, the
-    teacher's own kind otherwise. mixer: {kind, d_inner, d_state, d_conv, dt_rank, expand}, or None while no layer is converted.
+    teacher's own kind otherwise. mixer: {kind, and the keys that MIXER_KEYS has for it}, or None while no layer is converted.
     Raises ValueError when the layout and the mixer contradict each other.
     """
 
@@ -50,7 +53,12 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers {self.num_hidden_layers}")
         if MIXER_LAYER in self.layer_types and self.mixer is None:
             raise ValueError("layer_types has mixers, but the config's `mixer` is missing")
-        missing = [key for key in MIXER_KEYS if self.mixer is not None and key not in self.mixer]
+        if self.mixer is None:
+            return
+        kind = self.mixer.get("kind")
+        if kind not in MIXER_KEYS:
+            raise ValueError(f"the config's `mixer` is of kind {kind!r}; these exist: {', '.join(MIXER_KEYS)}")
+        missing = [key for key in MIXER_KEYS[kind] if key not in self.mixer]
         if missing:
             raise ValueError(f"the config's `mixer` lacks {', '.join(missing)}")
 

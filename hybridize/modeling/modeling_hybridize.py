@@ -16,9 +16,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_hybridize import MIXER_LAYER, HybridConfig
-from .mamba import FLOAT32, MambaMixer
+from .mamba import MambaMixer
+from .mamba2 import Mamba2Mixer
+from .mixer import FLOAT32, Mixer
 
-MIXERS = {"mamba": MambaMixer}
+MIXERS: dict[str, type[Mixer]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 LLAMA_SHAPED = ("llama", "mistral")  # families whose backbone is embed -> layers -> norm, with nothing in between
 
 
@@ -74,8 +76,8 @@ class HybridPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, tuple(MIXERS.values())):
-            module.reset_parameters()  # type: ignore[operator]
+        if isinstance(module, Mixer):
+            module.reset_parameters()
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -124,6 +126,33 @@ class HybridModel(HybridPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device).unsqueeze(0)
 
+        extra = self.layer_inputs(hidden, attention_mask, position_ids, past_key_values, **kwargs)
+        trail = [hidden]
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden = layer(
+                hidden, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache, **extra[kind]
+            )
+            trail.append(hidden)
+        hidden = self.norm(hidden)
+        if isinstance(past_key_values, StateCache):
+            past_key_values.hybrid_seen_tokens = past + length
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*trail[:-1], hidden) if output_hidden_states else None,
+        )
+
+    def layer_inputs(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, dict[str, Any]]:
+        """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its mask, packing boundaries."""
+        length = hidden.shape[1]
+        rotary = self.rotary_emb(hidden, position_ids=position_ids)
         masks = attention_mask if isinstance(attention_mask, dict) else {}
         plain = None if isinstance(attention_mask, dict) else attention_mask
         seq_idx = document_index(position_ids, hidden) if attention_mask is None and past_key_values is None else None
@@ -137,23 +166,7 @@ class HybridModel(HybridPreTrainedModel):
             shared = {"past_key_values": past_key_values, "position_ids": position_ids}
             made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
             extra[kind] = {"attention_mask": made, **kwargs}
-
-        rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        trail = [hidden]
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden = layer(
-                hidden, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
-                position_embeddings=rotary, **extra[kind],
-            )  # fmt: skip
-            trail.append(hidden)
-        hidden = self.norm(hidden)
-        if isinstance(past_key_values, StateCache):
-            past_key_values.hybrid_seen_tokens = past + length
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*trail[:-1], hidden) if output_hidden_states else None,
-        )
+        return {kind: {"position_embeddings": rotary, **rest} for kind, rest in extra.items()}
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):

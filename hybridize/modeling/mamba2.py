@@ -1,0 +1,68 @@
+"""The Mamba-2 mixer (2405.21060), to the letter the layer that GraniteMoeHybridForCausalLM has, so that stock runtimes serve
+it (DESIGN section 4). Key and value heads are expanded to query heads in the weights: every head is its own group.
+
+Shapes: B batch, T time, D hidden, H heads, P head size = N state size, I = H * P.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_hybridize import HybridConfig
+from .mixer import Mixer, document_starts
+from .ssd import gated_norm, ssd_scan
+
+
+class GatedRMSNorm(nn.Module):
+    """The gate, then RMSNorm over each group of `group` channels."""
+
+    def __init__(self, channels: int, group: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.group, self.eps = nn.Parameter(torch.ones(channels)), group, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y, z [B, T, channels] -> the same."""
+        return gated_norm(y, z, self.weight, self.eps, self.group)
+
+
+class Mamba2Mixer(Mixer):
+    """in_proj rows, in order: z (I), x (I), B (I), C (I), dt (H); convolution and SiLU over x, B and C; gate, then norm."""
+
+    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        shape = config.mixer
+        assert shape is not None
+        self.layer_idx, self.inner, self.head = layer_idx, shape["d_inner"], shape["d_state"]
+        if self.inner % self.head:
+            raise ValueError(f"mixer {shape}: d_inner must be a multiple of d_state")
+        self.heads = self.inner // self.head
+        self.in_proj = nn.Linear(config.hidden_size, 4 * self.inner + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(3 * self.inner, 3 * self.inner, shape["d_conv"], groups=3 * self.inner, bias=True)
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(self.heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(self.inner, self.head, config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        seq_idx: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Arguments and result as MambaMixer.forward."""
+        z, xBC, dt = self.in_proj(hidden_states).split([self.inner, 3 * self.inner, self.heads], dim=-1)
+        xBC, state = self._convolve(xBC, attention_mask, past_key_values, seq_idx)
+        x, B, C = (t.unflatten(-1, (-1, self.head)) for t in xBC.split(self.inner, dim=-1))
+        y, last = ssd_scan(
+            x, dt, -torch.exp(self.A_log.float()), B, C, self.D, self.dt_bias,
+            keep=attention_mask, reset=document_starts(seq_idx), state=state,
+        )  # fmt: skip
+        self._store(past_key_values, last)
+        return self.out_proj(self.norm(y.flatten(2), z)), None

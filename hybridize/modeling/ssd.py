@@ -1,0 +1,105 @@
+"""The Mamba-2 scan (state space duality, 2405.21060) and its gated norm, each with two engines behind one function.
+
+`kernel` is mamba-ssm's Triton code on a CUDA device, `torch` is matrix products over chunks. Knows nothing of models.
+
+Shape legend: B batch, T time, H heads (each its own group of B and C), P head size, N state size, L steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .scan import engine_for
+
+CHUNK = 64  # torch: L^2 (N + P) + 2 L N P products a chunk and head are fewest a step where L is near N and P
+KERNEL_CHUNK = 256
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    *,
+    keep: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: Tensor | None = None,
+    engine: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt + dt_bias), one A, D and delta a head.
+
+    x [B, T, H, P]; dt [B, T, H]; A [H] negative, D, dt_bias [H], all float32; B, C [B, T, H, N].
+    keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new document).
+    state [B, H, P, N] float32: what a cached prefix left. Returns y [B, T, H, P] in x's dtype and the last state, float32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        delta = F.softplus(dt.float() + dt_bias)
+        if keep is not None:
+            delta = delta * keep.unsqueeze(-1)
+        if (engine or engine_for(x.device)) == "kernel" and x.shape[1] > 1:
+            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+            documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
+            y, last = mamba_chunk_scan_combined(
+                x.contiguous(), delta, A, B.to(x.dtype).contiguous(), C.to(x.dtype).contiguous(), KERNEL_CHUNK, D=D,
+                initial_states=state, seq_idx=documents, return_final_states=True,
+            )  # fmt: skip
+            return y, last.float()
+        wide = x.float()
+        y, last = _chunked(wide, delta, A, B.float(), C.float(), reset, state)
+        return (y + D.unsqueeze(-1) * wide).to(x.dtype), last
+
+
+def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
+    """Within a chunk every pair of steps by matrix products, between chunks the states in turn (2405.21060, section 6).
+
+    Time is filled up with steps of delta = 0, which change nothing. Decay exponents are summed in float64: they are
+    differences of sums that grow with the chunk.
+    """
+    batch, length, heads, width = x.shape
+    size = min(CHUNK, length)
+    fill = -length % size
+
+    def chunks(t: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [chunks, B, H, L, ...]."""
+        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, fill))
+        return t.unflatten(1, (-1, size)).transpose(2, 3).transpose(0, 1)
+
+    dA = chunks(delta * A).double()
+    s = dA.cumsum(-1)  # [chunks, B, H, L]
+    within = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+    onward = torch.ones_like(s, dtype=torch.bool)  # step t still sees the state that came in
+    until = onward  # step t is still seen by the state that goes out
+    if reset is not None:
+        document = chunks(reset.long().unsqueeze(-1)).cumsum(-1)  # [chunks, B, 1, L]
+        within = within & (document.unsqueeze(-1) == document.unsqueeze(-2))
+        onward, until = document == 0, document == document[..., -1:]
+    between = (s.unsqueeze(-1) - s.unsqueeze(-2)).masked_fill(~within, -torch.inf).float().exp()  # [chunks, B, H, L, L]
+    xd, B, C = chunks(x * delta.unsqueeze(-1)), chunks(B), chunks(C)
+    y = ((C @ B.transpose(-1, -2)) * between) @ xd
+    out = (s[..., -1:] - s).float().exp() * until
+    gained = (xd * out.unsqueeze(-1)).transpose(-1, -2) @ B  # [chunks, B, H, P, N]
+    into = s.float().exp() * onward
+    h = x.new_zeros(batch, heads, width, B.shape[-1]) if state is None else state
+    entered = []
+    for gain, factor in zip(gained, into[..., -1], strict=True):
+        entered.append(h)
+        h = h * factor[..., None, None] + gain
+    y = y + (C @ torch.stack(entered).transpose(-1, -2)) * into.unsqueeze(-1)
+    return y.transpose(0, 1).transpose(2, 3).flatten(1, 2)[:, :length], h
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, engine: str | None = None) -> Tensor:
+    """RMSNorm over each `group` channels of y * silu(z), times `weight` [I], in float32; y, z [B, T, I] -> y's dtype."""
+    if (engine or engine_for(y.device)) == "kernel":
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+        return rmsnorm_fn(y, weight, None, z=z, eps=eps, group_size=group, norm_before_gate=False)
+    gated = (y.float() * F.silu(z.float())).unflatten(-1, (-1, group))
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.flatten(-2).to(y.dtype)
