@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.surgery.replace import Calibration
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> CheckpointReader:
@@ -41,6 +42,48 @@ def data_for(data: str | None, teacher: CheckpointReader | None) -> str:
     from hybridize.distillation.rows import find_data
 
     return find_data(data, None if teacher is None else teacher.path)
+
+
+def found_data(source: CheckpointReader, name: str) -> str | None:
+    """What --data would be if it were omitted, or None where there is nothing. A teacher that is gone is no reason to fail."""
+    from hybridize.errors import InputError
+
+    try:
+        return data_for(None, teacher_of(source, name, None))
+    except InputError:
+        pass
+    try:
+        return data_for(None, source)
+    except InputError:
+        return None
+
+
+def calibration_for(
+    spec: str | None, source: CheckpointReader, parts: str, tokens: int, device: str, seed: int,
+    chat_template: Path | None, trust_remote_code: bool,
+) -> Calibration | None:  # fmt: skip
+    """Text from `spec` to calibrate new mixers on, or None without a spec. InputError when a setting or the text is no good."""
+    from hybridize.distillation.encode import Encoder
+    from hybridize.distillation.rows import read_rows
+    from hybridize.distillation.sample import sample_windows
+    from hybridize.errors import InputError
+    from hybridize.runtime import load_tokenizer, pick_device, quiet_transformers
+    from hybridize.surgery.calibrate import PARTS
+    from hybridize.surgery.replace import Calibration
+
+    chosen = frozenset(part.strip() for part in parts.split(",") if part.strip())
+    if not chosen or chosen - set(PARTS):
+        raise InputError(f"--calibration-parts {parts!r}: choose from {','.join(PARTS)}")
+    if tokens < 1:
+        raise InputError(f"--calibration-tokens {tokens} must be positive")
+    where = pick_device(device)
+    if spec is None:
+        return None
+    quiet_transformers()
+    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), "none", template_text(chat_template))
+    rows = read_rows(spec)
+    name = Path(spec).name if Path(spec).is_file() else spec
+    return Calibration(sample_windows(rows, encoder, tokens, seed), chosen, where, name)
 
 
 def template_text(path: Path | None) -> str | None:

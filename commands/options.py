@@ -37,7 +37,17 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
-DState = Annotated[int | None, typer.Option("--d-state", help="State size of a mixer; divides the head size [default: 16].")]
+Mixer = Annotated[str | None, typer.Option("--mixer", help="Kind of new mixers: mamba2 or mamba [default: mamba2].")]
+NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Start new mixers from attention weights alone.")]
+CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="How much text to calibrate on.")]
+CalibrationParts = Annotated[str, typer.Option("--calibration-parts", help="What to set from it: z,conv,decay,scale,out.")]
+CALIBRATION_TOKENS, CALIBRATION_PARTS = 16384, "z,conv,decay,scale,out"
+DState = Annotated[
+    int | None,
+    typer.Option(
+        "--d-state", help="State size of a mixer; divides the head size [default: 16; in mamba2 it is the head size]."
+    ),
+]
 DConv = Annotated[int | None, typer.Option("--d-conv", help="Taps of a mixer's convolution [default: 4].")]
 DtRank = Annotated[int | None, typer.Option("--dt-rank", help="Rank of a mixer's step size [default: hidden size / 16].")]
 Expand = Annotated[str | None, typer.Option("--expand", help="Key/value heads by head, or by chunk as in M1 [default: head].")]

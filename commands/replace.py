@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as opt
-from .models import open_checkpoint, teacher_of
+from .models import calibration_for, found_data, open_checkpoint, teacher_of
 from .output import Output, guarded
+
+if TYPE_CHECKING:
+    from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.checkpoint.scores import Scores
+    from hybridize.surgery.teacher import Teacher
 
 
 @guarded
@@ -22,12 +27,22 @@ def command(
         str, typer.Option("--init-from", help="Whose attention weights: checkpoint (as they are now) or teacher.")
     ] = "checkpoint",
     teacher: opt.Teacher = None,
+    mixer: opt.Mixer = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help="Text to calibrate on [default: as --data elsewhere, if there is any].")
+    ] = None,
+    no_calibrate: opt.NoCalibrate = False,
+    calibration_tokens: opt.CalibrationTokens = opt.CALIBRATION_TOKENS,
+    calibration_parts: opt.CalibrationParts = opt.CALIBRATION_PARTS,
+    chat_template: opt.ChatTemplate = None,
     d_state: opt.DState = None,
     d_conv: opt.DConv = None,
     dt_rank: opt.DtRank = None,
     expand: opt.Expand = None,
     output: opt.Output = None,
+    device: opt.Device = "auto",
     seed: opt.Seed = 0,
+    trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
     dry_run: opt.DryRun = False,
@@ -36,66 +51,67 @@ def command(
 ) -> None:
     """Reads a checkpoint and its scores; writes a checkpoint (h{N}/ when -o is omitted) with attention layers replaced.
 
-    New Mamba layers start from the attention's own weights (Mamba-in-Llama). The layers with the lowest scores go first;
-    layers that are Mamba already stay as they are, and everything else is copied bit for bit.
+    New Mamba layers start from the attention's own weights (Mamba-in-Llama) and are calibrated on a little text, where there is
+    any. The layers with the lowest scores go first; layers that are Mamba already stay as they are, and everything else is
+    copied bit for bit.
     """
     out = Output(as_json, quiet)
-    from hybridize.checkpoint.scores import find_scores, read_scores
     from hybridize.checkpoint.writer import check_output
     from hybridize.errors import InputError
     from hybridize.surgery.replace import MixerSettings, plan, replace
-    from hybridize.surgery.select import check_indices, lowest, needed, parse_indices
     from hybridize.surgery.teacher import read_teacher
 
     if (layers is None) == (indices is None):
         raise InputError("say which layers: either --layers N or --indices LIST")
     if init_from not in ("checkpoint", "teacher"):
         raise InputError(f"--init-from is checkpoint or teacher, not {init_from}")
-    source = open_checkpoint(checkpoint, revision)
-    contract = read_teacher(source)
-    if indices is not None:
-        if scores is not None:
-            raise InputError("--scores has no use beside --indices")
-        chosen = check_indices(contract, parse_indices(indices))
-    else:
-        assert layers is not None
-        count, chosen = needed(contract, layers), []
-        if count:
-            path = scores or find_scores(source.path, checkpoint)
-            if path is None:
-                raise InputError(f"{checkpoint} has no scores; run score-loo or score-mmr first, or name layers with --indices")
-            ranking = read_scores(path)
-            if ranking.checkpoint != source.hash:
-                raise InputError(f"{path} was measured on another checkpoint than {checkpoint}; score this one")
-            chosen = lowest(contract, ranking, count)
-            out.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
-            if ranking.mixer not in (None, "mamba") or ranking.init not in (None, "mil"):
-                out.warn(f"{path} was measured with {ranking.mixer} mixers started by {ranking.init}, not with mamba by mil")
-    total = len(contract.mixer_layers) + len(chosen)
-    target = output or Path(f"h{total}")
     if teacher is not None and init_from != "teacher":
         raise InputError("--teacher has no use without --init-from teacher")
-    surgery = plan(contract, chosen, MixerSettings(d_state, d_conv, dt_rank, expand))
+    if calibrate is not None and no_calibrate:
+        raise InputError("--calibrate and --no-calibrate contradict each other")
+    source = open_checkpoint(checkpoint, revision)
+    contract = read_teacher(source)
+    chosen, ranking = _choose(source, checkpoint, contract, layers, indices, scores, out)
+    total = len(contract.mixer_layers) + len(chosen)
+    target = output or Path(f"h{total}")
+    surgery = plan(contract, chosen, MixerSettings(mixer, d_state, d_conv, dt_rank, expand))
     donor = teacher_of(source, checkpoint, teacher) if init_from == "teacher" else source
     check_output(target, overwrite or dry_run, source.path, donor.path)
     if donor is not source:
-        origin = read_teacher(donor)
-        if (origin.hidden, origin.heads, origin.kv_heads, origin.head_dim) != (
-            contract.hidden, contract.heads, contract.kv_heads, contract.head_dim,
-        ):  # fmt: skip
-            raise InputError(f"{donor.path} has another attention shape than {checkpoint}")
-        lacking = [layer for layer in chosen if layer not in origin.attention_layers]
-        if lacking:
-            raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")
+        _check_donor(donor, checkpoint, contract, chosen)
+    text = None if no_calibrate or not chosen else calibrate or found_data(source, checkpoint)
+    if chosen and text is None and not no_calibrate:
+        out.warn(
+            "no text to calibrate on (--calibrate DATA, or a traces.jsonl here): the new layers start from attention "
+            "weights alone and will need far more training"
+        )
+    try:
+        fit = calibration_for(
+            text, source, calibration_parts, calibration_tokens, device, seed, chat_template, trust_remote_code
+        )  # fmt: skip
+    except InputError as error:
+        if text is None or calibrate is not None:
+            raise
+        raise InputError(f"{error} (--no-calibrate does without)") from error
+    init = "mil" if fit is None else "calibrated"
+    if ranking is not None and surgery.mixer is not None:
+        kind = surgery.mixer["kind"]
+        if ranking.mixer not in (None, kind) or ranking.init not in (None, init):
+            out.warn(f"the scores were measured with {ranking.mixer} mixers ({ranking.init}), not with {kind} ({init})")
     strip = "".join(
         "N" if i in chosen else "M" if i in contract.mixer_layers else "a" for i in range(len(contract.layer_types))
     )
     summary = {
         "output": str(target), "converted": chosen, "mamba_layers": sorted([*chosen, *contract.mixer_layers]),
         "layers": len(contract.layer_types), "mixer": surgery.mixer, "init_from": init_from,
+        "calibration": None if fit is None else fit.settings(),
     }  # fmt: skip
     if dry_run:
-        plans = [{"target": t.name, "shape": list(t.shape), "rows": t.describe()} for t in surgery.targets]
+        plans = [
+            {"target": t.name, "shape": list(t.shape), "rows": t.describe(fit is not None)}
+            for ts in surgery.targets.values()
+            for t in ts
+        ]
 
         def show() -> None:
             for entry in plans:
@@ -107,7 +123,7 @@ def command(
     settings = {"layers": layers, "indices": chosen, "mixer": surgery.mixer, "init_from": init_from}
     replace(
         source, checkpoint, surgery, target, donor=donor, init_from=init_from, seed=seed, overwrite=overwrite,
-        settings=settings, progress=lambda name: out.progress(f"writing {name}"),
+        settings=settings, calibration=fit, progress=lambda name: out.progress(f"writing {name}"),
     )  # fmt: skip
     out.progress(f"wrote {target}", last=True)
 
@@ -116,3 +132,44 @@ def command(
         print(f"{strip}   (N new Mamba, M Mamba, a attention)")
 
     out.result(summary, human)
+
+
+def _choose(
+    source: CheckpointReader, name: str, contract: Teacher, layers: int | None, indices: str | None, scores: Path | None,
+    out: Output,
+) -> tuple[list[int], Scores | None]:  # fmt: skip
+    """The layers to convert, and the ranking that chose them, if one did."""
+    from hybridize.checkpoint.scores import find_scores, read_scores
+    from hybridize.errors import InputError
+    from hybridize.surgery.select import check_indices, lowest, needed, parse_indices
+
+    if indices is not None:
+        if scores is not None:
+            raise InputError("--scores has no use beside --indices")
+        return check_indices(contract, parse_indices(indices)), None
+    assert layers is not None
+    count = needed(contract, layers)
+    if not count:
+        return [], None
+    path = scores or find_scores(source.path, name)
+    if path is None:
+        raise InputError(f"{name} has no scores; run score-loo or score-mmr first, or name layers with --indices")
+    ranking = read_scores(path)
+    if ranking.checkpoint != source.hash:
+        raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
+    out.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
+    return lowest(contract, ranking, count), ranking
+
+
+def _check_donor(donor: CheckpointReader, name: str, contract: Teacher, chosen: list[int]) -> None:
+    """InputError unless `donor` has attention of the same shape in all layers that need it."""
+    from hybridize.errors import InputError
+    from hybridize.surgery.teacher import read_teacher
+
+    origin = read_teacher(donor)
+    ours, theirs = ((t.hidden, t.heads, t.kv_heads, t.head_dim) for t in (contract, origin))
+    if ours != theirs:
+        raise InputError(f"{donor.path} has another attention shape than {name}")
+    lacking = [layer for layer in chosen if layer not in origin.attention_layers]
+    if lacking:
+        raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .models import data_for, teacher_of, template_text
+from .models import calibration_for, data_for, teacher_of, template_text
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
@@ -28,6 +28,9 @@ def command(
     mask: opt.Mask = "assistant",
     chat_template: opt.ChatTemplate = None,
     limit: opt.Limit = None,
+    mixer: opt.Mixer = None,
+    no_calibrate: opt.NoCalibrate = False,
+    calibration_tokens: opt.CalibrationTokens = opt.CALIBRATION_TOKENS,
     d_state: opt.DState = None,
     d_conv: opt.DConv = None,
     dt_rank: opt.DtRank = None,
@@ -60,17 +63,23 @@ def command(
     from hybridize.modeling import HybridForCausalLM
     from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
     from hybridize.scoring.mmr import mmr
-    from hybridize.surgery.replace import MixerSettings, plan
+    from hybridize.surgery.replace import MixerSettings, plan, starting_values
     from hybridize.surgery.teacher import hybrid_config, read_teacher
 
     quiet_transformers()
     check_vocabularies(source, origin)
     contract = read_teacher(source)
-    shape = plan(contract, contract.attention_layers[:1], MixerSettings(d_state, d_conv, dt_rank, expand)).mixer
+    surgery = plan(contract, contract.attention_layers, MixerSettings(mixer, d_state, d_conv, dt_rank, expand))
+    shape = surgery.mixer
     assert shape is not None
     where, compute = pick_compute(device, dtype, training=True)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
-    corpus = open_corpus(data_for(data, origin), None, encoder, limit)
+    text = data_for(data, origin)
+    fit = calibration_for(
+        None if no_calibrate else text, source, opt.CALIBRATION_PARTS, calibration_tokens, device, seed, chat_template,
+        trust_remote_code,
+    )  # fmt: skip
+    corpus = open_corpus(text, None, encoder, limit)
     batches = [batch.to(where) for batch in itertools.islice(corpus.training(settings.as_distill()), steps)]
     import torch
 
@@ -81,9 +90,12 @@ def command(
     def progress(layer: int, score: float) -> None:
         out.progress(f"layer {layer}: {score:.5f} after {time.time() - started:.0f} s")
 
-    found = mmr(student.to(where), model, contract, shape, batches, settings, compute, progress)
+    starts = starting_values(source, surgery, source, seed, fit, together=False)
+    found = mmr(student.to(where), model, shape, starts, batches, settings, compute, progress)
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}
+    init = "mil" if fit is None else "calibrated"
     made = {
-        "settings": asdict(settings) | shape | ran, "seconds": round(time.time() - started, 2), "metric": loss,
+        "settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()},
+        "seconds": round(time.time() - started, 2), "metric": loss,
     }  # fmt: skip
-    report_scores(out, source, path, "mmr", f"{loss} after {steps} steps", shape["kind"], "mil", found, made)
+    report_scores(out, source, path, "mmr", f"{loss} after {steps} steps", shape["kind"], init, found, made)

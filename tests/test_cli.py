@@ -136,7 +136,7 @@ def test_json_is_one_object_and_quiet_is_silent(place: Path, cli: Runner) -> Non
 
 def test_dry_run_names_the_source_of_every_row_and_writes_nothing(place: Path, cli: Runner) -> None:
     before = sorted(place.iterdir())
-    text = cli("replace", "--indices", "1", "--dry-run")
+    text = cli("replace", "--indices", "1", "--mixer", "mamba", "--dry-run")
     lines = [line for line in text.splitlines() if line.startswith("model.layers.1.mixer.")]
     assert len(lines) == 8
     (rows,) = [line for line in lines if "in_proj" in line]
@@ -145,6 +145,10 @@ def test_dry_run_names_the_source_of_every_row_and_writes_nothing(place: Path, c
         "C[64:96] = model.layers.1.self_attn.q_proj.weight",
     ):
         assert part in rows
+    text = cli("replace", "--indices", "1", "--dry-run")
+    (rows,) = [line for line in text.splitlines() if "in_proj" in line]
+    assert "x[32:64] = model.layers.1.self_attn.v_proj.weight, each 8 rows repeated to 32" in rows
+    assert rows.endswith("(then calibrated)")
     assert sorted(place.iterdir()) == before
 
 
@@ -168,7 +172,7 @@ def test_settings_from_a_file_and_flags_over_them(place: Path, cli: Runner) -> N
 def test_a_teacher_that_was_fine_tuned_first_can_be_converted(place: Path, cli: Runner) -> None:
     cli("distill", "teacher", "--loss", "ce", "-o", "tuned", *TRAIN)
     cli("replace", "tuned", "--indices", "1")
-    assert [o["origin"] for o in json.loads((place / "h1/hybridize.json").read_text())["layers"]][1] == "mil"
+    assert [o["origin"] for o in json.loads((place / "h1/hybridize.json").read_text())["layers"]][1] == "calibrated"
 
 
 def test_buffers_of_old_checkpoints_survive_training(place: Path, cli: Runner) -> None:
@@ -236,7 +240,15 @@ BAD = [
     (("replace",), "either --layers N or --indices"),
     (("replace", "--indices", "1", "-o", "teacher"), "is or holds the input"),
     (("replace", "--indices", "1", "-o", "tasks"), "tasks exists"),
-    (("replace", "--indices", "1", "--d-state", 3), "must divide the head dimension"),
+    (("replace", "--indices", "1", "--mixer", "mamba", "--d-state", 3), "must divide the head dimension"),
+    (("replace", "--indices", "1", "--d-state", 3), "state size is the head size, 8"),
+    (("replace", "--indices", "1", "--dt-rank", 2), "--dt-rank has no use with --mixer mamba2"),
+    (("replace", "--indices", "1", "--mixer", "mamba3"), "--mixer mamba3 is unknown; use mamba or mamba2"),
+    (("replace", "--indices", "1", "--calibrate", "nothing.jsonl"), "nothing.jsonl does not exist"),
+    (("replace", "--indices", "1", "--calibrate", "traces.jsonl", "--no-calibrate"), "contradict each other"),
+    (("replace", "--indices", "1", "--calibration-parts", "z,d"), "choose from z,conv,decay,scale,out"),
+    (("replace", "--indices", "1", "--calibration-tokens", 0), "--calibration-tokens 0 must be positive"),
+    (("score-mmr", "--mixer", "gru"), "--mixer gru is unknown"),
     (("distill", "--data", "nothing.jsonl", "--steps", 1), "nothing.jsonl does not exist"),
     (("distill", "--data", "empty.jsonl", "--steps", 1), "empty.jsonl has no rows"),
     (("distill", "--data", "bad.jsonl", "--steps", 1), "bad.jsonl:2"),
@@ -307,6 +319,9 @@ def test_a_layer_that_is_mamba_already(place: Path, cli: Runner) -> None:
     assert "layer 1 is a Mamba layer already" in cli.fails("replace", "h1", "--indices", "1")
     assert "never turns one back" in cli.fails("replace", "h1", "--layers", 0)
     assert "and all must agree" in cli.fails("replace", "h1", "--indices", "2", "--d-state", 4)
+    assert "--mixer mamba: the checkpoint's mixers have mamba2" in cli.fails(
+        "replace", "h1", "--indices", "2", "--mixer", "mamba"
+    )
     cli("replace", "h1", "--layers", 1, "-o", "same")
 
 

@@ -21,7 +21,7 @@ from hybridize.runtime import load_model, load_tokenizer
 from hybridize.scoring.interface import ablated, attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
 from hybridize.scoring.mmr import MmrSettings, mmr
-from hybridize.surgery.replace import MixerSettings, plan
+from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import hybrid_config, read_teacher
 from tests.conftest import Runner, make_teacher, write_traces
 from tests.test_surgery import convert
@@ -85,23 +85,26 @@ def test_attention_layers_of_teachers_and_hybrids(teacher: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("converted", [[], [1]])
-def test_mmr_is_replacing_each_layer_and_training_it(teacher: Path, traces: Path, tmp_path: Path, converted: list[int]) -> None:
+def test_mmr_is_replacing_each_layer_and_training_it(
+    teacher: Path, traces: Path, tmp_path: Path, converted: list[int], kind: str
+) -> None:
     """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the plain loop."""
-    convert(teacher, converted, tmp_path / "start")
+    convert(teacher, converted, tmp_path / "start", kind=kind)
     source = CheckpointReader(tmp_path / "start")
     settings = MmrSettings(steps=5, batch_size=2, seq_len=48, lr_mixer=1e-2)
     order = corpus_for(teacher, traces).training(settings.as_distill())
     batches = [next(order) for _ in range(5)]
     contract = read_teacher(source)
-    shape = plan(contract, contract.attention_layers[:1], MixerSettings()).mixer
+    surgery = plan(contract, contract.attention_layers, MixerSettings(kind))
     origin = load_model(teacher, CPU, torch.float32)
     student = HybridForCausalLM.from_pretrained(source.path, config=hybrid_config(source.config), dtype=torch.float32)
     before = {name: p.clone() for name, p in student.named_parameters()}
-    found = mmr(student, origin, contract, shape, batches, settings, torch.float32)
+    starts = starting_values(source, surgery, source, seed=0, calibration=None, together=False)
+    found = mmr(student, origin, surgery.mixer, starts, batches, settings, torch.float32)
     assert [s.layer for s in found] == [i for i in range(4) if i not in converted]
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
     for score in found:
-        convert(source.path, [score.layer], tmp_path / f"h{score.layer}")
+        convert(source.path, [score.layer], tmp_path / f"h{score.layer}", kind=kind)
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / f"h{score.layer}", dtype=torch.float32).train()
         for name, parameter in alone.named_parameters():
             parameter.requires_grad_(f"layers.{score.layer}.mixer." in name)
@@ -129,7 +132,7 @@ def test_score_files_and_what_replace_makes_of_them(tmp_path: Path, cli: Runner,
     cli("score-mmr", "--steps", 2, "--batch-size", 2, "--seq-len", 32, "--json")
     mmr_file = json.loads(Path("teacher/scores/mmr.json").read_text())
     assert json.loads(cli.stdout)["layers"] == mmr_file["layers"]
-    assert (mmr_file["mixer"], mmr_file["init"]) == ("mamba", "mil")
+    assert (mmr_file["mixer"], mmr_file["init"]) == ("mamba2", "calibrated")
     cli("replace", "--layers", 2, "--overwrite")
     assert "mmr.json" in cli.stderr
     assert "exists" in cli.fails("score-loo", "--metric", "kl")

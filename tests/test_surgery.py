@@ -22,9 +22,11 @@ H25 = [47, 39, 24, 36, 31, 43, 32, 20, 38, 37, 30, 33, 22, 23, 40, 42, 44, 35, 4
 LATER = [34, 29, 28, 19, 26, 18, 17, 16, 13, 15, 14, 8, 9, 12, 6, 11, 5, 48, 7, 10, 3, 4, 1, 0]
 
 
-def convert(source: Path, layers: list[int], output: Path, seed: int = 0, **settings: object) -> CheckpointReader:
+def convert(
+    source: Path, layers: list[int], output: Path, seed: int = 0, kind: str | None = None, **settings: object
+) -> CheckpointReader:
     reader = CheckpointReader(source)
-    surgery = plan(read_teacher(reader), layers, MixerSettings(**settings))
+    surgery = plan(read_teacher(reader), layers, MixerSettings(kind, **settings))
     replace(reader, str(source), surgery, output, donor=reader, init_from="checkpoint", seed=seed, overwrite=False, settings={})
     return CheckpointReader(output)
 
@@ -61,10 +63,11 @@ def linear_attention(source: CheckpointReader, layer: int, hidden: torch.Tensor,
 
 
 def test_a_fresh_mixer_is_the_teachers_linear_attention(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert(teacher, [1], tmp_path / "h1", d_state=4)
+    convert(teacher, [1], tmp_path / "h1", kind="mamba", d_state=4)
     mixer = AutoModelForCausalLM.from_pretrained(tmp_path / "h1").model.layers[1].mixer.double()
     hidden = torch.randn(6, 32, dtype=torch.float64)
     from hybridize.modeling import mamba
+    from hybridize.modeling import mixer as shared
 
     def bare_scan(x, dt, A, B, C, D, bias, **_):
         """No decay, no step size, no skip: the plain sum, in float64."""
@@ -76,22 +79,60 @@ def test_a_fresh_mixer_is_the_teachers_linear_attention(teacher: Path, tmp_path:
         return torch.stack(rows)[None], state
 
     monkeypatch.setattr(mamba, "selective_scan", bare_scan)
-    monkeypatch.setattr(mamba, "causal_conv", lambda x, *_, **__: x)
-    monkeypatch.setattr(mamba.nn.functional, "silu", torch.ones_like)
+    monkeypatch.setattr(shared, "causal_conv", lambda x, *_, **__: x)
+    monkeypatch.setattr(shared.nn.functional, "silu", torch.ones_like)
     got = mixer(hidden.unsqueeze(0))[0][0]
     assert worst(got, linear_attention(CheckpointReader(teacher), 1, hidden, chunk=4)) <= 1e-5
 
 
+def test_a_fresh_mamba2_mixer_is_it_with_whole_heads(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(teacher, [1], tmp_path / "h1", kind="mamba2")
+    mixer = AutoModelForCausalLM.from_pretrained(tmp_path / "h1").model.layers[1].mixer.double()
+    hidden = torch.randn(6, 32, dtype=torch.float64)
+    from hybridize.modeling import mamba2
+    from hybridize.modeling import mixer as shared
+
+    def bare_scan(x, dt, A, B, C, D, bias, **_):
+        """No decay, no step size, no skip: the plain sum, in float64."""
+        past = torch.einsum("bthn,bshn,bshp->btshp", C, B, x)
+        return torch.stack([past[:, t, : t + 1].sum(1) for t in range(x.shape[1])], 1), None
+
+    monkeypatch.setattr(mamba2, "ssd_scan", bare_scan)
+    monkeypatch.setattr(mamba2, "gated_norm", lambda y, *_: y)
+    monkeypatch.setattr(shared, "causal_conv", lambda x, *_, **__: x)
+    got = mixer(hidden.unsqueeze(0))[0][0]
+    assert worst(got, linear_attention(CheckpointReader(teacher), 1, hidden, chunk=8)) <= 1e-5
+
+
 @pytest.mark.parametrize(("expand", "order"), [("head", [0, 1, 0, 1, 2, 3, 2, 3]), ("chunk", [0, 0, 1, 1, 2, 2, 3, 3])])
 def test_heads_and_chunks_are_repeated_whole(teacher: Path, tmp_path: Path, expand: str, order: list[int]) -> None:
-    convert(teacher, [0], tmp_path / "h", d_state=4, expand=expand)
+    convert(teacher, [0], tmp_path / "h", kind="mamba", d_state=4, expand=expand)
     mixer = AutoModelForCausalLM.from_pretrained(tmp_path / "h").model.layers[0].mixer
     chunks = torch.arange(16.0)  # 2 key/value heads of 8 = 4 chunks of 4
     assert mixer._expand(chunks.view(1, 1, 16)).view(8, 4)[:, 0].div(4).tolist() == order
 
 
-def test_initial_values(teacher: Path, tmp_path: Path) -> None:
+def test_initial_values_of_mamba2(teacher: Path, tmp_path: Path) -> None:
     result, source = convert(teacher, [2], tmp_path / "h"), CheckpointReader(teacher)
+    get = lambda name: result.tensor(f"model.layers.2.mixer.{name}")  # noqa: E731
+    old = lambda name: source.tensor(f"model.layers.2.self_attn.{name}.weight")  # noqa: E731
+    rows = get("in_proj.weight")
+    assert rows.shape == (4 * 32 + 4, 32)
+    for begin, name in ((32, "v_proj"), (64, "k_proj")):
+        heads = old(name).view(2, 8, 32)
+        assert torch.equal(rows[begin : begin + 32].view(4, 8, 32), heads[[0, 0, 1, 1]])
+    assert torch.equal(rows[96:128], old("q_proj"))
+    assert torch.equal(get("out_proj.weight"), old("o_proj"))
+    decay, step = torch.exp(get("A_log")), torch.nn.functional.softplus(get("dt_bias"))
+    assert decay.shape == step.shape == get("D").shape == (4,)
+    assert 1 <= decay.min() <= decay.max() <= 16
+    assert 1e-3 * 0.999 <= step.min() <= step.max() <= 0.1001
+    assert torch.equal(get("norm.weight"), torch.ones(32))
+    assert result.config["mixer"] == {"kind": "mamba2", "d_inner": 32, "d_state": 8, "d_conv": 4}
+
+
+def test_initial_values(teacher: Path, tmp_path: Path) -> None:
+    result, source = convert(teacher, [2], tmp_path / "h", kind="mamba"), CheckpointReader(teacher)
     get = lambda name: result.tensor(f"model.layers.2.mixer.{name}")  # noqa: E731
     old = lambda name: source.tensor(f"model.layers.2.self_attn.{name}.weight")  # noqa: E731
     rows = get("in_proj.weight")
@@ -110,9 +151,9 @@ def test_initial_values(teacher: Path, tmp_path: Path) -> None:
     assert result.config["layer_types"] == ["full_attention"] * 2 + ["linear_attention", "full_attention"]
 
 
-def test_draws_depend_on_the_tensors_name_and_the_seed_alone(teacher: Path, tmp_path: Path) -> None:
-    one, two = convert(teacher, [2], tmp_path / "a"), convert(teacher, [0, 1, 2], tmp_path / "b")
-    other = convert(teacher, [2], tmp_path / "c", seed=1)
+def test_draws_depend_on_the_tensors_name_and_the_seed_alone(teacher: Path, tmp_path: Path, kind: str) -> None:
+    one, two = convert(teacher, [2], tmp_path / "a", kind=kind), convert(teacher, [0, 1, 2], tmp_path / "b", kind=kind)
+    other = convert(teacher, [2], tmp_path / "c", seed=1, kind=kind)
     names = [name for name in one.names if ".mixer." in name]
     assert len(names) == 8
     assert all(torch.equal(one.tensor(n), two.tensor(n)) for n in names)
@@ -121,11 +162,11 @@ def test_draws_depend_on_the_tensors_name_and_the_seed_alone(teacher: Path, tmp_
     assert not torch.equal(two.tensor(drawn)[:32], two.tensor(drawn.replace("2", "1"))[:32])
 
 
-def test_storage_types_follow_the_input(tmp_path: Path) -> None:
+def test_storage_types_follow_the_input(tmp_path: Path, kind: str) -> None:
     source = make_teacher(tmp_path / "t")
     tensors = {name: t.to(torch.bfloat16) for name, t in load_file(source / "model.safetensors").items()}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    result = convert(source, [1], tmp_path / "h")
+    result = convert(source, [1], tmp_path / "h", kind=kind)
     kinds = {name.split("mixer.")[1]: result.tensor(name).dtype for name in result.names if "mixer" in name}
     assert {name for name, kind in kinds.items() if kind == torch.float32} == {"A_log", "D", "dt_bias"}
     assert set(kinds.values()) == {torch.float32, torch.bfloat16}
@@ -189,7 +230,7 @@ def test_staged_conversion_starts_from_the_checkpoint_or_the_teacher(tmp_path: P
     save_file(trained, next(Path("h1").glob("*.safetensors")), metadata={"format": "pt"})
     cli("replace", "h1", "--indices", "0", "-o", "a")
     cli("replace", "h1", "--indices", "0", "-o", "b", "--init-from", "teacher")
-    rows = [CheckpointReader(Path(p)).tensor("model.layers.0.mixer.in_proj.weight")[64:96] for p in "ab"]
+    rows = [CheckpointReader(Path(p)).tensor("model.layers.0.mixer.in_proj.weight")[96:128] for p in "ab"]
     assert torch.equal(rows[0], trained[name])
     assert torch.equal(rows[1], CheckpointReader(Path("teacher")).tensor(name))
     origins = json.loads(Path("b/hybridize.json").read_text())["layers"]

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
 from hybridize.distillation.losses import Loss
@@ -18,9 +18,7 @@ from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.training import accumulate, make_optimizer, update
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import HybridForCausalLM, converted_layer
-from hybridize.scoring.interface import Progress, attention_layers
-from hybridize.surgery.mapping import build, plan_layer
-from hybridize.surgery.teacher import Teacher
+from hybridize.scoring.interface import Progress
 
 LAST = 10  # steps whose mean loss is the score
 
@@ -53,28 +51,28 @@ class MmrSettings:
 def mmr(
     student: HybridForCausalLM,
     teacher: Any,
-    contract: Teacher,
     mixer: dict[str, Any],
+    starts: Iterable[tuple[int, dict[str, Tensor]]],
     batches: Sequence[Batch],
     settings: MmrSettings,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
-    """Scores every attention layer of `student`; score = mean loss of the last 10 steps, stderr over them.
+    """Scores the attention layers of `starts`; score = mean loss of the last 10 steps, stderr over them.
 
-    batches: one per step, the same for all candidates, on the student's device. `contract` and `mixer` say how to convert.
+    batches: one per step, the same for all candidates, on the student's device. mixer: the new mixers' config entry;
+    starts: for each layer the parameters its mixer starts with.
     The student is left as it was.
     """
     config, layers, device = student.config, student.model.layers, batches[0].ids.device
-    named = dict(student.named_parameters())
     student.requires_grad_(False)
     scores = []
     kinds, shape = list(config.layer_types), config.mixer
     config.mixer = mixer
     try:
-        for layer in attention_layers(student):
+        for layer, values in starts:
             attention = layers[layer]
-            mixed = _convert(attention, student, contract, mixer, layer, named, settings.seed).to(device)
+            mixed = _convert(attention, student, layer, values).to(device)
             layers[layer], config.layer_types = mixed, [*kinds[:layer], "linear_attention", *kinds[layer + 1 :]]
             try:
                 losses = _train(student, mixed, teacher, batches, settings, dtype)
@@ -91,15 +89,10 @@ def mmr(
     return scores
 
 
-def _convert(
-    attention: nn.Module, student: Any, contract: Teacher, mixer: dict[str, Any], layer: int, named: dict[str, Any], seed: int
-) -> nn.Module:
-    """A converted copy of one layer: the mixer as `replace` would make it, everything else shared with the original."""
+def _convert(attention: nn.Module, student: Any, layer: int, values: dict[str, Tensor]) -> nn.Module:
+    """A converted copy of one layer: the mixer with `values`, everything else shared with the original."""
     mixed = converted_layer(type(attention), student.config, layer)
-    with torch.no_grad():
-        for target in plan_layer(contract, mixer, layer):
-            value = build(target, lambda name: named[name].detach().cpu(), torch.float32, seed)
-            mixed.mixer.get_parameter(target.parameter).copy_(value)  # type: ignore[union-attr, operator]
+    mixed.mixer.load_state_dict({name: value.float() for name, value in values.items()})  # type: ignore[union-attr, operator]
     for name, module in attention.named_children():
         if name != "self_attn":
             setattr(mixed, name, module)

@@ -7,25 +7,43 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
-from hybridize.errors import InputError
-from hybridize.modeling import MIXER_LAYER
-from hybridize.surgery.mapping import Target, build, mixer_shape, plan_layer
+from hybridize.errors import InputError, WorkError
+from hybridize.modeling import MIXER_LAYER, HybridConfig
+from hybridize.surgery.calibrate import PARTS, calibrate
+from hybridize.surgery.mapping import DEFAULT_MIXER, Target, build, mixer_shape, plan_layer, stored
+from hybridize.surgery.observe import Observer
 from hybridize.surgery.teacher import Teacher, hybrid_config
 
 
 @dataclass(frozen=True)
 class MixerSettings:
-    """Shape of new mixers. None: as the checkpoint's other mixers have it, else the default (state 16, kernel 4, rank D/16)."""
+    """Kind and shape of new mixers. None: as the checkpoint's other mixers have it, else the default (see mixer_shape)."""
 
+    kind: str | None = None
     d_state: int | None = None
     d_conv: int | None = None
     dt_rank: int | None = None
     expand: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text to calibrate on, ids [W, T]; which PARTS of new mixers to set from it; where to run; a name for the text."""
+
+    ids: Tensor
+    parts: frozenset[str]
+    device: torch.device
+    data: str
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        return {"data": self.data, "tokens": self.ids.numel(), "parts": [part for part in PARTS if part in self.parts]}
 
 
 @dataclass(frozen=True)
@@ -34,23 +52,24 @@ class Surgery:
 
     layers: list[int]
     mixer: dict[str, Any] | None
-    targets: list[Target]
+    targets: dict[int, list[Target]]
 
 
 def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surgery:
     """Raises InputError when the settings contradict the mixers that are there, or do not fit the teacher."""
+    layers = sorted(layers)
     asked = {key: value for key, value in asdict(settings).items() if value is not None}
     if teacher.mixer is not None:
         for key, value in asked.items():
-            if teacher.mixer[key] != value:
-                flag = key.replace("_", "-")
-                raise InputError(f"--{flag} {value}: the checkpoint's mixers have {teacher.mixer[key]}, and all must agree")
+            if teacher.mixer.get(key) != value:
+                flag = "mixer" if key == "kind" else key.replace("_", "-")
+                has = teacher.mixer.get(key, "none")
+                raise InputError(f"--{flag} {value}: the checkpoint's mixers have {has}, and all must agree")
         mixer: dict[str, Any] | None = teacher.mixer
     else:
-        defaults: dict[str, Any] = {"d_state": min(16, teacher.head_dim), "d_conv": 4, "dt_rank": None, "expand": "head"}
-        mixer = mixer_shape(teacher, **(defaults | asked)) if layers else None
-    targets = [target for layer in layers for target in plan_layer(teacher, mixer, layer)] if mixer else []
-    return Surgery(layers, mixer, targets)
+        kind = asked.pop("kind", DEFAULT_MIXER)
+        mixer = mixer_shape(teacher, kind, asked) if layers else None
+    return Surgery(layers, mixer, {layer: plan_layer(teacher, mixer, layer) for layer in layers} if mixer else {})
 
 
 def hybrid_json(raw: dict[str, Any], surgery: Surgery) -> dict[str, Any]:
@@ -64,18 +83,45 @@ def hybrid_json(raw: dict[str, Any], surgery: Surgery) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def starting_values(
+    source: CheckpointReader,
+    surgery: Surgery,
+    donor: CheckpointReader,
+    seed: int,
+    calibration: Calibration | None,
+    together: bool = True,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(layer, its new mixer's parameters by name) for each layer of the plan, in order.
+
+    together: the layers are converted all at once, and each is calibrated above those below; else each is the only one.
+    """
+    if calibration is not None:
+        config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
+        observer = Observer(source, donor, calibration.ids, calibration.device)
+    for layer in surgery.layers:
+        values = {target.parameter: build(target, donor.tensor, seed) for target in surgery.targets[layer]}
+        if calibration is not None:
+            mixer = calibrate(config, layer, values, observer.see(layer), calibration.parts)
+            observer.convert(mixer if together else None)
+            values = {name: value.cpu() for name, value in mixer.state_dict().items()}
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise WorkError(f"layer {layer}: {name} is not finite; are the weights or the calibration data damaged?")
+        yield layer, values
+
+
 def hybrid_tensors(
-    source: CheckpointReader, surgery: Surgery, donor: CheckpointReader, seed: int
+    source: CheckpointReader, surgery: Surgery, donor: CheckpointReader, seed: int, calibration: Calibration | None
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the result: untouched ones as they are, mixers built from `donor`'s attention weights."""
     gone = tuple(f"model.layers.{layer}.self_attn." for layer in surgery.layers)
     for name in source.names:
         if not name.startswith(gone):
             yield name, source.tensor(name)
-    layers = {target.name.split(".mixer.")[0] for target in surgery.targets}
-    dtypes = {layer: source.tensor(f"{layer}.self_attn.q_proj.weight").dtype for layer in layers}
-    for target in surgery.targets:
-        yield target.name, build(target, donor.tensor, dtypes[target.name.split(".mixer.")[0]], seed)
+    for layer, values in starting_values(source, surgery, donor, seed, calibration):
+        dtype = source.tensor(f"model.layers.{layer}.self_attn.q_proj.weight").dtype
+        for target in surgery.targets[layer]:
+            yield target.name, stored(target, values[target.parameter], dtype)
 
 
 def replace(
@@ -89,15 +135,18 @@ def replace(
     seed: int,
     overwrite: bool,
     settings: dict[str, Any],
+    calibration: Calibration | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest."""
+    settings = settings | {"calibration": None if calibration is None else calibration.settings()}
     manifest = descend(source, name, output, "replace", settings, seed)
+    origin = "mil" if calibration is None else "calibrated"
     for layer in surgery.layers:
-        manifest.layers[layer] = {"origin": "mil", "from": init_from}
+        manifest.layers[layer] = {"origin": origin, "from": init_from}
     with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
-        for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed):
+        for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed, calibration):
             writer.add(tensor_name, tensor)
             progress(tensor_name)
         writer.close(hybrid_json(source.config, surgery), manifest, carry_from=source.path)

@@ -1,0 +1,142 @@
+"""Which mixer, calibrated how: SmolLM2-135M, the same 15 of 30 layers, the same tokens, one line of JSON a run.
+
+python docs/experiments/mixers.py TEACHER TRACES HELDOUT.txt GENERAL.txt MASKED.jsonl OUT --runs mamba:plain mamba2:all ...
+
+A run is KIND:PARTS, PARTS being plain, all, or some of z+conv+decay+scale+out; @NAME=VALUE,... after it sets constants of
+hybridize.surgery.calibrate. The protocol is that of smollm2.sh; all runs share one process, because the Mamba-2 kernels spend
+100 seconds on tuning themselves when they are first used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.distillation.distill import Corpus, distill, open_corpus
+from hybridize.distillation.encode import Document, Encoder
+from hybridize.distillation.measure import fidelity
+from hybridize.distillation.run_dir import RunDir
+from hybridize.distillation.sample import sample_windows
+from hybridize.distillation.settings import DistillSettings
+from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers
+from hybridize.surgery import calibrate as constants
+from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
+from hybridize.surgery.teacher import read_teacher
+
+LAYERS = [3, 4, 5, 6, 7, 8, 9, 10, 12, 22, 25, 26, 27, 28, 29]
+TEMPLATE = Path(__file__).with_name("chatml.jinja")
+
+
+class Remembering(Encoder):
+    """Encodes each row once for all runs."""
+
+    def encode(self, row: dict[str, Any], where: str) -> Document:
+        known = self.__dict__.setdefault("known", {})
+        if where not in known:
+            known[where] = super().encode(row, where)
+        return known[where]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("teacher", "traces", "heldout", "general", "masked", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=8_000_000)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--eval-every", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="Keep every run's checkpoints.")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    quiet_transformers()
+    device, dtype = pick_compute("auto", "auto", training=True)
+    tokenizer, template = load_tokenizer(args.teacher), TEMPLATE.read_text()
+    encoders = {mask: Remembering(tokenizer, mask, template) for mask in ("none", "assistant")}
+    settings = DistillSettings(
+        tokens=args.tokens, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
+        mask="none", train="body", warmup_steps=50, eval_every=args.eval_every,
+        eval_windows=args.windows, save_every=0, seed=args.seed,
+    )  # fmt: skip
+    corpus = open_corpus(str(args.traces), str(args.heldout), encoders["none"])
+    windows = sample_windows(corpus.rows, encoders["none"], args.calibration_tokens, args.seed)
+    texts = {}
+    for name, mask in (("heldout", "none"), ("general", "none"), ("masked", "assistant")):
+        path = str(getattr(args, name))
+        texts[name] = [b.to(device) for b in open_corpus(path, path, encoders[mask]).measuring(settings)]
+    source = CheckpointReader(args.teacher)
+    teacher = load_model(args.teacher, device, dtype)
+
+    def measure(path: Path) -> dict[str, dict[str, float]]:
+        student = load_model(path, device, dtype)
+        found = {name: vars(fidelity(student, teacher, text, dtype)) for name, text in texts.items()}
+        return {name: {key: round(value, 5) for key, value in figures.items()} for name, figures in found.items()}
+
+    for run in args.runs:
+        record = {"run": run, "tokens": args.tokens, "seed": args.seed}
+        record |= one(run, args, source, corpus, settings, windows, device, dtype, measure)
+        print(json.dumps(record), flush=True)
+        with (args.out / "mixers.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def one(
+    run: str, args: Any, source: CheckpointReader, corpus: Corpus, settings: DistillSettings, windows: torch.Tensor,
+    device: torch.device, dtype: torch.dtype, measure: Any,
+) -> dict[str, Any]:  # fmt: skip
+    what, _, changes = run.partition("@")
+    kind, _, parts = what.partition(":")
+    chosen = frozenset(constants.PARTS if parts == "all" else () if parts == "plain" else parts.split("+"))
+    assert chosen <= set(constants.PARTS), run
+    changed = {name: float(value) for name, value in (pair.split("=") for pair in changes.split(",") if pair)}
+    before = {name: getattr(constants, name) for name in changed}
+    vars(constants).update(changed)
+    name = run.replace(":", "-").replace("+", ".").replace("@", "_").replace("=", "").replace(",", "_")
+    start, end = args.out / name, args.out / f"{name}-kd"
+    fit = Calibration(windows, chosen, device, args.traces.name) if chosen else None
+    began = time.perf_counter()
+    replace(
+        source, str(args.teacher), plan(read_teacher(source), LAYERS, MixerSettings(kind)), start, donor=source,
+        init_from="checkpoint", seed=args.seed, overwrite=True, settings={"layers": LAYERS}, calibration=fit,
+    )  # fmt: skip
+    vars(constants).update(before)
+    replaced = time.perf_counter()
+    fidelity_at_start = measure(start)
+    speeds: list[float] = []
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            speeds.append(event["tokens_per_second"])
+        elif event["kind"] == "eval":
+            print(f"{run} step {event['step']}: reverse KL {event['reverse_kl']:.4f}", flush=True)
+
+    distill(
+        CheckpointReader(start), str(start), source, corpus, settings, end, device=device, dtype=dtype, overwrite=True,
+        log_every=4, run=RunDir(end, {}), report=report,
+    )  # fmt: skip
+    gc.collect()
+    torch.cuda.empty_cache()
+    found = {
+        "replace_seconds": round(replaced - began, 1), "tokens_per_second": round(speeds[-1]), "start": fidelity_at_start,
+        "end": measure(end),
+    }  # fmt: skip
+    if not args.keep:
+        shutil.rmtree(start)
+        shutil.rmtree(end)
+    return found
+
+
+if __name__ == "__main__":
+    main()
