@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from . import options as opt
 from .models import open_checkpoint
@@ -12,25 +16,47 @@ from .output import Output, guarded
 @guarded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
+    form: Annotated[
+        str, typer.Option("--format", help="hf (transformers, any mixer), granite (transformers, vLLM), gguf (llama.cpp).")
+    ] = "hf",
+    outtype: Annotated[
+        str | None, typer.Option("--outtype", help="Matrices of a gguf: f32, f16 or q8_0 [default: f16].")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the result with the checkpoint in its runtime.")
+    ] = True,
     output: opt.Output = None,
+    device: opt.Device = "auto",
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Reads a hybrid; writes a directory (CHECKPOINT-hf/ when -o is omitted) that transformers loads without hybridize.
+    """Reads a hybrid; writes a directory (CHECKPOINT-FORMAT/ when -o is omitted) that its runtime loads without hybridize.
 
-    Weights byte for byte, tokenizer, the modeling code (for trust_remote_code=True), and a model card with the lineage.
+    hf: weights byte for byte, and the modeling code (trust_remote_code=True). granite: a GraniteMoeHybridForCausalLM for stock
+    transformers and vLLM. gguf: a file for llama.cpp. The last two take Mamba-2 mixers only. Each comes with tokenizer and a
+    model card, and is loaded and compared with the checkpoint before it appears.
     """
     out = Output(as_json, quiet)
     from hybridize.checkpoint.writer import check_output
-    from hybridize.export.hf import export_hf
+    from hybridize.export.export import ExportSettings, check_export, export
+    from hybridize.runtime import pick_device, quiet_transformers
 
+    settings = ExportSettings(form, outtype, verify)
     source = open_checkpoint(checkpoint, revision)
-    target = output or Path(f"{Path(checkpoint).name}-hf")
+    check_export(source, checkpoint, settings)
+    target = output or Path(f"{Path(checkpoint).name}-{form}")
     check_output(target, overwrite, source.path)
-    files = export_hf(source, checkpoint, target, overwrite)
-    out.result(
-        {"output": str(target), "files": files},
-        lambda: print(f'{target}: AutoModelForCausalLM.from_pretrained("{target}", trust_remote_code=True)'),
-    )
+    quiet_transformers()
+    found = export(
+        source, checkpoint, target, settings, overwrite=overwrite, device=pick_device(device), report=out.progress
+    )  # fmt: skip
+
+    def human() -> None:
+        print(f"{target}: {', '.join(found.files)}")
+        print(found.verdict.sentence() if found.verdict else f"not verified: {found.unverified}")
+
+    verdict = None if found.verdict is None else asdict(found.verdict)
+    result = {"output": str(target), "format": form, "files": found.files, "verified": verdict, "unverified": found.unverified}
+    out.result(result, human)

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.export.hf import export_hf, model_card, modeling_files
+from hybridize.export.card import model_card
+from hybridize.export.hf import modeling_files
 from tests.conftest import Runner
 from tests.test_surgery import convert
 
@@ -37,9 +38,9 @@ torch.save({
 
 @pytest.mark.parametrize("layers", [[1, 2], [0, 1, 2, 3]])
 def test_it_loads_without_hybridize_and_computes_the_same(
-    teacher: Path, tmp_path: Path, layers: list[int], cli: Runner
+    teacher: Path, tmp_path: Path, layers: list[int], cli: Runner, kind: str
 ) -> None:
-    convert(teacher, layers, tmp_path / "h")
+    convert(teacher, layers, tmp_path / "h", kind=kind)
     cli("export", tmp_path / "h", "-o", tmp_path / "release")
     # a bare environment; PYTHONPATH adds this one's packages but not its .pth files, so no editable hybridize
     venv.create(tmp_path / "env", symlinks=True)
@@ -64,9 +65,11 @@ def test_it_loads_without_hybridize_and_computes_the_same(
     assert torch.equal(found["tokens"], model.generate(**batch, max_new_tokens=12, do_sample=False))
 
 
-def test_weights_are_the_sources_bytes(teacher: Path, tmp_path: Path) -> None:
-    source = convert(teacher, [1], tmp_path / "h")
-    export_hf(source, "h", tmp_path / "out", overwrite=False)
+def test_weights_are_the_sources_bytes(teacher: Path, tmp_path: Path, cli: Runner) -> None:
+    convert(teacher, [1], tmp_path / "h")
+    text = cli("export", tmp_path / "h", "-o", tmp_path / "out")
+    assert "largest difference of a logit 0.0e+00" in text
+    assert "largest difference of a logit 0.0e+00" in (tmp_path / "out/README.md").read_text()
     for file in (tmp_path / "h").glob("*.safetensors*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     for file in modeling_files():

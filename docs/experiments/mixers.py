@@ -51,7 +51,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--runs", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=8_000_000)
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)

@@ -1,0 +1,101 @@
+"""Writes a hybrid in the format of a runtime, asks that runtime whether it computes the same, and then puts it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hybridize.checkpoint.manifest import MANIFEST, descend, read_manifest
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.checkpoint.writer import AtomicDirectory, write_json
+from hybridize.errors import InputError
+from hybridize.export import card
+from hybridize.export.gguf import check_gguf, write_gguf
+from hybridize.export.granite import Embedding, embed, write_granite
+from hybridize.export.hf import check_hf, write_hf
+from hybridize.export.verify import Verdict, ask_llama_cpp, ask_transformers, reference, runtime_missing
+from hybridize.runtime import load_tokenizer
+
+FORMATS = ("hf", "granite", "gguf")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """form: one of FORMATS; outtype: how a gguf file keeps matrices (None elsewhere, else f16); verify: ask the runtime."""
+
+    form: str = "hf"
+    outtype: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Exported:
+    """files of the directory; verdict of the runtime, or None and why there is none."""
+
+    files: list[str]
+    verdict: Verdict | None
+    unverified: str | None
+
+
+def check_export(source: CheckpointReader, name: str, settings: ExportSettings) -> Embedding | None:
+    """InputError where the checkpoint cannot be exactly that format, naming what stands in the way; no weight is loaded."""
+    if settings.form not in FORMATS:
+        raise InputError(f"--format {settings.form} is unknown; use {', '.join(FORMATS)}")
+    if settings.outtype is not None and settings.form != "gguf":
+        raise InputError("--outtype has no use without --format gguf")
+    if settings.form == "gguf":
+        return check_gguf(source, name, settings.outtype or "f16")
+    if settings.form == "granite":
+        return embed(source, name, "granite")
+    check_hf(source, name)
+    return None
+
+
+def export(
+    source: CheckpointReader,
+    name: str,
+    output: Path,
+    settings: ExportSettings,
+    *,
+    overwrite: bool,
+    device: torch.device,
+    report: Report = lambda _: None,
+) -> Exported:
+    """Writes `output`, atomically: a model that the runtime finds to be another one never appears."""
+    embedding = check_export(source, name, settings)
+    manifest = read_manifest(source.path)
+    missing = runtime_missing(settings.form) if settings.verify else "not asked for (--no-verify)"
+    outtype = settings.outtype or "f16"
+    use, made = {"hf": card.HF, "granite": card.GRANITE}.get(settings.form, ""), output
+    lineage = descend(source, name, output, "export", {"format": settings.form, "outtype": settings.outtype}, 0)
+    with AtomicDirectory(output, overwrite) as path:
+        report("writing")
+        if settings.form == "gguf":
+            assert embedding is not None
+            made = path / f"{Path(name).name}-{outtype.upper()}.gguf"
+            write_gguf(source, embedding, made, name, outtype)
+            write_json(path / MANIFEST, lineage.to_json())
+            use = card.GGUF.replace("FILE", made.name)
+        elif settings.form == "granite":
+            assert embedding is not None
+            write_granite(source, embedding, path, lineage)
+            made = path
+        else:
+            write_hf(source, path)
+            made = path
+        verdict = None
+        if missing is None:
+            report("computing the checkpoint's own answers")
+            wanted = reference(source.path, load_tokenizer(source.path), device)
+            report("asking the runtime")
+            if settings.form == "gguf":
+                verdict = ask_llama_cpp(made, wanted, exact=outtype == "f32")
+            else:
+                verdict = ask_transformers(made, wanted, device)
+        said = verdict.sentence() if verdict else f"not verified: {missing}"
+        (path / "README.md").write_text(card.model_card(source, manifest, use, said), encoding="utf-8")
+    return Exported(sorted(file.name for file in output.iterdir()), verdict, missing)

@@ -1,0 +1,240 @@
+"""The `gguf` format: a Mamba-2 hybrid for llama.cpp, as its architecture `granitehybrid`, through the `gguf` package.
+
+What differs from the `granite` format: mixers are padded to twice the hidden size, which llama.cpp insists on; q and k are
+permuted to interleaved RoPE; `rope.scaling.finetuned` is the switch that turns RoPE on; a layer is recurrent where its
+number of key/value heads is 0; ssm_a is -exp(A_log).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.errors import InputError, WorkError
+from hybridize.export.granite import MIXER, Embedding, embed
+from hybridize.modeling import MIXER_LAYER
+from hybridize.runtime import load_tokenizer
+
+OUTTYPES = ("f32", "f16", "q8_0")
+EXPAND = 2
+QUANT_BLOCK = 32
+STATIC_ROPE = ("default", "linear", "llama3")  # frequencies that do not depend on the length, and no scaling of attention
+# llama.cpp names what splits text before BPE; here, by the pattern in tokenizer.json
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mixer.in_proj": "ssm_in",
+    "mixer.conv1d": "ssm_conv1d", "mixer.norm": "ssm_norm", "mixer.out_proj": "ssm_out", "mixer.A_log": "ssm_a",
+    "mixer.D": "ssm_d", "mixer.dt_bias": "ssm_dt.bias",
+}  # fmt: skip
+
+
+def check_gguf(source: CheckpointReader, name: str, outtype: str) -> Embedding:
+    """InputError where the model, its tokenizer or the setting cannot become a GGUF file, or the package is missing."""
+    if outtype not in OUTTYPES:
+        raise InputError(f"--outtype {outtype} is unknown; use {', '.join(OUTTYPES)}")
+    embedding = embed(source, name, "gguf", EXPAND)
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("--format gguf needs the package gguf: pip install 'hybridize[gguf]'")
+    rope = embedding.config.rope_parameters.get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        raise InputError(f"{name} has RoPE of type {rope!r}, which the gguf format does not carry over; use --format granite")
+    read_vocabulary(source, name)
+    return embedding
+
+
+def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE with a splitter that llama.cpp knows, and its name there as `pre`; or InputError."""
+    path = source.path / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{name} has no tokenizer.json, which the gguf format is made from; use --format granite")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        splitter = found["pre_tokenizer"] or {}
+        steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+        kinds = [str(step.get("type")) for step in steps]
+        pattern = str(steps[0].get("pattern", {}).get("Regex")) if kinds == ["Split", "ByteLevel"] else ""
+        known = found["model"]["type"] == "BPE" and not any(step.get("add_prefix_space") for step in steps)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a tokenizer: {error}") from error
+    pre = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}.get(tuple(kinds)) or PATTERNS.get(pattern)
+    if pre is None or not known:
+        raise InputError(f"{name}: llama.cpp has no name for how tokenizer.json splits text ({kinds}); use --format granite")
+    return found | {"pre": pre}
+
+
+def write_gguf(source: CheckpointReader, embedding: Embedding, file: Path, name: str, outtype: str) -> None:
+    """Streams the model into `file`, tensor by tensor. Matrices are of `outtype`, everything else is float32."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "granitehybrid")
+    _add_settings(writer, embedding, name, outtype)
+    _add_tokenizer(writer, source, name)
+    planned = list(_tensors(source, embedding))
+    kinds = {}
+    for target, shape, _ in planned:
+        kinds[target] = kind = _kind(target, shape, outtype)
+        quantized = kind is gguf.GGMLQuantizationType.Q8_0
+        size = gguf.quant_shape_to_byte_shape(shape, kind) if quantized else shape
+        count = int(torch.tensor(size).prod()) * (1 if quantized else {"F32": 4, "F16": 2}[kind.name])
+        writer.add_tensor_info(target, size, _numpy_type(kind), count, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for target, _, make in planned:
+        value = make().float()
+        if not bool(torch.isfinite(value.half() if kinds[target].name == "F16" else value).all()):
+            raise WorkError(f"{target} has values that {kinds[target].name} cannot hold; use --outtype f32")
+        writer.write_tensor_data(gguf.quants.quantize(value.contiguous().numpy(), kinds[target]))
+    writer.close()
+
+
+def _kind(target: str, shape: tuple[int, ...], outtype: str) -> Any:
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    matrix = len(shape) == 2 and target.endswith(".weight") and "ssm_conv1d" not in target and "ssm_norm" not in target
+    if outtype == "f32" or not matrix:
+        return kinds.F32
+    return kinds.Q8_0 if outtype == "q8_0" and shape[-1] % QUANT_BLOCK == 0 else kinds.F16
+
+
+def _numpy_type(kind: Any) -> Any:
+    import numpy
+
+    return numpy.dtype({"F32": "float32", "F16": "float16"}.get(kind.name, "uint8"))
+
+
+def _tensors(source: CheckpointReader, embedding: Embedding) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+    """(name, shape, how to make it) of every tensor in the file."""
+    config = embedding.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    factors = rope_factors(embedding)
+    if bool((factors != 1).any()):
+        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
+    for name in source.names:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        if name in NAMES:
+            yield NAMES[name], source.shape(name), lambda name=name: source.tensor(name)  # type: ignore[misc]
+            continue
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        assert found is not None, name
+        layer, rest = found.groups()
+        if rest in MIXER:
+            parameter = rest.removeprefix("mixer.")
+            yield _mixer_tensor(source, embedding, name, layer, parameter)
+            continue
+        stem, kind = rest.rsplit(".", 1)
+        count = heads.get(stem.split(".")[-1])
+        yield (
+            f"blk.{layer}.{NAMES[stem]}.{kind}", source.shape(name),
+            lambda name=name, count=count: interleaved(source.tensor(name), count) if count else source.tensor(name),  # type: ignore[misc]
+        )  # fmt: skip
+
+
+def _mixer_tensor(
+    source: CheckpointReader, embedding: Embedding, name: str, layer: str, parameter: str
+) -> tuple[str, tuple[int, ...], Callable[[], Tensor]]:
+    stem, _, kind = parameter.partition(".")
+    target = f"blk.{layer}.{NAMES[f'mixer.{stem}']}" + (f".{kind}" if kind else "")
+    shape = tuple(embedding.pad(parameter, torch.empty(source.shape(name), device="meta")).shape)
+    shapes = {"conv1d.weight": (shape[0], shape[-1]), "norm.weight": (embedding.heads, embedding.head)}
+    shapes |= {"A_log": (embedding.heads, 1), "D": (embedding.heads, 1)}
+    shape = shapes.get(parameter, shape)
+
+    def make() -> Tensor:
+        value = source.tensor(name).float()
+        value = embedding.pad(parameter, -torch.exp(value) if parameter == "A_log" else value)
+        return value.reshape(shape)
+
+    return target, shape, make
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k from halves (transformers' RoPE) to pairs (llama.cpp's), head by head."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def rope_factors(embedding: Embedding) -> Tensor:
+    """[head_dim / 2]: what each RoPE frequency is divided by, against plain RoPE of the same base."""
+    config = embedding.config
+    model = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]]
+    small = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 0, "layer_types": [], "mixer": None})
+    rotary = model(small).rotary_emb
+    size = embedding.attention_head
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    factors = plain / rotary.inv_freq.double()
+    return torch.where((factors - 1).abs() < 1e-6, torch.ones_like(factors), factors).float()
+
+
+def _add_settings(writer: Any, embedding: Embedding, name: str, outtype: str) -> None:
+    import gguf
+
+    config, mixer, types = embedding.config, embedding.config.mixer, gguf.LlamaFileType
+    assert mixer is not None
+    writer.add_name(Path(name).name)
+    writer.add_file_type({"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "q8_0": types.MOSTLY_Q8_0}[outtype])
+    if outtype == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv([0 if kind == MIXER_LAYER else config.num_key_value_heads for kind in config.layer_types])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(embedding.attention_head)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_rope_scaling_finetuned(True)
+    writer.add_attention_scale(embedding.attention_head**-0.5)
+    for add in (writer.add_embedding_scale, writer.add_residual_scale, writer.add_logit_scale):
+        add(1.0)
+    writer.add_ssm_conv_kernel(mixer["d_conv"])
+    writer.add_ssm_inner_size(embedding.width)
+    writer.add_ssm_state_size(embedding.head)
+    writer.add_ssm_time_step_rank(embedding.heads)
+    writer.add_ssm_group_count(embedding.heads)
+
+
+def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
+    """Tokens in the order of their ids, merges, special tokens and the chat template, as tokenizer.json has them."""
+    import gguf
+
+    found, tokenizer = read_vocabulary(source, name), load_tokenizer(source.path)
+    size, kinds = source.config["vocab_size"], gguf.TokenType
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [kinds.UNUSED] * size
+    for token, index in found["model"]["vocab"].items():
+        tokens[index], types[index] = token, kinds.NORMAL
+    for added in found.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(found["pre"])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    writer.add_token_merges(merges or [""])  # llama.cpp wants the key, gguf no empty list; an empty merge joins nothing
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    for kind, index in ids.items():
+        if index is not None:
+            getattr(writer, f"add_{kind}_token_id")(index)
+    began = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    writer.add_add_bos_token(began and tokenizer.bos_token_id is not None)
+    if getattr(tokenizer, "chat_template", None):
+        writer.add_chat_template(tokenizer.chat_template)

@@ -1,0 +1,166 @@
+"""The `granite` format: a Mamba-2 hybrid as GraniteMoeHybridForCausalLM, which transformers and vLLM have as it is.
+
+A Llama-shaped model is a special case of that class: no experts, all multipliers 1, the attention scale and RoPE written out.
+The only thing that may not fit is the mixers' width, which the class wants as an integer times the hidden size: heads of zeros
+fill it up. A head of zeros gives zero after its own norm group, so the function stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridize.checkpoint.manifest import Manifest
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.checkpoint.writer import CheckpointWriter
+from hybridize.errors import InputError
+from hybridize.modeling import MIXER_LAYER, HybridConfig
+from hybridize.surgery.teacher import hybrid_config
+
+OLDEST = (5, 23)  # transformers before this computes another function where n_groups > 1
+ENDS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+ATTENTION = tuple(f"self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias"))
+MIXER = tuple(
+    f"mixer.{name}"
+    for name in ("A_log", "D", "conv1d.bias", "conv1d.weight", "dt_bias", "in_proj.weight", "norm.weight", "out_proj.weight")
+)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How a hybrid sits in the stock class. `width` = expand * hidden is the mixers' d_inner there, `inner` what they have."""
+
+    config: HybridConfig
+    head: int
+    inner: int
+    expand: int
+
+    @property
+    def width(self) -> int:
+        return self.expand * int(self.config.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        """Heads, and groups, of a mixer after padding."""
+        return self.width // self.head
+
+    @property
+    def attention_head(self) -> int:
+        explicit = getattr(self.config, "head_dim", None)
+        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    def pad(self, parameter: str, value: Tensor) -> Tensor:
+        """A mixer's parameter (in_proj.weight ...) with heads of zeros added at the end of each block."""
+        wide, each = (self.inner, self.width), (self.inner // self.head, self.heads)
+        if parameter == "out_proj.weight":
+            return F.pad(value, (0, self.width - self.inner))
+        blocks = {"in_proj.weight": [wide] * 4 + [each], "conv1d.weight": [wide] * 3, "conv1d.bias": [wide] * 3}
+        parts = blocks.get(parameter, [wide] if parameter == "norm.weight" else [each])
+        rows = value.split([before for before, _ in parts])
+        filled = [F.pad(r, (0, 0) * (r.ndim - 1) + (0, b - a)) for r, (a, b) in zip(rows, parts, strict=True)]
+        return torch.cat(filled)
+
+
+def embed(source: CheckpointReader, name: str, form: str, expand: int | None = None) -> Embedding:
+    """Checks that the stock class can be this model exactly, or raises InputError that says what stands in the way and which
+    format works. expand: what it must be, else the least that fits. form: the format asked for."""
+    instead = f"--format {form} cannot say it exactly; use --format hf"
+    if source.config.get("model_type") != "hybridize":
+        raise InputError(f"{name} is no hybrid (model_type {source.config.get('model_type')!r}); replace comes before export")
+    config = hybrid_config(source.config)
+    if not config.mixer_layers:
+        raise InputError(f"{name} has no Mamba layer; replace comes before export")
+    kind = config.mixer["kind"]  # type: ignore[index]
+    if kind != "mamba2":
+        raise InputError(f"{name} has mixers of kind {kind!r}, which no stock class has; {instead}")
+    for layer, what in enumerate(config.layer_types):
+        if what not in (MIXER_LAYER, "full_attention"):
+            raise InputError(f"layer {layer} of {name} is {what}: {instead}")
+    if "full_attention" not in config.layer_types:
+        raise InputError(f"{name} has no attention layer, by whose cache stock runtimes count positions; {instead}")
+    if config.hidden_act != "silu":
+        raise InputError(f"{name} has the activation {config.hidden_act!r} in its MLPs; {instead}")
+    known = {*ENDS} | {
+        f"model.layers.{i}.{part}"
+        for i, what in enumerate(config.layer_types)
+        for part in (*NORMS, *MLP, *(MIXER if what == MIXER_LAYER else ATTENTION))
+    }
+    for tensor in source.names:
+        if tensor not in known and not tensor.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{tensor} of {name} has no slot in GraniteMoeHybridForCausalLM: {instead}")
+    head, inner, hidden = config.mixer["d_state"], config.mixer["d_inner"], config.hidden_size  # type: ignore[index]
+    least = -(-inner // hidden)
+    fits = [e for e in range(least, least + head + 1) if e * hidden % head == 0]
+    if expand is not None:
+        fits = [expand] if expand * hidden >= inner and expand * hidden % head == 0 else []
+    if not fits:
+        wanted = "an integer" if expand is None else str(expand)
+        raise InputError(f"{name}: {inner} mixer channels in heads of {head} do not fit {wanted} x {hidden}; {instead}")
+    return Embedding(config, head, inner, fits[0])
+
+
+def granite_config(embedding: Embedding, raw: dict[str, Any], biased: bool) -> dict[str, Any]:
+    """config.json of the stock class. raw: the hybrid's."""
+    config, mixer = embedding.config, embedding.config.mixer
+    assert mixer is not None
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id",
+        "eos_token_id", "tie_word_embeddings", "rope_parameters",
+    )  # fmt: skip
+    made: dict[str, Any] = {"architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid"}
+    made |= {key: getattr(config, key) for key in same}
+    made |= {key: raw[key] for key in ("dtype", "torch_dtype") if key in raw}
+    if embedding.attention_head * config.num_attention_heads != config.hidden_size:
+        made["head_dim"] = embedding.attention_head
+    return made | {
+        "shared_intermediate_size": config.intermediate_size, "num_local_experts": 0, "num_experts_per_tok": 0,
+        "attention_bias": biased, "attention_multiplier": embedding.attention_head**-0.5, "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0, "residual_multiplier": 1.0, "position_embedding_type": "rope",
+        "layer_types": ["mamba" if kind == MIXER_LAYER else "attention" for kind in config.layer_types],
+        "mamba_n_heads": embedding.heads, "mamba_n_groups": embedding.heads, "mamba_d_head": embedding.head,
+        "mamba_d_state": embedding.head, "mamba_d_conv": mixer["d_conv"], "mamba_expand": embedding.expand,
+        "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_proj_bias": False,
+    }  # fmt: skip
+
+
+def granite_tensors(source: CheckpointReader, embedding: Embedding, biased: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the stock class, in its names, one at a time."""
+    for name in ENDS:
+        if name in source and not (name == "lm_head.weight" and embedding.config.tie_word_embeddings):
+            yield name, source.tensor(name)
+    for layer, kind in enumerate(embedding.config.layer_types):
+        base = f"model.layers.{layer}."
+        for name in NORMS:
+            yield base + name, source.tensor(base + name)
+        gate, up, down = (source.tensor(base + name) for name in MLP)
+        yield f"{base}shared_mlp.input_linear.weight", torch.cat([gate, up])
+        yield f"{base}shared_mlp.output_linear.weight", down
+        if kind == MIXER_LAYER:
+            for name in MIXER:
+                parameter = name.removeprefix("mixer.")
+                yield f"{base}mamba.{parameter}", embedding.pad(parameter, source.tensor(base + name))
+            continue
+        for name in ATTENTION:
+            if base + name in source:
+                yield base + name, source.tensor(base + name)
+            elif biased and name.endswith("bias"):  # the class has all four biases or none
+                weight = source.tensor(base + name.replace("bias", "weight"))
+                yield base + name, weight.new_zeros(len(weight))
+
+
+def write_granite(source: CheckpointReader, embedding: Embedding, path: Path, manifest: Manifest) -> None:
+    """Weights in shards, config, tokenizer and chat template into the directory `path`."""
+    biased = any(".self_attn." in name and name.endswith(".bias") for name in source.names)
+    writer = CheckpointWriter(path)
+    for name, tensor in granite_tensors(source, embedding, biased):
+        writer.add(name, tensor)
+    writer.close(granite_config(embedding, source.config, biased), manifest, carry_from=source.path)
