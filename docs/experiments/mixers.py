@@ -50,7 +50,7 @@ def main() -> None:
     for name in ("teacher", "traces", "heldout", "general", "masked", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--runs", nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, default=8_000_000)
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="0: measure the starts, train nothing.")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, default=8)
@@ -66,7 +66,7 @@ def main() -> None:
     tokenizer, template = load_tokenizer(args.teacher), TEMPLATE.read_text()
     encoders = {mask: Remembering(tokenizer, mask, template) for mask in ("none", "assistant")}
     settings = DistillSettings(
-        tokens=args.tokens, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
+        tokens=args.tokens or 1, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
         mask="none", train="body", warmup_steps=50, eval_every=args.eval_every,
         eval_windows=args.windows, save_every=0, seed=args.seed,
     )  # fmt: skip
@@ -113,7 +113,9 @@ def one(
     )  # fmt: skip
     vars(constants).update(before)
     replaced = time.perf_counter()
-    fidelity_at_start = measure(start)
+    found: dict[str, Any] = {"replace_seconds": round(replaced - began, 1), "start": measure(start)}
+    if not args.tokens:
+        return found
     speeds: list[float] = []
 
     def report(event: dict[str, Any]) -> None:
@@ -128,10 +130,7 @@ def one(
     )  # fmt: skip
     gc.collect()
     torch.cuda.empty_cache()
-    found = {
-        "replace_seconds": round(replaced - began, 1), "tokens_per_second": round(speeds[-1]), "start": fidelity_at_start,
-        "end": measure(end),
-    }  # fmt: skip
+    found |= {"tokens_per_second": round(speeds[-1]), "end": measure(end)}
     if not args.keep:
         shutil.rmtree(start)
         shutil.rmtree(end)
