@@ -175,7 +175,7 @@ def test_the_skip_is_the_least_squares_share_of_x(teacher: Path) -> None:
         target = seen.heads.double().unflatten(-1, (4, 8))[:, :, head].reshape(-1, 1)
         of_state, of_x = torch.linalg.lstsq(both, target, driver="gelsd").solution.flatten().tolist()
         share = of_x / of_state if of_state > 0 else 1.0
-        largest = 10 * float(states[:, :, head].norm() / x[:, :, head].norm())
+        largest = 10 * float(states[:, :, head].detach().norm() / x[:, :, head].detach().norm())
         shares.append(min(max(share, 0.0), largest))
     assert any(0 < s < 1 for s in shares)
     assert worst(mixer.D, torch.tensor(shares)) <= 1e-3
