@@ -26,7 +26,7 @@ def command(
         bool, typer.Option("--verify/--no-verify", help="Compare the result with the checkpoint in its runtime.")
     ] = True,
     output: opt.Output = None,
-    device: opt.Device = "auto",
+    device: opt.Device = "cpu",
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
@@ -46,7 +46,7 @@ def command(
     settings = ExportSettings(form, outtype, verify)
     source = open_checkpoint(checkpoint, revision)
     check_export(source, checkpoint, settings)
-    target = output or Path(f"{Path(checkpoint).name}-{form}")
+    target = output or Path(f"{source.path.resolve().name}-{form}")
     check_output(target, overwrite, source.path)
     quiet_transformers()
     found = export(

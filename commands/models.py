@@ -44,18 +44,19 @@ def data_for(data: str | None, teacher: CheckpointReader | None) -> str:
     return find_data(data, None if teacher is None else teacher.path)
 
 
-def found_data(source: CheckpointReader, name: str) -> str | None:
-    """What --data would be if it were omitted, or None where there is nothing. A teacher that is gone is no reason to fail."""
+def found_data(source: CheckpointReader) -> str | None:
+    """What --data would be if it were omitted, or None. The teacher's own traces are looked for on this disk only."""
+    from hybridize.checkpoint.manifest import root_of
+    from hybridize.distillation.rows import find_data
     from hybridize.errors import InputError
 
-    try:
-        return data_for(None, teacher_of(source, name, None))
-    except InputError:
-        pass
-    try:
-        return data_for(None, source)
-    except InputError:
-        return None
+    root = root_of(source.path)
+    for folder in (source.path, *([Path(root)] if root is not None and Path(root).is_dir() else [])):
+        try:
+            return find_data(None, folder)
+        except InputError:
+            continue
+    return None
 
 
 def calibration_for(
@@ -65,7 +66,7 @@ def calibration_for(
     """Text from `spec` to calibrate new mixers on, or None without a spec. InputError when a setting or the text is no good."""
     from hybridize.distillation.encode import Encoder
     from hybridize.distillation.rows import read_rows
-    from hybridize.distillation.sample import sample_windows
+    from hybridize.distillation.sample import FEWEST, sample_windows
     from hybridize.errors import InputError
     from hybridize.runtime import load_tokenizer, pick_device, quiet_transformers
     from hybridize.surgery.calibrate import PARTS
@@ -74,8 +75,8 @@ def calibration_for(
     chosen = frozenset(part.strip() for part in parts.split(",") if part.strip())
     if not chosen or chosen - set(PARTS):
         raise InputError(f"--calibration-parts {parts!r}: choose from {','.join(PARTS)}")
-    if tokens < 1:
-        raise InputError(f"--calibration-tokens {tokens} must be positive")
+    if tokens < FEWEST:
+        raise InputError(f"--calibration-tokens {tokens} must be at least {FEWEST}")
     where = pick_device(device)
     if spec is None:
         return None

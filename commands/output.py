@@ -85,12 +85,18 @@ def guarded(function: F) -> F:
         except WorkError as error:
             _fail(str(error), EXIT_FAILED)
         except MemoryError:
-            _fail("out of memory; a smaller --batch-size, --micro-batch-size or --seq-len needs less", EXIT_FAILED)
+            _fail(
+                "out of memory; a smaller --batch-size, --micro-batch-size or --seq-len helps (export: --no-verify)",
+                EXIT_FAILED,
+            )
         except OSError as error:
             _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_FAILED)
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":
-                _fail("out of GPU memory; a smaller --batch-size, --micro-batch-size or --seq-len needs less", EXIT_FAILED)
+                _fail(
+                    "out of GPU memory; a smaller --batch-size, --micro-batch-size or --seq-len helps (export: --no-verify)",
+                    EXIT_FAILED,
+                )
             first = (str(error).strip().splitlines() or [""])[0]
             _fail(f"{type(error).__name__}: {first} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
         finally:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hybridize.checkpoint.scores import Scores
     from hybridize.surgery.teacher import Teacher
 
+ENOUGH = 8  # calibration tokens a dimension from which it was better than none, see docs/results.md
+
 
 @guarded
 def command(
@@ -79,11 +81,11 @@ def command(
     check_output(target, overwrite or dry_run, source.path, donor.path)
     if donor is not source:
         _check_donor(donor, checkpoint, contract, chosen)
-    text = None if no_calibrate or not chosen else calibrate or found_data(source, checkpoint)
+    text = None if no_calibrate or not chosen else calibrate or found_data(source)
     if chosen and text is None and not no_calibrate:
         out.warn(
             "no text to calibrate on (--calibrate DATA, or a traces.jsonl here): the new layers start from attention "
-            "weights alone and will need far more training"
+            "weights alone and will need far more training; --mixer mamba starts better so"
         )
     try:
         fit = calibration_for(
@@ -93,6 +95,8 @@ def command(
         if text is None or calibrate is not None:
             raise
         raise InputError(f"{error} (--no-calibrate does without)") from error
+    if fit is not None and fit.ids.numel() < (enough := ENOUGH * max(contract.hidden, contract.inner)):
+        out.warn(f"{fit.ids.numel()} tokens are little to calibrate on and may be worse than none; {enough} are enough here")
     init = "mil" if fit is None else "calibrated"
     if ranking is not None and surgery.mixer is not None:
         kind = surgery.mixer["kind"]

@@ -9,13 +9,13 @@ tasks=(--tasks wordproblems_exact,wordproblems_choice --include-path tasks --lim
 
 hybridize demo                                                   # teacher/ with its traces, tasks/ for lm-eval
 hybridize score-loo --metric kl --windows 16 --seq-len 256       # rank the layers by what removing each one costs
-hybridize replace --layers 4                                     # teacher/ -> h4/: half of its attention is now Mamba
+hybridize replace --layers 4                                     # teacher/ -> h4/: half its attention is Mamba, calibrated
 hybridize distill h4 -o h4-kd --loss reverse-kl=.5,forward-kl=.5 --steps 180 --batch-size 4 --seq-len 512 \
-  --lr-mixer 3e-3 --lr 3e-4 --warmup-steps 10 --eval-every 60 --log-every 30 --save-every 0  # back to the teacher
+  --lr 3e-4 --warmup-steps 10 --eval-every 60 --log-every 30 --save-every 0  # back to the teacher
 hybridize eval teacher "${tasks[@]}" --quiet
 hybridize eval h4 "${tasks[@]}" --quiet
 hybridize eval h4-kd "${tasks[@]}" --baseline teacher/eval/results.json --max-drop 0.1
-hybridize export h4-kd -o release
+hybridize export h4-kd --format granite -o release               # for stock transformers and vLLM, compared there
 
 python3 - <<'P'
 import json

@@ -219,12 +219,18 @@ def test_out(case) -> None:
 
 
 @torch.no_grad()
-def test_all_parts_bring_the_layer_closer_to_the_attention(case) -> None:
-    plain, seen, calibrated = case
-    wanted = seen.heads @ plain["out_proj.weight"].t()
-    errors = [
-        float((m(seen.inputs)[0] - wanted).square().sum() / wanted.square().sum()) for m in (calibrated(), calibrated(*PARTS))
-    ]
+def test_all_parts_bring_the_layer_closer_on_other_text(teacher: Path, kind: str) -> None:
+    reader, g = CheckpointReader(teacher), torch.Generator().manual_seed(9)
+    surgery = plan(read_teacher(reader), [2], MixerSettings(kind))
+    config = HybridConfig.from_dict(hybrid_json(reader.config, surgery))
+    plain = {target.parameter: build(target, reader.tensor, 0) for target in surgery.targets[2]}
+    seen = Observer(reader, reader, torch.randint(4, 260, (30, 40), generator=g), CPU).see(2)
+    other = Observer(reader, reader, torch.randint(4, 260, (4, 40), generator=g), CPU).see(2)
+    wanted, errors = other.heads @ plain["out_proj.weight"].t(), []
+    for parts in (frozenset(), frozenset(PARTS)):
+        made = calibrate(config, 2, plain, seen, parts)(other.inputs)[0]
+        errors.append(float((made - wanted).square().sum() / wanted.square().sum()))
+    print(errors)
     assert errors[1] < 0.9
     assert errors[1] < 0.7 * errors[0]
 
@@ -302,6 +308,25 @@ def test_data_is_found_and_its_absence_is_said(tmp_path: Path, cli: Runner, monk
     (tmp_path / "broken.jsonl").write_text('{"x": 1}\n')
     monkeypatch.setenv("HYBRIDIZE_DATA", str(tmp_path / "broken.jsonl"))
     assert "--no-calibrate does without" in cli.fails("replace", "--indices", "1", "-o", "no")
+
+
+def test_looking_for_data_never_opens_the_hub(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher was fetched")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+    monkeypatch.chdir(tmp_path)
+    make_teacher(tmp_path / "teacher")
+    convert(tmp_path / "teacher", [1], tmp_path / "h1")
+    note = json.loads(Path("h1/hybridize.json").read_text())
+    Path("h1/hybridize.json").write_text(json.dumps(note | {"root": {"path": "org/teacher-15b", "hash": "0"}}))
+    cli("replace", "h1", "--indices", "2", "-o", "bare")
+    assert "no text to calibrate on" in cli.stderr
+    write_traces(tmp_path / "traces.jsonl")
+    cli("replace", "h1", "--indices", "2", "-o", "fitted", "--calibration-tokens", 100)
+    assert "warning: 100 tokens are little to calibrate on and may be worse than none; 256 are enough here" in cli.stderr
 
 
 def test_damaged_weights_end_in_a_sentence(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

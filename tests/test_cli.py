@@ -247,7 +247,7 @@ BAD = [
     (("replace", "--indices", "1", "--calibrate", "nothing.jsonl"), "nothing.jsonl does not exist"),
     (("replace", "--indices", "1", "--calibrate", "traces.jsonl", "--no-calibrate"), "contradict each other"),
     (("replace", "--indices", "1", "--calibration-parts", "z,d"), "choose from z,conv,decay,scale,out"),
-    (("replace", "--indices", "1", "--calibration-tokens", 0), "--calibration-tokens 0 must be positive"),
+    (("replace", "--indices", "1", "--calibration-tokens", 10), "--calibration-tokens 10 must be at least 32"),
     (("score-mmr", "--mixer", "gru"), "--mixer gru is unknown"),
     (("distill", "--data", "nothing.jsonl", "--steps", 1), "nothing.jsonl does not exist"),
     (("distill", "--data", "empty.jsonl", "--steps", 1), "empty.jsonl has no rows"),

@@ -178,18 +178,38 @@ def test_splitters(tmp_path: Path, cli: Runner, pre: str | None) -> None:
     core.save(str(source / "tokenizer.json"))
     command = ("export", source, "--format", "gguf", "-o", tmp_path / "out", "--no-verify")
     if pre is None:
-        assert "llama.cpp has no name for how tokenizer.json splits text" in cli.fails(*command)
+        assert "is no byte-level BPE that splits text as GPT-2, SmolLM, Llama 3 or Qwen 2 do" in cli.fails(*command)
         return
     cli(*command)
     assert File(tmp_path / "out/h-F16.gguf")["tokenizer.ggml.pre"] == pre
 
 
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path, cli: Runner) -> None:
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+NEARLY = {  # what looks like a known tokenizer and is another
+    "unigram": {"model": {"type": "Unigram", "vocab": {}}},
+    "digits in groups": {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTES]}
+    },
+    "no pattern": {"pre_tokenizer": BYTES | {"use_regex": False}},
+    "a space in front": {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
+    "lower case": {"normalizer": {"type": "Lowercase"}},
+}
+
+
+@pytest.mark.parametrize("what", NEARLY)
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path, cli: Runner, what: str) -> None:
     source = make_hybrid(tmp_path)
-    found = json.loads((source / "tokenizer.json").read_text())
-    found["model"]["type"] = "Unigram"
+    found = json.loads((source / "tokenizer.json").read_text()) | NEARLY[what]
     (source / "tokenizer.json").write_text(json.dumps(found))
     assert "use --format granite" in cli.fails("export", source, "--format", "gguf", "-o", tmp_path / "out")
+
+
+def test_a_token_that_the_model_does_not_have(tmp_path: Path, cli: Runner) -> None:
+    source = make_hybrid(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(source)
+    assert "has a token 260, but the model only 260" in cli.fails("export", source, "--format", "gguf", "-o", tmp_path / "out")
 
 
 def test_interleaving_turns_halves_into_pairs() -> None:

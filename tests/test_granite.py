@@ -75,6 +75,9 @@ def test_the_stock_class_computes_the_same(tmp_path: Path, cli: Runner, shape: s
     assert f"largest difference of a logit {verdict['difference']:.1e}" in card
     assert "**transformers 5.23 or newer**" in card
     assert not list((tmp_path / "out").glob("*.py"))
+    usable = heads * size == expand * changes.get("hidden_size", 32) and "wide" not in shape and "padded" not in shape
+    assert ("vllm serve" in card) is usable
+    assert ("Not for vLLM" in card) is not usable
 
 
 @stock
@@ -157,9 +160,8 @@ def test_what_cannot_be_exact_is_refused_by_name(tmp_path: Path, cli: Runner, fo
     windows = ["sliding_attention", "linear_attention", "linear_attention", "full_attention"]
     assert "layer 0 of" in refused(with_config(sliding_window=8, layer_types=windows))
     assert "activation 'gelu'" in refused(with_config(hidden_act="gelu"))
-    if form == "gguf":
-        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-        assert "RoPE of type 'dynamic'" in refused(with_config(rope_parameters=rope))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert "RoPE of type 'dynamic'" in refused(with_config(rope_parameters=rope))
     with_config()
     (source / "tokenizer.json").rename(source / "aside.json")
     if form == "gguf":

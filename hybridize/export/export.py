@@ -16,7 +16,7 @@ from hybridize.export import card
 from hybridize.export.gguf import check_gguf, write_gguf
 from hybridize.export.granite import Embedding, embed, write_granite
 from hybridize.export.hf import check_hf, write_hf
-from hybridize.export.verify import Verdict, ask_llama_cpp, ask_transformers, reference, runtime_missing
+from hybridize.export.verify import Verdict, ask_llama_cpp, ask_own_code, ask_transformers, reference, runtime_missing
 from hybridize.runtime import load_tokenizer
 
 FORMATS = ("hf", "granite", "gguf")
@@ -47,12 +47,19 @@ def check_export(source: CheckpointReader, name: str, settings: ExportSettings) 
         raise InputError(f"--format {settings.form} is unknown; use {', '.join(FORMATS)}")
     if settings.outtype is not None and settings.form != "gguf":
         raise InputError("--outtype has no use without --format gguf")
+    embedding = None
     if settings.form == "gguf":
-        return check_gguf(source, name, settings.outtype or "f16")
-    if settings.form == "granite":
-        return embed(source, name, "granite")
-    check_hf(source, name)
-    return None
+        embedding = check_gguf(source, name, settings.outtype or "f16")
+    elif settings.form == "granite":
+        embedding = embed(source, name, "granite")
+    else:
+        check_hf(source, name)
+    if settings.verify and runtime_missing(settings.form) is None:
+        try:
+            load_tokenizer(source.path)
+        except InputError as error:
+            raise InputError(f"{error}, and prompts need one; --no-verify does without") from error
+    return embedding
 
 
 def export(
@@ -76,13 +83,15 @@ def export(
         report("writing")
         if settings.form == "gguf":
             assert embedding is not None
-            made = path / f"{Path(name).name}-{outtype.upper()}.gguf"
+            made = path / f"{source.path.resolve().name}-{outtype.upper()}.gguf"
             write_gguf(source, embedding, made, name, outtype)
             write_json(path / MANIFEST, lineage.to_json())
             use = card.GGUF.replace("FILE", made.name)
         elif settings.form == "granite":
             assert embedding is not None
             write_granite(source, embedding, path, lineage)
+            if embedding.explicit_head:
+                use = use.replace(card.VLLM, card.NOT_VLLM)
             made = path
         else:
             write_hf(source, path)
@@ -93,9 +102,9 @@ def export(
             wanted = reference(source.path, load_tokenizer(source.path), device)
             report("asking the runtime")
             if settings.form == "gguf":
-                verdict = ask_llama_cpp(made, wanted, exact=outtype == "f32")
+                verdict = ask_llama_cpp(made, wanted, outtype)
             else:
-                verdict = ask_transformers(made, wanted, device)
+                verdict = (ask_own_code if settings.form == "hf" else ask_transformers)(made, wanted, device)
         said = verdict.sentence() if verdict else f"not verified: {missing}"
         (path / "README.md").write_text(card.model_card(source, manifest, use, said), encoding="utf-8")
     return Exported(sorted(file.name for file in output.iterdir()), verdict, missing)

@@ -63,17 +63,39 @@ def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
         raise InputError(f"{name} has no tokenizer.json, which the gguf format is made from; use --format granite")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        splitter = found["pre_tokenizer"] or {}
-        steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
-        kinds = [str(step.get("type")) for step in steps]
-        pattern = str(steps[0].get("pattern", {}).get("Regex")) if kinds == ["Split", "ByteLevel"] else ""
-        known = found["model"]["type"] == "BPE" and not any(step.get("add_prefix_space") for step in steps)
+        pre = _splitter(found)
+        ids = [*found["model"]["vocab"].values(), *(added["id"] for added in found.get("added_tokens", []))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a tokenizer: {error}") from error
-    pre = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}.get(tuple(kinds)) or PATTERNS.get(pattern)
-    if pre is None or not known:
-        raise InputError(f"{name}: llama.cpp has no name for how tokenizer.json splits text ({kinds}); use --format granite")
+    if pre is None:
+        raise InputError(
+            f"{name}: tokenizer.json is no byte-level BPE that splits text as GPT-2, SmolLM, Llama 3 or Qwen 2 do, "
+            "the ones that --format gguf knows; use --format granite"
+        )
+    if max(ids) >= source.config["vocab_size"]:
+        raise InputError(f"{name}: tokenizer.json has a token {max(ids)}, but the model only {source.config['vocab_size']}")
     return found | {"pre": pre}
+
+
+def _splitter(found: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how a tokenizer.json normalises, splits and merges, or None where every detail does not agree."""
+    splitter = found["pre_tokenizer"] or {}
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    kinds, last = [step.get("type") for step in steps], steps[-1]
+    normalizer = (found.get("normalizer") or {}).get("type")
+    if found["model"]["type"] != "BPE" or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    pre = None
+    if last.get("use_regex", True):
+        if kinds == ["ByteLevel"]:
+            pre = "gpt-2"
+        elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            pre = "smollm"
+    elif kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+        pre = PATTERNS.get(str(steps[0].get("pattern", {}).get("Regex")))
+    if normalizer is not None and not (normalizer == "NFC" and pre == "qwen2"):  # llama.cpp leaves NFC to the caller
+        return None
+    return pre
 
 
 def write_gguf(source: CheckpointReader, embedding: Embedding, file: Path, name: str, outtype: str) -> None:
@@ -172,9 +194,9 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 def rope_factors(embedding: Embedding) -> Tensor:
     """[head_dim / 2]: what each RoPE frequency is divided by, against plain RoPE of the same base."""
     config = embedding.config
-    model = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]]
-    small = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 0, "layer_types": [], "mixer": None})
-    rotary = model(small).rotary_emb
+    with torch.device("meta"):
+        model = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]](config)
+    rotary = type(model.rotary_emb)(config)
     size = embedding.attention_head
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     factors = plain / rotary.inv_freq.double()
@@ -234,7 +256,8 @@ def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
     for kind, index in ids.items():
         if index is not None:
             getattr(writer, f"add_{kind}_token_id")(index)
-    began = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(began and tokenizer.bos_token_id is not None)
+    sample = tokenizer("a").input_ids
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and sample[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and sample[-1] == tokenizer.eos_token_id)
     if getattr(tokenizer, "chat_template", None):
         writer.add_chat_template(tokenizer.chat_template)

@@ -57,6 +57,11 @@ class Embedding:
         explicit = getattr(self.config, "head_dim", None)
         return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
 
+    @property
+    def explicit_head(self) -> bool:
+        """The attention's head size is not hidden / heads and must be written out."""
+        return bool(self.attention_head * self.config.num_attention_heads != self.config.hidden_size)
+
     def pad(self, parameter: str, value: Tensor) -> Tensor:
         """A mixer's parameter (in_proj.weight ...) with heads of zeros added at the end of each block."""
         wide, each = (self.inner, self.width), (self.inner // self.head, self.heads)
@@ -88,6 +93,9 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
         raise InputError(f"{name} has no attention layer, by whose cache stock runtimes count positions; {instead}")
     if config.hidden_act != "silu":
         raise InputError(f"{name} has the activation {config.hidden_act!r} in its MLPs; {instead}")
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise InputError(f"{name} has RoPE of type {rope!r}, which depends on the longest text seen so far; {instead}")
     known = {*ENDS} | {
         f"model.layers.{i}.{part}"
         for i, what in enumerate(config.layer_types)
@@ -103,6 +111,7 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
         fits = [expand] if expand * hidden >= inner and expand * hidden % head == 0 else []
     if not fits:
         wanted = "an integer" if expand is None else str(expand)
+        instead = instead.replace("hf", "granite") if expand is not None else instead
         raise InputError(f"{name}: {inner} mixer channels in heads of {head} do not fit {wanted} x {hidden}; {instead}")
     return Embedding(config, head, inner, fits[0])
 
@@ -119,7 +128,7 @@ def granite_config(embedding: Embedding, raw: dict[str, Any], biased: bool) -> d
     made: dict[str, Any] = {"architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid"}
     made |= {key: getattr(config, key) for key in same}
     made |= {key: raw[key] for key in ("dtype", "torch_dtype") if key in raw}
-    if embedding.attention_head * config.num_attention_heads != config.hidden_size:
+    if embedding.explicit_head:
         made["head_dim"] = embedding.attention_head
     return made | {
         "shared_intermediate_size": config.intermediate_size, "num_local_experts": 0, "num_experts_per_tok": 0,

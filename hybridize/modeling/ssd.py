@@ -99,7 +99,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, eng
     if (engine or engine_for(y.device)) == "kernel":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
-        return rmsnorm_fn(y, weight, None, z=z, eps=eps, group_size=group, norm_before_gate=False)
+        return rmsnorm_fn(y, weight, None, z=z.contiguous(), eps=eps, group_size=group, norm_before_gate=False)
     gated = (y.float() * F.silu(z.float())).unflatten(-1, (-1, group))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.flatten(-2).to(y.dtype)
+    return (weight * normed.flatten(-2)).to(y.dtype)

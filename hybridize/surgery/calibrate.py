@@ -76,10 +76,14 @@ def calibrate(config: HybridConfig, layer: int, plain: Mapping[str, Tensor], see
 def ridge(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
     """W [out, in] that minimises |inputs W^T - targets|^2 + strength * mean diagonal of the Gram matrix * |W|^2.
 
-    inputs [..., in], targets [..., out]; solved in float64.
+    inputs [W, T, in], targets [W, T, out]; solved in float64.
     """
-    x, y = inputs.flatten(0, -2), targets.flatten(0, -2)
-    gram, cross = (x.t().double() @ x.double()), x.t().double() @ y.double()
+    wide = (inputs.shape[-1], inputs.shape[-1]), (inputs.shape[-1], targets.shape[-1])
+    gram, cross = (torch.zeros(shape, dtype=torch.float64, device=inputs.device) for shape in wide)
+    for window, wanted in zip(inputs, targets, strict=True):  # a float64 copy of them all would be the largest thing here
+        x = window.double()
+        gram += x.t() @ x
+        cross += x.t() @ wanted.double()
     gram.diagonal().add_(strength * gram.diagonal().mean().clamp(min=1e-30))
     return torch.linalg.solve(gram, cross).t().to(inputs.dtype)
 
