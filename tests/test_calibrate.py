@@ -241,7 +241,8 @@ def test_it_is_deterministic_and_written_into_the_manifest(tmp_path: Path, cli: 
     write_traces(tmp_path / "traces.jsonl")
     common = ("replace", "--indices", "1,2", "--mixer", kind, "--calibration-tokens", 200)
     cli(*common, "-o", "a", "--json")
-    assert json.loads(cli.stdout)["calibration"] == {"data": "traces.jsonl", "tokens": 200, "parts": list(PARTS)}
+    said = json.loads(cli.stdout)["calibration"]
+    assert (said["data"], said["tokens"], said["device"], said["parts"]) == ("traces.jsonl", 200, "cpu", list(PARTS))
     cli(*common, "-o", "b")
     cli(*common, "-o", "c", "--seed", 1)
     cli(*common, "-o", "plain", "--no-calibrate")
@@ -250,6 +251,9 @@ def test_it_is_deterministic_and_written_into_the_manifest(tmp_path: Path, cli: 
     assert not torch.equal(one["model.layers.1.mixer.out_proj.weight"], other["model.layers.1.mixer.out_proj.weight"])
     assert all(torch.equal(one[name], plain[name]) for name in one if ".mixer." not in name)
     note = json.loads(Path("a/hybridize.json").read_text())
+    assert note["settings"]["calibration"] == said
+    assert json.loads(Path("b/hybridize.json").read_text())["settings"]["calibration"]["hash"] == said["hash"]
+    assert json.loads(Path("c/hybridize.json").read_text())["settings"]["calibration"]["hash"] != said["hash"]
     assert [layer["origin"] for layer in note["layers"]] == ["teacher", "calibrated", "calibrated", "teacher"]
     assert note["settings"]["calibration"]["tokens"] == 200
     bare = json.loads(Path("plain/hybridize.json").read_text())

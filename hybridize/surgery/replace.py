@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,8 +43,12 @@ class Calibration:
     data: str
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
-        return {"data": self.data, "tokens": self.ids.numel(), "parts": [part for part in PARTS if part in self.parts]}
+        """What the manifest keeps; `hash` is of the token ids, whatever file and template they came from."""
+        digest = hashlib.sha256(self.ids.cpu().numpy().tobytes()).hexdigest()
+        parts = [part for part in PARTS if part in self.parts]
+        return {
+            "data": self.data, "tokens": self.ids.numel(), "hash": digest, "device": self.device.type, "parts": parts,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
