@@ -40,12 +40,11 @@ def command(
     """
     out = Output(as_json, quiet)
     from hybridize.checkpoint.writer import check_output
-    from hybridize.export.export import ExportSettings, check_export, export
+    from hybridize.export.export import ExportSettings, export
     from hybridize.runtime import pick_device, quiet_transformers
 
     settings = ExportSettings(form, outtype, verify)
     source = open_checkpoint(checkpoint, revision)
-    check_export(source, checkpoint, settings)
     target = output or Path(f"{source.path.resolve().name}-{form}")
     check_output(target, overwrite, source.path)
     quiet_transformers()

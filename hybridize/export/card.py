@@ -17,20 +17,23 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY", trust_remote_code=Tr
 Needs torch and transformers 5.17 or newer. With mamba-ssm and causal-conv1d on a CUDA device it runs their kernels,
 elsewhere plain PyTorch. Assisted decoding is refused: a recurrent state cannot be rolled back."""
 
-GRANITE = """```python
+VLLM = "    vllm serve THIS_DIRECTORY\n"
+GRANITE = (
+    """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 ```
 
-    vllm serve THIS_DIRECTORY
-
+"""
+    + VLLM
+    + """
 Compared in float32; at dtype=bfloat16 transformers casts A_log, D and dt_bias with the rest, which hybridize never does.
 
 A GraniteMoeHybridForCausalLM: no code of its own. **transformers 5.23 or newer**: older versions load the same files without a
 warning and compute another function (they normalise over all channels where this model has one group a head)."""
+)
 
-VLLM = "    vllm serve THIS_DIRECTORY\n"
 NOT_VLLM = "Not for vLLM (0.32 and before): it takes head size = hidden size / heads and ignores this config's head_dim.\n"
 
 GGUF = """    llama-cli -m FILE -cnv

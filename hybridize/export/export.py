@@ -72,15 +72,16 @@ def export(
     device: torch.device,
     report: Report = lambda _: None,
 ) -> Exported:
-    """Writes `output`, atomically: a model that the runtime finds to be another one never appears."""
+    """Writes `output`, atomically: a model that the runtime finds to be another never appears. Raises as check_export."""
     embedding = check_export(source, name, settings)
     manifest = read_manifest(source.path)
     missing = runtime_missing(settings.form) if settings.verify else "not asked for (--no-verify)"
     outtype = settings.outtype or "f16"
-    use, made = {"hf": card.HF, "granite": card.GRANITE}.get(settings.form, ""), output
+    use = {"hf": card.HF, "granite": card.GRANITE}.get(settings.form, "")
     lineage = descend(source, name, output, "export", {"format": settings.form, "outtype": settings.outtype}, 0)
     with AtomicDirectory(output, overwrite) as path:
         report("writing")
+        made = path
         if settings.form == "gguf":
             assert embedding is not None
             made = path / f"{source.path.resolve().name}-{outtype.upper()}.gguf"
@@ -92,10 +93,8 @@ def export(
             write_granite(source, embedding, path, lineage)
             if embedding.explicit_head:
                 use = use.replace(card.VLLM, card.NOT_VLLM)
-            made = path
         else:
             write_hf(source, path)
-            made = path
         verdict = None
         if missing is None:
             report("computing the checkpoint's own answers")

@@ -20,6 +20,7 @@ from hybridize.checkpoint.manifest import Manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError
+from hybridize.export.hf import check_hf
 from hybridize.modeling import MIXER_LAYER, HybridConfig
 from hybridize.surgery.teacher import hybrid_config
 
@@ -78,8 +79,7 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
     """Checks that the stock class can be this model exactly, or raises InputError that says what stands in the way and which
     format works. expand: what it must be, else the least that fits. form: the format asked for."""
     instead = f"--format {form} cannot say it exactly; use --format hf"
-    if source.config.get("model_type") != "hybridize":
-        raise InputError(f"{name} is no hybrid (model_type {source.config.get('model_type')!r}); replace comes before export")
+    check_hf(source, name)
     config = hybrid_config(source.config)
     if not config.mixer_layers:
         raise InputError(f"{name} has no Mamba layer; replace comes before export")

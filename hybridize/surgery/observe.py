@@ -60,11 +60,7 @@ class Observer:
         layer, kind = self._take(self.donor), self.kinds[index]
         with _Listener(layer.self_attn) as attention:  # type: ignore[arg-type]
             after = self._run(layer, kind, self.hidden)
-        inputs = attention.inputs
-        if self.student is not self.hidden:
-            with _Listener(layer.self_attn) as again:  # type: ignore[arg-type]
-                self._run(layer, kind, self.student)
-            inputs = again.inputs
+        inputs = [layer.input_layernorm(window) for window in self.student]  # type: ignore[operator]
         drift = [ours - theirs for ours, theirs in zip(self.student, self.hidden, strict=True)]
         self.open = layer, after
         return Seen(torch.cat(inputs), torch.cat(attention.heads), torch.cat(drift), attention.distance())
@@ -101,17 +97,15 @@ class Observer:
 
 
 class _Listener:
-    """Collects inputs, head outputs and attention distances of a self-attention while it runs."""
+    """Collects head outputs and attention distances of a self-attention while it runs."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
-        self.inputs: list[Tensor] = []
         self.heads: list[Tensor] = []
         self.sums: list[Tensor] = []
 
     def __enter__(self) -> _Listener:
         self.handles = [
-            self.attention.register_forward_pre_hook(self._read, with_kwargs=True),
             self.attention.o_proj.register_forward_pre_hook(lambda _, given: self.heads.append(given[0])),  # type: ignore[union-attr, operator]
             self.attention.register_forward_hook(self._weigh),
         ]
@@ -120,9 +114,6 @@ class _Listener:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-
-    def _read(self, _: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        self.inputs.append(given[0] if given else named["hidden_states"])
 
     def _weigh(self, _: nn.Module, __: Any, out: tuple[Tensor, Tensor]) -> None:
         weights = out[1][0, :, :, 1:]  # [H, T, T - 1]
