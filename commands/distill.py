@@ -45,6 +45,12 @@ def command(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
     ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile for the layers: a minute, then faster steps.")
+    ] = None,
+    cuda_graph: Annotated[
+        bool | None, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step as one CUDA graph; with --mask none.")
+    ] = None,
     eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
     eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
@@ -71,6 +77,7 @@ def command(
         "loss": loss, "temperature": temperature, "mask": mask, "tokens": tokens, "steps": steps, "batch_size": batch_size,
         "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile, "cuda_graph": cuda_graph,
         "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
     }  # fmt: skip
     from dataclasses import asdict

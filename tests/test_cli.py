@@ -194,11 +194,11 @@ def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, m
     cli("distill", "h2", "-o", "whole", *TRAIN)
     real, calls = training.update, []
 
-    def stops(*arguments: object) -> torch.Tensor:
+    def stops(*arguments: object, **keywords: object) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **keywords)
 
     monkeypatch.setattr(training, "update", stops)
     assert cli.fails("distill", "h2", "-o", "parts", *TRAIN, code=130) == "error: interrupted"

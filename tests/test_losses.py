@@ -42,7 +42,7 @@ def problem(n: int = 13, V: int = 37, D: int = 8, seed: int = 0):
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_value_and_gradients(text: str, temperature: float, chunk: int) -> None:
     h, W, th, tW, labels = problem()
-    ours = chunked_loss(h, W, th, tW, labels, Loss.parse(text, temperature), count=20, chunk=chunk)
+    ours = chunked_loss(h, W, th, tW, labels, Loss.parse(text, temperature), scale=1 / 20, chunk=chunk)
     grads = torch.autograd.grad(3 * ours, [h, W])
     h64, W64 = (t.detach().double().requires_grad_() for t in (h, W))
     total = torch.zeros((), dtype=torch.float64)
@@ -59,10 +59,11 @@ def test_value_and_gradients(text: str, temperature: float, chunk: int) -> None:
 @given(cuts=st.lists(st.integers(1, 12), max_size=3), chunk=st.integers(1, 20))
 def test_any_split_gives_the_same_gradient(cuts: list[int], chunk: int) -> None:
     h, W, th, tW, labels = problem()
-    whole = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), count=13), [h, W])
+    whole = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), scale=1 / 13), [h, W])
     edges = [0, *sorted(set(cuts)), 13]
     parts = [
-        chunked_loss(h[a:b], W, th[a:b], tW, labels[a:b], Loss(), count=13, chunk=chunk) for a, b in itertools.pairwise(edges)
+        chunked_loss(h[a:b], W, th[a:b], tW, labels[a:b], Loss(), scale=1 / 13, chunk=chunk)
+        for a, b in itertools.pairwise(edges)
     ]
     for got, want in zip(torch.autograd.grad(sum(parts), [h, W]), whole, strict=True):
         assert worst(got, want) <= 1e-5
@@ -70,18 +71,18 @@ def test_any_split_gives_the_same_gradient(cuts: list[int], chunk: int) -> None:
 
 def test_half_precision_projections_and_a_frozen_head() -> None:
     h, W, th, tW, labels = problem(n=64, V=200, D=32)
-    exact = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), count=64), [h, W])
-    half = chunked_loss(h, W, th.bfloat16(), tW.bfloat16(), labels, Loss(), count=64, dtype=torch.bfloat16)
+    exact = torch.autograd.grad(chunked_loss(h, W, th, tW, labels, Loss(), scale=1 / 64), [h, W])
+    half = chunked_loss(h, W, th.bfloat16(), tW.bfloat16(), labels, Loss(), scale=1 / 64, dtype=torch.bfloat16)
     for got, want in zip(torch.autograd.grad(half, [h, W]), exact, strict=True):
         assert (got - want).norm() / want.norm() <= 2e-2
-    frozen = chunked_loss(h, W.detach(), th, tW, labels, Loss(), count=64)
+    frozen = chunked_loss(h, W.detach(), th, tW, labels, Loss(), scale=1 / 64)
     assert worst(torch.autograd.grad(frozen, [h])[0], exact[0]) == 0
 
 
 def test_extreme_logits_stay_finite() -> None:
     h, W, th, tW, labels = problem()
     for text in ("reverse-kl", "forward-kl", "js"):
-        value = chunked_loss(h * 1e4, W, th * 1e4, tW, labels, Loss.parse(text), count=13)
+        value = chunked_loss(h * 1e4, W, th * 1e4, tW, labels, Loss.parse(text), scale=1 / 13)
         assert torch.isfinite(value)
         assert torch.isfinite(torch.autograd.grad(value, [h])[0]).all()
 

@@ -18,7 +18,8 @@ from hybridize.distillation.packing import Batch
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.schedule import cosine
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.training import accumulate, choose_trained, make_optimizer, prefetched, train
+from hybridize.distillation.step import Accumulator
+from hybridize.distillation.training import choose_trained, make_optimizer, prefetched, train
 from hybridize.errors import InputError, WorkError
 from tests.conftest import hybrid, worst
 
@@ -54,7 +55,7 @@ def test_any_micro_batch_gives_the_same_gradient() -> None:
     teacher, gradients = hybrid("aaa", seed=2), []
     for micro in (4, 3, 1):
         student = hybrid("mam", seed=1)
-        accumulate(student, teacher, batch(0), Loss(), micro, torch.float32)
+        Accumulator(student, teacher, Loss(), micro, torch.float32)(batch(0))
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     assert worst(gradients[1], gradients[0]) <= 1e-5
     assert worst(gradients[2], gradients[0]) <= 1e-5
@@ -62,11 +63,11 @@ def test_any_micro_batch_gives_the_same_gradient() -> None:
 
 def test_the_loss_is_the_mean_over_kept_tokens() -> None:
     student, teacher, data = hybrid("mam", seed=1), hybrid("aaa", seed=2), batch(0)
-    value = accumulate(student, teacher, data, Loss(), 2, torch.float32)
+    value = Accumulator(student, teacher, Loss(), 2, torch.float32)(data)
     log_q, log_p = (F.log_softmax(m(data.ids).logits.double(), -1) for m in (student, teacher))
     each = (log_q.exp() * (log_q - log_p)).sum(-1)
     assert worst(value, each[data.keep].mean()) <= 1e-5
-    ce = accumulate(student, None, data, Loss.parse("ce"), 2, torch.float32)
+    ce = Accumulator(student, None, Loss.parse("ce"), 2, torch.float32)(data)
     assert worst(ce, F.cross_entropy(student(data.ids).logits.double()[data.keep], data.labels[data.keep])) <= 1e-5
 
 

@@ -3,13 +3,14 @@
 python docs/experiments/mixers.py TEACHER TRACES HELDOUT.txt GENERAL.txt MASKED.jsonl OUT --runs mamba:plain mamba2:all ...
 
 A run is KIND:PARTS, PARTS being plain, all, or some of z+conv+decay+scale+out; @NAME=VALUE,... after it sets constants of
-hybridize.surgery.calibrate. The protocol is that of smollm2.sh; all runs share one process, because the Mamba-2 kernels spend
-100 seconds on tuning themselves when they are first used.
+hybridize.surgery.calibrate, @name=value settings of the distillation (lr_mixer, lr). The protocol is that of smollm2.sh; all
+runs share one process, because the Mamba-2 kernels spend 100 seconds on tuning themselves when they are first used.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import shutil
@@ -55,9 +56,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--warmup-steps", type=int, default=50)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--eval-every", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graph", action="store_true")
     parser.add_argument("--keep", action="store_true", help="Keep every run's checkpoints.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -67,10 +71,13 @@ def main() -> None:
     encoders = {mask: Remembering(tokenizer, mask, template) for mask in ("none", "assistant")}
     settings = DistillSettings(
         tokens=args.tokens or 1, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
-        mask="none", train="body", warmup_steps=50, eval_every=args.eval_every,
-        eval_windows=args.windows, save_every=0, seed=args.seed,
+        mask="none", train="body", warmup_steps=args.warmup_steps, eval_every=args.eval_every,
+        eval_windows=args.windows, save_every=0, seed=args.seed, compile=args.compile,
+        cuda_graph=args.cuda_graph,
     )  # fmt: skip
     corpus = open_corpus(str(args.traces), str(args.heldout), encoders["none"])
+    if not args.eval_every:  # the ends are measured here
+        corpus = dataclasses.replace(corpus, heldout=corpus.heldout.part(0, 0))
     windows = sample_windows(corpus.rows, encoders["none"], args.calibration_tokens, args.seed)
     texts = {}
     for name, mask in (("heldout", "none"), ("general", "none"), ("masked", "assistant")):
@@ -100,7 +107,9 @@ def one(
     kind, _, parts = what.partition(":")
     chosen = frozenset(constants.PARTS if parts == "all" else () if parts == "plain" else parts.split("+"))
     assert chosen <= set(constants.PARTS), run
-    changed = {name: float(value) for name, value in (pair.split("=") for pair in changes.split(",") if pair)}
+    given = {name: float(value) for name, value in (pair.split("=") for pair in changes.split(",") if pair)}
+    changed = {name: value for name, value in given.items() if name.isupper()}
+    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if name not in changed})
     before = {name: getattr(constants, name) for name in changed}
     vars(constants).update(changed)
     name = run.replace(":", "-").replace("+", ".").replace("@", "_").replace("=", "").replace(",", "_")
@@ -116,11 +125,11 @@ def one(
     found: dict[str, Any] = {"replace_seconds": round(replaced - began, 1), "start": measure(start)}
     if not args.tokens:
         return found
-    speeds: list[float] = []
+    speeds: list[tuple[float, float]] = []
 
     def report(event: dict[str, Any]) -> None:
         if event["kind"] == "step":
-            speeds.append(event["tokens_per_second"])
+            speeds.append((event["tokens_per_second"], event["first_step_seconds"]))
         elif event["kind"] == "eval":
             print(f"{run} step {event['step']}: reverse KL {event['reverse_kl']:.4f}", flush=True)
 
@@ -130,7 +139,8 @@ def one(
     )  # fmt: skip
     gc.collect()
     torch.cuda.empty_cache()
-    found |= {"tokens_per_second": round(speeds[-1]), "end": measure(end)}
+    found |= {"tokens_per_second": round(speeds[-1][0]), "first_step_seconds": round(speeds[-1][1], 1)}
+    found["end"] = measure(end)
     if not args.keep:
         shutil.rmtree(start)
         shutil.rmtree(end)

@@ -2,10 +2,16 @@
 
 Per token, in float32, p the teacher, q the student (DESIGN section 6). Knows nothing of models: hidden states and output
 matrices in, a scalar and gradients out.
+
+Every divergence is a sum over the vocabulary of f(p, q), and so is all that its gradient needs: with u = q df/dq, up to
+multiples of q, which the softmax takes out, the gradient to the student's logits is u - q sum(u).
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,27 +21,33 @@ from torch import Tensor
 
 from hybridize.errors import InputError
 
-CHUNK_TOKENS = 1024
+CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
+Terms = tuple[Tensor, Tensor]  # f and u, [n, V]
 
 
-def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """sum q (log q - log p): [n, V] log-probabilities to [n] nats."""
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+def _reverse_kl(log_q: Tensor, log_p: Tensor) -> Terms:
+    value = log_q.exp() * (log_q - log_p)
+    return value, value
 
 
-def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """sum p (log p - log q): [n, V] to [n] nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _forward_kl(log_q: Tensor, log_p: Tensor) -> Terms:
+    p = log_p.exp()
+    return p * (log_p - log_q), -p
 
 
-def js(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, 2306.13649, section 3): [n, V] to [n] nats."""
-    weights = torch.tensor([beta, 1 - beta], device=log_q.device)
-    log_m = torch.logsumexp(torch.stack([log_p, log_q]) + weights.log().view(2, 1, 1), 0)
-    return beta * forward_kl(log_m, log_p) + (1 - beta) * forward_kl(log_m, log_q)
+def _js(log_q: Tensor, log_p: Tensor) -> Terms:
+    """KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2 (GKD, 2306.13649, section 3)."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    ours = 0.5 * log_q.exp() * (log_q - log_m)
+    return 0.5 * log_p.exp() * (log_p - log_m) + ours, ours
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"reverse-kl": reverse_kl, "forward-kl": forward_kl, "js": js}
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Terms]] = {"reverse-kl": _reverse_kl, "forward-kl": _forward_kl, "js": _js}
+
+
+def divergence(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """[n, V] log-probabilities to [n] nats."""
+    return DIVERGENCES[name](log_q, log_p)[0].sum(-1)
 
 
 @dataclass(frozen=True)
@@ -71,54 +83,106 @@ class Loss:
     def needs_teacher(self) -> bool:
         return any(name != "ce" for name, _ in self.weights)
 
-    def per_token(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
-        """Logits [n, V] float32 and label ids [n] to [n]."""
-        total = student.new_zeros(len(student))
-        scale = self.temperature
+    def per_token(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] and label ids [n] to the loss [n], float32, and its gradient to the student's logits, float32."""
+        scale, student = self.temperature, student.float()
+        value, grad = student.new_zeros(len(student)), torch.zeros_like(student)
+        mixed = [(weight, DIVERGENCES[name]) for name, weight in self.weights if name != "ce"]
+        if mixed:
+            assert teacher is not None
+            log_q, log_p = F.log_softmax(student / scale, -1), F.log_softmax(teacher.float() / scale, -1)
+            found = [(weight * f, weight * u) for weight, (f, u) in ((w, terms(log_q, log_p)) for w, terms in mixed)]
+            f, u = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
+            value = value + scale**2 * f.sum(-1)
+            grad = grad + scale * (u - log_q.exp() * u.sum(-1, keepdim=True))
         for name, weight in self.weights:
             if name == "ce":
-                total = total + weight * F.cross_entropy(student, labels, reduction="none")
-                continue
-            assert teacher is not None
-            log_q, log_p = F.log_softmax(student / scale, -1), F.log_softmax(teacher / scale, -1)
-            total = total + weight * scale**2 * DIVERGENCES[name](log_q, log_p)
-        return total
+                log_q = F.log_softmax(student, -1)
+                value = value - weight * log_q.gather(1, labels.unsqueeze(1)).squeeze(1)
+                chosen = torch.arange(student.shape[1], device=student.device) == labels.unsqueeze(1)
+                grad = grad + weight * (log_q.exp() - chosen.float())
+        return value, grad
+
+
+def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
+    """The summed loss of logits [n, V], each token's times its `scale` [n]; its gradient replaces the student's logits."""
+    value, grad = loss.per_token(student, teacher, labels)
+    student.copy_(grad * scale.unsqueeze(1))
+    return (value * scale).sum()
+
+
+@functools.cache
+def _fused() -> Callable[..., Tensor]:
+    """`_replace`, compiled: it reads the logits three times instead of some twenty and keeps nothing in between."""
+    chosen = [torch.compile(_replace)]
+
+    def replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
+        for tensor in (student, teacher, labels, scale):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return chosen[0](loss, student, teacher, labels, scale)
+        except torch._dynamo.exc.TorchDynamoException as error:  # no C compiler, for one
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"the loss could not be compiled and will be slow: {first}", stacklevel=2)
+            chosen[0] = _replace
+            return _replace(loss, student, teacher, labels, scale)
+
+    return replace
 
 
 class _Chunked(torch.autograd.Function):
     """Projects, compares and differentiates chunk by chunk in forward; backward only scales what is there."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, loss, dtype, count, chunk):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, loss, dtype, scale, chunk):  # type: ignore[no-untyped-def]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        cast = weight.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        cast, vocabulary = weight.detach().to(dtype), len(weight)
+        total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight: Tensor | None = None
+        chunk = min(chunk or _rows(vocabulary, dtype), max(1, len(hidden)))
+        ours = hidden.new_empty(chunk, vocabulary, dtype=dtype)
+        theirs = None if teacher_hidden is None else hidden.new_empty(chunk, vocabulary, dtype=teacher_weight.dtype)
+        replace = _fused() if hidden.is_cuda else _replace
         for begin in range(0, len(hidden), chunk):
-            rows = slice(begin, begin + chunk)
-            h = hidden[rows].to(dtype)
-            with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-                logits = (h @ cast.t()).float().detach().requires_grad_(need_hidden or need_weight)
-                other = None
-                if teacher_hidden is not None:
-                    other = (teacher_hidden[rows].to(teacher_weight.dtype) @ teacher_weight.t()).float()
-                part = loss.per_token(logits, other, labels[rows]).sum() / count
-                if logits.requires_grad:
-                    (grad,) = torch.autograd.grad(part, logits)
-                    grad = grad.to(dtype)
-            total += part.detach()
+            h = hidden[begin : begin + chunk].detach().to(dtype)
+            logits = torch.mm(h, cast.t(), out=ours[: len(h)])
+            other = None
+            if theirs is not None:
+                other = teacher_hidden[begin : begin + chunk].to(teacher_weight.dtype)
+                other = torch.mm(other, teacher_weight.t(), out=theirs[: len(h)])
+            total += replace(loss, logits, other, labels[begin : begin + chunk], scale[begin : begin + chunk])
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad @ cast).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += (grad.t() @ h).float()
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_hidden[begin : begin + chunk] = logits @ cast
+            if need_weight:
+                grad_weight = _add_product(grad_weight, logits.t(), h, weight.dtype)
+        ctx.grads = grad_hidden, grad_weight
         return total
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        grads = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
+        grads = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.grads]
+        del ctx.grads  # they are the caller's now
         return (*grads, *[None] * 7)
+
+
+def _rows(vocabulary: int, dtype: torch.dtype) -> int:
+    """Tokens a chunk, a multiple of 128 where that fits."""
+    rows = CHUNK_BYTES // (2 * vocabulary * dtype.itemsize)
+    return max(1, rows // 128 * 128 or rows)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right as `dtype`, where a product's type is narrower on the way in, but not on the way out; in place."""
+    if left.dtype == dtype:
+        return left @ right if total is None else total.addmm_(left, right)
+    if left.is_cuda and dtype == torch.float32:
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    product = (left @ right).to(dtype)
+    return product if total is None else total.add_(product)
 
 
 def chunked_loss(
@@ -129,14 +193,19 @@ def chunked_loss(
     labels: Tensor,
     loss: Loss,
     *,
-    count: int,
+    scale: float | Tensor,
     dtype: torch.dtype = torch.float32,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
 ) -> Tensor:
-    """The summed loss of n tokens over `count`, with gradients to `hidden` and `weight`.
+    """The summed loss of n tokens, each times its `scale`, with gradients to `hidden` and `weight`, once.
 
     hidden [n, D], weight [V, D]; teacher_hidden [n, E], teacher_weight [V, E], or None for pure cross-entropy; labels [n].
-    count: kept tokens of the whole optimizer step over all micro-batches and ranks, so that any split has the same gradient.
-    dtype: of the projections; the divergence is float32. Memory: about four [chunk, V] float32 tensors.
+    scale: one, or [n] float32: over the kept tokens of the whole optimizer step, all micro-batches and ranks, so that any split
+    has the same gradient. dtype: of the projections and of the logits' gradient; the divergence is float32. chunk: tokens at a
+    time, by default what CHUNK_BYTES hold.
+    Floor: four products of n D V multiply-adds (three with a frozen head) and three passes over the logits.
     """
-    return _Chunked.apply(hidden, weight, teacher_hidden, teacher_weight, labels, loss, dtype, count, chunk)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((len(hidden),), scale, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Chunked.apply(hidden, weight, teacher_hidden, teacher_weight, labels, loss, dtype, scale, chunk)

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridize.distillation.losses import CHUNK_TOKENS, forward_kl, reverse_kl
+from hybridize.distillation.losses import divergence
 from hybridize.distillation.packing import Batch
+
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def fidelity_per_batch(student: nn.Module, teacher: nn.Module, batches: Iterable
             log_q = F.log_softmax(token_logits(student, ours[part], dtype), -1)
             log_p = F.log_softmax(token_logits(teacher, theirs[part], dtype), -1)
             measures = [
-                reverse_kl(log_q, log_p), forward_kl(log_q, log_p), (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+                divergence("reverse-kl", log_q, log_p), divergence("forward-kl", log_q, log_p),
+                (log_q.argmax(-1) == log_p.argmax(-1)).float(),
                 F.nll_loss(log_q, labels[part], reduction="none"),
             ]  # fmt: skip
             sums += torch.stack(measures).double().sum(1)

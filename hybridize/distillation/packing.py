@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ OPEN_ROWS = 32  # rows that first-fit may still add to
 
 @dataclass(frozen=True)
 class Batch:
-    """All [B, T]: ids; positions (restart at each document); labels, the next token's id; keep, whether it counts."""
+    """All [B, T]: ids; positions, which restart at each document, or None where each row is one text from its start; labels,
+    the next token's id; keep, whether it counts."""
 
     ids: Tensor
-    positions: Tensor
+    positions: Tensor | None
     labels: Tensor
     keep: Tensor
 
@@ -30,20 +32,25 @@ class Batch:
     def tokens(self) -> int:
         return self.ids.numel()
 
-    @property
+    @cached_property
     def kept(self) -> int:
+        """How many positions count: asked of the host's copy where there was one, since a device must be waited for."""
         return int(self.keep.sum())
 
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most `rows` sequences."""
-        parts = zip(*(t.split(rows) for t in (self.ids, self.positions, self.labels, self.keep)), strict=True)
-        return [Batch(*part) for part in parts]
+        ids, labels, keep = (t.split(rows) for t in (self.ids, self.labels, self.keep))
+        positions = [None] * len(ids) if self.positions is None else self.positions.split(rows)
+        return [Batch(*part) for part in zip(ids, positions, labels, keep, strict=True)]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.labels, self.keep)))
+        fields = (self.ids, self.positions, self.labels, self.keep)
+        moved = Batch(*(None if t is None else t.to(device, non_blocking=True) for t in fields))  # type: ignore[arg-type]
+        moved.__dict__["kept"] = self.kept
+        return moved
 
 
-Line = tuple[list[int], list[int], list[int], list[bool]]  # ids, positions, labels, keep, each of one length
+Line = tuple[list[int], list[int] | None, list[int], list[bool]]  # ids, positions, labels, keep, each of one length
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -72,7 +79,7 @@ def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iter
                 row = ([], [], [], [])
                 rows.append(row)
             row[0].extend(ids)
-            row[1].extend(range(len(ids)))
+            row[1].extend(range(len(ids)))  # type: ignore[union-attr]
             row[2].extend([*ids[1:], pad])
             row[3].extend(keep)
     for row in rows:
@@ -81,7 +88,7 @@ def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iter
 
 def _filled(row: Line, length: int, pad: int) -> Line:
     space = length - len(row[0])
-    return row[0] + [pad] * space, row[1] + list(range(space)), row[2] + [pad] * space, row[3] + [False] * space
+    return row[0] + [pad] * space, [*(row[1] or ()), *range(space)], row[2] + [pad] * space, row[3] + [False] * space
 
 
 def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
@@ -97,7 +104,7 @@ def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
         begin = 0
         while len(ids) - begin > length:
             end = begin + length
-            yield ids[begin:end], list(range(length)), ids[begin + 1 : end + 1], keep[begin + 1 : end + 1]
+            yield ids[begin:end], None, ids[begin + 1 : end + 1], keep[begin + 1 : end + 1]
             begin = end
         del ids[:begin], keep[:begin]
 
@@ -116,7 +123,8 @@ def batched(lines: Iterable[Line], size: int, last: bool = False) -> Iterator[Ba
 
 def _stack(group: list[Line]) -> Batch:
     ids, positions, labels, keep = zip(*group, strict=True)
-    return Batch(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels), torch.tensor(keep))
+    at = None if positions[0] is None else torch.tensor(positions)
+    return Batch(torch.tensor(ids), at, torch.tensor(labels), torch.tensor(keep))
 
 
 def endless(document: Callable[[int], Document], count: int, seed: int) -> Iterator[Document]:

@@ -33,6 +33,8 @@ class DistillSettings:
     clip: float = 1.0
     train: str = "all"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     eval_every: int = 100
     eval_windows: int = 24
     save_every: int = 500

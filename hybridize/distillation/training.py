@@ -17,40 +17,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import fidelity, hidden_states, output_weight
+from hybridize.distillation.losses import Loss
+from hybridize.distillation.measure import fidelity
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.schedule import cosine
 from hybridize.distillation.settings import DistillSettings
+from hybridize.distillation.step import Accumulator, can_graph
 from hybridize.errors import WorkError
+from hybridize.runtime import compile_layers
 
 Report = Callable[[dict[str, Any]], None]
 Item = TypeVar("Item")
-
-
-def accumulate(
-    student: nn.Module, teacher: nn.Module | None, batch: Batch, loss: Loss, micro: int, dtype: torch.dtype
-) -> Tensor:
-    """Adds the gradient of the mean loss over all kept tokens of `batch`; returns that mean, detached."""
-    count, total = batch.kept, torch.zeros((), device=batch.ids.device)
-    if count == 0:
-        return total
-    for part in batch.split(micro):
-        kept = part.keep.flatten()
-        hidden = hidden_states(student, part, dtype).flatten(0, 1)[kept]
-        teacher_hidden = teacher_weight = None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = hidden_states(teacher, part, dtype).flatten(0, 1)[kept]
-                teacher_weight = output_weight(teacher).to(dtype)
-        value = chunked_loss(
-            hidden, output_weight(student), teacher_hidden, teacher_weight, part.labels.flatten()[kept], loss,
-            count=count, dtype=dtype,
-        )  # fmt: skip
-        value.backward()
-        total = total + value.detach()
-    return total
 
 
 def choose_trained(student: nn.Module, train: str) -> None:
@@ -78,14 +56,25 @@ def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim
     return torch.optim.AdamW(parts, betas=(0.9, 0.95), fused=fused)
 
 
-def update(student: nn.Module, optimizer: torch.optim.AdamW, factor: float, clip: float) -> Tensor:
-    """One optimizer step at `factor` of the peak rates; returns the gradient norm before clipping."""
+def update(student: nn.Module, optimizer: torch.optim.AdamW, factor: float, clip: float, keep_grads: bool = False) -> Tensor:
+    """One optimizer step at `factor` of the peak rates; returns the gradient norm before clipping.
+
+    keep_grads: gradients become zeros in place instead of None.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keep_grads)
     return norm
+
+
+def _speed_up(student: nn.Module, teacher: nn.Module | None, settings: DistillSettings) -> None:
+    if settings.cuda_graph and not can_graph(student, teacher, settings.seq_len):
+        raise WorkError("--cuda-graph needs a CUDA device, SDPA attention and no sliding window shorter than --seq-len")
+    for model in (student, teacher):
+        if settings.compile and model is not None:
+            compile_layers(model)
 
 
 def train(
@@ -111,6 +100,7 @@ def train(
     optimizer = make_optimizer(student, settings)
     if settings.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    _speed_up(student, teacher, settings)
     start = run.load(student, optimizer, device) if resume else 0
     for _ in range(start):
         next(batches)
@@ -119,12 +109,15 @@ def train(
     def measure(step: int) -> None:
         if held and teacher is not None:
             student.eval()
-            found = vars(fidelity(student, teacher, held, dtype))
+            with torch.compiler.set_stance("force_eager"):  # a few batches are not worth graphs of their own
+                found = vars(fidelity(student, teacher, held, dtype))
             record = {"step": step, "tokens": step * tokens_a_step, "heldout_tokens": found.pop("tokens"), **found}
             run.log("eval", record)
             report({"kind": "eval", **record})
 
-    tokens_a_step, finished, spent = settings.batch_size * settings.seq_len, start, 0.0
+    guide = teacher if loss.needs_teacher else None
+    accumulate = Accumulator(student, guide, loss, settings.micro, dtype, settings.cuda_graph)
+    tokens_a_step, finished, spent, warm_up = settings.batch_size * settings.seq_len, start, 0.0, 0.0
     pending: list[tuple[int, Tensor, Tensor, float]] = []  # losses stay on the device until they are logged
 
     def flush() -> dict[str, Any]:
@@ -149,23 +142,32 @@ def train(
             began = time.perf_counter()
             batch = next(batches).to(device)
             student.train()
-            value = accumulate(student, teacher if loss.needs_teacher else None, batch, loss, settings.micro, dtype)
+            value = accumulate(batch)
             factor = cosine(finished, steps, min(settings.warmup_steps, steps // 2))
             with uninterrupted():
-                norm = update(student, optimizer, factor, settings.clip)
+                norm = update(student, optimizer, factor, settings.clip, keep_grads=settings.cuda_graph)
                 finished += 1
                 pending.append((finished, value, norm, factor))
             logs = finished % log_every == 0 or finished == steps
             saves = settings.save_every and (finished % settings.save_every == 0 or finished == steps)
-            if logs or saves:
+            first = finished == start + 1
+            if logs or saves or first:
                 loss_so_far = float(value)  # waits for the device, so that the time is the step's own
             spent += time.perf_counter() - began
+            warm_up = spent if first else warm_up
             if logs or saves:
                 record = flush()
-                rate = (finished - start) * tokens_a_step / spent
+                # the first step loads, tunes and compiles kernels, which says nothing about those to come
+                rate = tokens_a_step / spent if first else (finished - start - 1) * tokens_a_step / (spent - warm_up)
                 left = (steps - finished) * tokens_a_step / rate
                 if logs:
-                    speed = {"steps": steps, "tokens_per_second": rate, "seconds_left": left, "loss": loss_so_far}
+                    speed = {
+                        "steps": steps,
+                        "tokens_per_second": rate,
+                        "seconds_left": left,
+                        "loss": loss_so_far,
+                        "first_step_seconds": warm_up,
+                    }
                     report({"kind": "step", **record, **speed})
             if saves:
                 run.save(student, optimizer, finished)

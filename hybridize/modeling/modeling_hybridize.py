@@ -6,6 +6,7 @@ boundaries, and a position count that does not come from a key/value cache. Know
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +25,10 @@ MIXERS: dict[str, type[Mixer]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 LLAMA_SHAPED = ("llama", "mistral")  # families whose backbone is embed -> layers -> norm, with nothing in between
 
 
-def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: int) -> nn.Module:
-    """A layer of the teacher's own class, norms, MLP and residuals as they are, whose `self_attn` is a mixer."""
-
+@functools.cache
+def _hybrid_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     class HybridLayer(layer_class):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
+        def __init__(self, config: HybridConfig, index: int) -> None:
             super().__init__(config, index)
             del self.self_attn
             assert config.mixer is not None
@@ -42,7 +42,12 @@ def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: i
         def self_attn(self) -> None:
             del self._modules["self_attn"]
 
-    return HybridLayer()
+    return HybridLayer
+
+
+def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: int) -> nn.Module:
+    """A layer of the teacher's own class, norms, MLP and residuals as they are, whose `self_attn` is a mixer."""
+    return _hybrid_class(layer_class)(config, index)  # type: ignore[arg-type]
 
 
 class StateCache(DynamicCache):
@@ -123,10 +128,11 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values = new_cache(self.config)
         length = hidden.shape[1]
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        packed = position_ids is not None  # or may be: finding out makes the host wait for the device
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device).unsqueeze(0)
 
-        extra = self.layer_inputs(hidden, attention_mask, position_ids, past_key_values, **kwargs)
+        extra = self.layer_inputs(hidden, attention_mask, position_ids, past_key_values, packed, **kwargs)
         trail = [hidden]
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden = layer(
@@ -148,14 +154,19 @@ class HybridModel(HybridPreTrainedModel):
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor,
         past_key_values: Cache | None = None,
+        packed: bool = True,
         **kwargs: Any,
     ) -> dict[str, dict[str, Any]]:
-        """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its mask, packing boundaries."""
+        """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its mask, packing boundaries.
+
+        packed: whether positions may restart.
+        """
         length = hidden.shape[1]
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
         masks = attention_mask if isinstance(attention_mask, dict) else {}
         plain = None if isinstance(attention_mask, dict) else attention_mask
-        seq_idx = document_index(position_ids, hidden) if attention_mask is None and past_key_values is None else None
+        packed = packed and attention_mask is None and past_key_values is None
+        seq_idx = document_index(position_ids, hidden) if packed else None
         extra: dict[str, dict[str, Any]] = {}
         for kind in set(self.config.layer_types):
             if kind == MIXER_LAYER:

@@ -38,6 +38,7 @@ def engine_for(device: torch.device) -> str:
     return "kernel" if device.type == "cuda" and kernels_missing() is None else "torch"
 
 
+@torch.compiler.disable  # torch.compile sees every scan as one opaque call: its kernels are not the compiler's to trace
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, engine: str | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU.
 
@@ -64,6 +65,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
     return F.silu(out + bias).to(x.dtype)
 
 
+@torch.compiler.disable
 def selective_scan(
     x: Tensor,
     dt: Tensor,

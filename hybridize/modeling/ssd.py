@@ -17,6 +17,7 @@ CHUNK = 64  # torch: L^2 (N + P) + 2 L N P products a chunk and head are fewest 
 KERNEL_CHUNK = 256
 
 
+@torch.compiler.disable
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -94,6 +95,7 @@ def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
     return y.transpose(0, 1).transpose(2, 3).flatten(1, 2)[:, :length], h
 
 
+@torch.compiler.disable
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, engine: str | None = None) -> Tensor:
     """RMSNorm over each `group` channels of y * silu(z), times `weight` [I], in float32; y, z [B, T, I] -> y's dtype."""
     if (engine or engine_for(y.device)) == "kernel":

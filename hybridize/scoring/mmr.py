@@ -15,7 +15,8 @@ from hybridize.distillation.losses import Loss
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.schedule import cosine
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.training import accumulate, make_optimizer, update
+from hybridize.distillation.step import Accumulator
+from hybridize.distillation.training import make_optimizer, update
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import HybridForCausalLM, converted_layer
 from hybridize.scoring.interface import Progress
@@ -105,8 +106,9 @@ def _train(
 ) -> list[float]:
     student.train()
     plain = settings.as_distill()
-    optimizer, loss, losses = make_optimizer(mixed, plain), Loss.parse(settings.loss), []
+    optimizer, losses = make_optimizer(mixed, plain), []
+    accumulate = Accumulator(student, teacher, Loss.parse(settings.loss), settings.batch_size, dtype)
     for step, batch in enumerate(batches):
-        losses.append(accumulate(student, teacher, batch, loss, settings.batch_size, dtype))
+        losses.append(accumulate(batch))
         update(mixed, optimizer, cosine(step, settings.steps, plain.warmup_steps), plain.clip)
     return [float(value) for value in losses]
