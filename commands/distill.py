@@ -36,11 +36,15 @@ def command(
     seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence [default: 2048].")] = None,
     lr_mixer: Annotated[float | None, typer.Option("--lr-mixer", help="Peak rate of the mixers [default: 1e-3].")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of the rest [default: 1e-4].")] = None,
+    lr_groups: Annotated[
+        str | None, typer.Option("--lr-groups", help="PATTERN=RATE,...: peak rates by parameter name, before the two above.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="cosine, wsd or linear [default: cosine].")] = None,
     warmup_steps: Annotated[int | None, typer.Option("--warmup-steps", help="Steps up to the peak [default: 50].")] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="On matrices [default: 0].")] = None,
     clip: Annotated[float | None, typer.Option("--clip", help="Largest gradient norm [default: 1].")] = None,
     train: Annotated[
-        str | None, typer.Option("--train", help="all, body (not embeddings and head), or mixers [default: all].")
+        str | None, typer.Option("--train", help="all, body (not embeddings and head), mixers, or PATTERN,... [default: all].")
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
@@ -53,7 +57,15 @@ def command(
     ] = None,
     eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
     eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
+    stop_when_flat: Annotated[
+        int | None, typer.Option("--stop-when-flat", help="End after so many measures without a better reverse KL, 0: never.")
+    ] = None,
+    skip_bad_batches: Annotated[
+        int | None, typer.Option("--skip-bad-batches", help="Leave out so many batches whose gradient is not finite.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
+    save_minutes: Annotated[float | None, typer.Option("--save-minutes", help="Minutes between them, 0: steps only.")] = None,
+    keep_last: Annotated[int | None, typer.Option("--keep-last", help="Resumable states to keep [default: 2].")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML or TOML with training settings; flags win.")] = None,
     output: opt.Output = None,
     device: opt.Device = "auto",
@@ -77,16 +89,17 @@ def command(
         "loss": loss, "temperature": temperature, "mask": mask, "tokens": tokens, "steps": steps, "batch_size": batch_size,
         "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
-        "compile": compile, "cuda_graph": cuda_graph,
+        "compile": compile, "cuda_graph": cuda_graph, "lr_groups": lr_groups, "schedule": schedule,
+        "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
+        "keep_last": keep_last,
         "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
     }  # fmt: skip
     from dataclasses import asdict
 
     from hybridize.checkpoint.writer import check_output
     from hybridize.distillation.losses import Loss
-    from hybridize.distillation.settings import DistillSettings
+    from hybridize.distillation.settings import UNDECISIVE, DistillSettings
     from hybridize.errors import InputError
-    from hybridize.surgery.teacher import read_teacher
 
     flags, filed = {key: value for key, value in given.items() if value is not None}, _from_file(config)
     if "tokens" in flags:  # a length on the command line wins over either length in the file
@@ -94,8 +107,9 @@ def command(
     settings = DistillSettings(**(filed | flags))
     objective = Loss.parse(settings.loss, settings.temperature)
     source = open_checkpoint(checkpoint, revision)
-    if settings.train == "mixers" and not read_teacher(source).mixer_layers:
-        raise InputError(f"--train mixers: {checkpoint} has no Mamba layer")
+    if not any(map(settings.trains, source.names)):
+        why = "has no Mamba layer" if settings.train == "mixers" else "has no tensor of such a name"
+        raise InputError(f"--train {settings.train}: {checkpoint} {why}")
     target = output or Path(f"{Path(checkpoint).name}-kd")
     origin = None
     if objective.needs_teacher or eval_data is not None:
@@ -103,6 +117,7 @@ def command(
     check_output(target, overwrite, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
     from hybridize.distillation.encode import Encoder
+    from hybridize.distillation.ranks import join, leave
     from hybridize.distillation.run_dir import RunDir
     from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
@@ -110,18 +125,26 @@ def command(
     if origin is not None:
         check_vocabularies(source, origin)
     where, compute = pick_compute(device, dtype, training=True)
+    ranks, where = join(where)
+    ranks.share(settings.batch_size, "--batch-size")
+    if not ranks.main:
+        out = Output(quiet=True)
     spec = data_for(data, origin)
     text = template_text(chat_template)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), settings.mask, text)
     corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
     ran = {**ran_on(where, compute), "template": text, "data": corpus.hash}
-    decisive = asdict(settings) | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
-    run = RunDir(target, decisive)
+    decisive = {key: value for key, value in asdict(settings).items() if key not in UNDECISIVE}
+    decisive |= ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
+    run = RunDir(target, decisive, ranks, settings.keep_last)
     run.check(resume, overwrite)
     last: dict[str, Any] = {}
 
     def report(event: dict[str, Any]) -> None:
         kind = event.pop("kind")
+        if kind == "note":
+            out.note(event["text"])
+            return
         last[kind] = event
         if kind == "eval":
             out.note(
@@ -137,17 +160,22 @@ def command(
             )
 
     out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
-    distill(
+    used = distill(
         source, checkpoint, origin, corpus, settings, target, device=where, dtype=compute, overwrite=overwrite, resume=resume,
-        log_every=log_every, trust_remote_code=trust_remote_code, run=run, report=report,
+        log_every=log_every, trust_remote_code=trust_remote_code, run=run, ranks=ranks, report=report,
     )  # fmt: skip
 
-    def human() -> None:
-        print(f"{target}: trained on {settings.total_steps * settings.batch_size * settings.seq_len:,} tokens")
+    leave()
+    if not ranks.main:
+        return
+    steps_done = used // (settings.batch_size * settings.seq_len)
+    if steps_done < settings.total_steps:
+        out.note(f"ended after {steps_done} steps: no better in {settings.stop_when_flat} measures")
 
-    out.result(
-        {"output": str(target), "steps": settings.total_steps, "last": last.get("step"), "heldout": last.get("eval")}, human
-    )
+    def human() -> None:
+        print(f"{target}: trained on {used:,} tokens")
+
+    out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

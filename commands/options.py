@@ -41,7 +41,7 @@ Mixer = Annotated[str | None, typer.Option("--mixer", help="Kind of new mixers: 
 NoCalibrate = Annotated[bool, typer.Option("--no-calibrate", help="Start new mixers from attention weights alone.")]
 CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="How much text to calibrate on.")]
 CalibrationParts = Annotated[str, typer.Option("--calibration-parts", help="What to set from it: z,conv,decay,scale,out.")]
-CALIBRATION_TOKENS, CALIBRATION_PARTS = 32768, "z,conv,decay,scale,out"
+CALIBRATION_TOKENS, CALIBRATION_PARTS = 32768, "z,conv,decay,scale"
 DState = Annotated[
     int | None,
     typer.Option(

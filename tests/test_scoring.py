@@ -15,8 +15,8 @@ from hybridize.distillation.distill import open_corpus
 from hybridize.distillation.encode import Encoder
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
-from hybridize.distillation.step import Accumulator
-from hybridize.distillation.training import make_optimizer, update
+from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
+from hybridize.distillation.step import Accumulator, Student
 from hybridize.modeling import HybridForCausalLM
 from hybridize.runtime import load_model, load_tokenizer
 from hybridize.scoring.interface import ablated, attention_layers
@@ -111,8 +111,10 @@ def test_mmr_is_replacing_each_layer_and_training_it(
             parameter.requires_grad_(f"layers.{score.layer}.mixer." in name)
         optimizer, losses = make_optimizer(alone, settings.as_distill()), []
         for step, batch in enumerate(batches):
-            losses.append(float(Accumulator(alone, origin, Loss(), 2, torch.float32)(batch)))
-            update(alone, optimizer, [0.5, 1.0, 1.0, 0.775, 0.325][step], 1.0)
+            losses.append(float(Accumulator(Student(alone, Loss(), torch.float32), origin, 2)(batch)))
+            clip_gradients(alone, 1.0)
+            update(optimizer, [0.5, 1.0, 1.0, 0.775, 0.325][step])
+            optimizer.zero_grad()
         assert score.score == pytest.approx(sum(losses) / 5, rel=1e-3)
 
 

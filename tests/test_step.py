@@ -8,7 +8,7 @@ import torch
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import hidden_states
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.step import CAUSAL, Accumulator, _causal_attention, backward, can_graph
+from hybridize.distillation.step import CAUSAL, Accumulator, Student, _causal_attention, backward, can_graph
 from hybridize.runtime import compile_layers
 from tests.conftest import hybrid, worst
 
@@ -30,7 +30,7 @@ def test_weighting_every_token_equals_choosing_the_kept_ones(kind: str) -> None:
     found = []
     for scale, kept in ((1 / batch.kept, batch.keep.flatten()), (batch.keep.flatten() / batch.kept, None)):
         student = hybrid("mam", kind, seed=1)
-        value = backward(student, teacher, batch, Loss(), scale, torch.float32, kept)
+        value = backward(Student(student, Loss(), torch.float32), teacher, batch, scale, kept)
         found.append((value, gradients(student)))
     assert worst(found[1][0], found[0][0]) <= 1e-5
     assert worst(found[1][1], found[0][1]) <= 1e-5
@@ -61,7 +61,7 @@ def test_a_graph_gives_the_eager_gradients(kind: str, compiled: bool) -> None:
         if graph and compiled:
             compile_layers(student)
         assert can_graph(student, teacher, 16)
-        accumulate = Accumulator(student, teacher, Loss(), 2, torch.float32, graph)
+        accumulate = Accumulator(Student(student, Loss(), torch.float32), teacher, 2, graph=graph)
         for seed, rows in ((0, 4), (1, 4), (2, 3)):
             value = accumulate(stream(seed, rows, device="cuda"))
         found.append((value, gradients(student)))

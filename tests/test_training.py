@@ -11,17 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridize.distillation import training
+from hybridize.distillation import step, training
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
+from hybridize.distillation.optimize import choose_trained, make_optimizer
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.prefetch import prefetched
 from hybridize.distillation.run_dir import RunDir
-from hybridize.distillation.schedule import cosine
+from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator
-from hybridize.distillation.training import choose_trained, make_optimizer, prefetched, train
+from hybridize.distillation.step import Accumulator, Student
+from hybridize.distillation.training import Training
 from hybridize.errors import InputError, WorkError
 from tests.conftest import hybrid, worst
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def batch(seed: int, rows: int = 4, length: int = 12) -> Batch:
@@ -47,7 +51,7 @@ def run(path: Path, plan: DistillSettings, stop_at: int | None = None, resume: b
     home = RunDir(path / "out", {"a": 1})
     home.check(resume, False)
     home.start(resume)
-    train(student, teacher, batches(), [batch(999)], plan, home, dtype=torch.float32, resume=resume)
+    Training(student, teacher, [batch(999)], plan, home, **CPU).go(batches(), resume)
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 
@@ -55,7 +59,7 @@ def test_any_micro_batch_gives_the_same_gradient() -> None:
     teacher, gradients = hybrid("aaa", seed=2), []
     for micro in (4, 3, 1):
         student = hybrid("mam", seed=1)
-        Accumulator(student, teacher, Loss(), micro, torch.float32)(batch(0))
+        Accumulator(Student(student, Loss(), torch.float32), teacher, micro)(batch(0))
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     assert worst(gradients[1], gradients[0]) <= 1e-5
     assert worst(gradients[2], gradients[0]) <= 1e-5
@@ -63,11 +67,11 @@ def test_any_micro_batch_gives_the_same_gradient() -> None:
 
 def test_the_loss_is_the_mean_over_kept_tokens() -> None:
     student, teacher, data = hybrid("mam", seed=1), hybrid("aaa", seed=2), batch(0)
-    value = Accumulator(student, teacher, Loss(), 2, torch.float32)(data)
+    value = Accumulator(Student(student, Loss(), torch.float32), teacher, 2)(data)
     log_q, log_p = (F.log_softmax(m(data.ids).logits.double(), -1) for m in (student, teacher))
     each = (log_q.exp() * (log_q - log_p)).sum(-1)
     assert worst(value, each[data.keep].mean()) <= 1e-5
-    ce = Accumulator(student, None, Loss.parse("ce"), 2, torch.float32)(data)
+    ce = Accumulator(Student(student, Loss.parse("ce"), torch.float32), None, 2)(data)
     assert worst(ce, F.cross_entropy(student(data.ids).logits.double()[data.keep], data.labels[data.keep])) <= 1e-5
 
 
@@ -105,8 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, stop_at: i
     whole = run(tmp_path / "a", settings())
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", settings(), stop_at=stop_at)
-    state = json.loads((tmp_path / "b/out.run/state/state.json").read_text())
-    assert state["step"] == stop_at
+    assert RunDir(tmp_path / "b/out", {}).steps() == [stop_at]
     with pytest.raises(InputError, match="holds an unfinished run"):
         run(tmp_path / "b", settings())
     assert torch.equal(run(tmp_path / "b", settings(), resume=True), whole)
@@ -144,8 +147,7 @@ def test_an_interrupt_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", plan)
     monkeypatch.undo()
-    step = json.loads((tmp_path / "b/out.run/state/state.json").read_text())["step"]
-    assert step == {"measure": 2, "last": 6, "update": 3, "log": 3}[when]
+    assert RunDir(tmp_path / "b/out", {}).steps()[-1] == {"measure": 2, "last": 6, "update": 3, "log": 3}[when]
     assert torch.equal(run(tmp_path / "b", plan, resume=True), whole)
 
 
@@ -167,25 +169,128 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         RunDir(tmp_path / "other", {}).check(True, False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    student = hybrid("mam")
-    with torch.no_grad():
-        student.model.norm.weight.fill_(float("inf"))
-    home = RunDir(tmp_path / "out", {})
+def start(path: Path, plan: DistillSettings, student: torch.nn.Module | None = None, **more: object) -> Training:
+    home = RunDir(path / "out", {}, keep=plan.keep_last)
     home.start(False)
-    with pytest.raises(WorkError, match="step 1: the loss is"):
-        train(student, hybrid("aaa"), iter([batch(0)] * 9), [], settings(), home, dtype=torch.float32)
+    return Training(student or hybrid("mam", seed=1), hybrid("aaa", seed=2), [], plan, home, **CPU, **more)
+
+
+def batches(count: int = 100):
+    return (batch(n) for n in range(count))
+
+
+@pytest.mark.parametrize("where", ["weight", "output", "gradient"])
+def test_what_is_not_finite_is_named_and_reaches_no_weight(tmp_path: Path, where: str) -> None:
+    """The first tensor in the order of the forward pass; everything as the last good step left it."""
+    student = hybrid("mam", seed=1)
+    training = start(tmp_path, settings(save_every=1), student)
+    real, calls = Accumulator.__call__, []
+
+    def accumulate(self: Accumulator, *arguments: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            with torch.no_grad():
+                if where == "weight":
+                    student.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+                elif where == "output":  # overflows on the way, from weights that are finite
+                    student.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+                    student.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+        value = real(self, *arguments)
+        if len(calls) == 3 and where == "gradient":
+            student.model.layers[1].mlp.up_proj.weight.grad[0, 0] = torch.inf
+        return value
+
+    training.accumulate.__class__ = type("Breaking", (Accumulator,), {"__call__": accumulate})
+    names = {"weight": "the weight model.layers.1.mlp.up_proj.weight", "output": "the output of model.layers.1.mlp.",
+             "gradient": "the gradient of model.layers.1.mlp.up_proj.weight"}  # fmt: skip
+    with pytest.raises(WorkError, match=f"^step 3: the loss is .*first not finite: {names[where]}"):
+        training.go(batches())
+    assert training.run.steps()[-1] == 2
+    if where == "gradient":
+        assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_bad_batches_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A skipped step changes nothing but the schedule and the data; the log says which it was."""
+    student, notes = hybrid("mam", seed=1), []
+    training = start(tmp_path, settings(skip_bad_batches=1, steps=3), student, report=notes.append)
+    real, seen = training._gradient, []
+
+    def gradient(part: Batch, count: int) -> tuple[float, float]:
+        seen.append([p.detach().clone() for p in student.parameters()])
+        found = real(part, count)
+        return (math.nan, found[1]) if len(seen) == 2 else found
+
+    monkeypatch.setattr(training, "_gradient", gradient)
+    assert training.go(batches()) == 3 * 48
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "out.run/metrics.jsonl").open()]
+    assert [line.get("skipped", False) for line in lines] == [False, True, False]
+    assert lines[1]["loss"] is None
+    assert "batch 1 of 1 skipped" in next(n["text"] for n in notes if n["kind"] == "note")
+
+
+def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, notes = run(tmp_path / "a", settings(steps=2)), []
+    student = hybrid("mam", seed=1)
+    training = start(tmp_path / "b", settings(steps=2), student, report=notes.append)
+    real = step.hidden_states
+
+    def hungry(model: torch.nn.Module, part: Batch, dtype: torch.dtype) -> torch.Tensor:
+        if len(part.ids) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(model, part, dtype)
+
+    monkeypatch.setattr(step, "hidden_states", hungry)
+    training.go(batches())
+    assert [n["text"] for n in notes if n["kind"] == "note"] == [
+        "out of memory with 4 sequences at once, going on with 2", "out of memory with 2 sequences at once, going on with 1",
+    ]  # fmt: skip
+    assert worst(torch.cat([p.detach().flatten() for p in student.parameters()]), whole) <= 1e-5
+    monkeypatch.setattr(step, "hidden_states", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA out")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        start(tmp_path / "c", settings(steps=2)).go(batches())
+
+
+def test_it_ends_when_the_measures_are_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([9.0, 5.0, 6.0, 4.0, 3.999, 4.5, 1.0])
+    plan = settings(steps=50, eval_every=2, stop_when_flat=2)
+    training = start(tmp_path, plan)
+    training.held = [batch(0)]
+    measured = lambda *_: type(fidelity(hybrid("m"), hybrid("a"), [batch(0)], torch.float32))(next(values), 1.0, 1.0, 1.0, 9)  # noqa: E731
+    monkeypatch.setattr("hybridize.distillation.training.fidelity", measured)
+    assert training.go(batches()) == 10 * 48  # 3.999 is no better than 4, 4.5 is worse
+    with pytest.raises(InputError, match="give --eval-every"):
+        settings(eval_every=0, stop_when_flat=1)
+
+
+def test_the_last_states_are_kept_and_a_broken_one_is_not_used(tmp_path: Path) -> None:
+    training = start(tmp_path, settings(save_every=1, keep_last=3))
+    training.go(batches())
+    assert training.run.steps() == [4, 5, 6]
+    (tmp_path / "out.run/step-00000006/.metadata").unlink()  # as a run leaves it that was killed while writing
+    assert training.run.load(training.student, training.optimizer) == 5
+    assert not (tmp_path / "out.run/step-00000006").exists()
+
+
+def test_states_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 40))
+    monkeypatch.setattr("hybridize.distillation.training.time.monotonic", lambda: next(clock))
+    training = start(tmp_path, settings(save_every=0, save_minutes=1.5, keep_last=9))
+    training.go(batches())
+    assert training.run.steps() == [3, 6]
 
 
 def test_what_is_trained_and_how_fast() -> None:
     student = hybrid("mam", tie_word_embeddings=True)
     counts = {}
     for what in ("all", "body", "mixers"):
-        choose_trained(student, what)
+        choose_trained(student, settings(train=what))
         counts[what] = {n for n, p in student.named_parameters() if p.requires_grad}
     assert counts["all"] - counts["body"] == {"model.embed_tokens.weight"}
     assert counts["mixers"] == {n for n in counts["all"] if ".mixer." in n}
-    choose_trained(student, "all")
+    choose_trained(student, settings())
     names = {id(p): n for n, p in student.named_parameters()}
     optimizer = make_optimizer(student, settings(lr_mixer=3.0, lr=2.0, weight_decay=0.5))
     for group in optimizer.param_groups:
@@ -196,12 +301,32 @@ def test_what_is_trained_and_how_fast() -> None:
             assert group["weight_decay"] == (0.0 if plain else 0.5)
 
 
-def test_schedule() -> None:
-    assert [cosine(s, 10, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert cosine(4, 10, 4) == 1.0
-    assert cosine(7, 10, 4) == pytest.approx(0.55)
-    assert cosine(10, 10, 4) == pytest.approx(0.1)
-    assert cosine(0, 1, 0) == 1.0
+def test_rates_and_patterns_by_name() -> None:
+    student = hybrid("mam", seed=1)
+    plan = settings(train="*mixer.A_log, *lm_head*", lr_groups="*lm_head*=5e-3", lr_mixer=3.0)
+    choose_trained(student, plan)
+    trained = {n for n, p in student.named_parameters() if p.requires_grad}
+    assert trained == {"lm_head.weight", *(f"model.layers.{i}.mixer.A_log" for i in (0, 2))}
+    rates = {len(group["params"]): group["peak"] for group in make_optimizer(student, plan).param_groups}
+    assert rates == {1: 5e-3, 2: 3.0}
+    with pytest.raises(InputError, match="no parameter of the checkpoint has such a name"):
+        choose_trained(student, settings(train="nothing"))
+    for wrong in ("x", "x=", "=1", "a=0", "a=nan", "a=1,b"):
+        with pytest.raises(InputError, match="is not PATTERN=RATE"):
+            settings(lr_groups=wrong)
+
+
+def test_schedules() -> None:
+    for kind in ("cosine", "linear", "wsd"):
+        assert [factor(kind, s, 10, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+        assert factor(kind, 4, 10, 4) == 1.0
+        assert factor(kind, 10, 10, 4) == pytest.approx(0.1)
+        assert factor(kind, 0, 1, 0) == 1.0
+    assert factor("cosine", 7, 10, 4) == pytest.approx(0.55)
+    assert factor("linear", 7, 10, 4) == pytest.approx(0.55)
+    assert [factor("wsd", s, 100, 0) for s in (1, 79, 80, 90)] == pytest.approx([1.0, 1.0, 1.0, 0.55])
+    with pytest.raises(InputError, match="--schedule steps is unknown; use cosine, wsd, linear"):
+        settings(schedule="steps")
 
 
 def test_prefetching_hands_on_items_and_errors() -> None:

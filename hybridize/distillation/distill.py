@@ -18,10 +18,12 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
 from hybridize.distillation.encode import Encoder
 from hybridize.distillation.packing import Batch, batched, endless, pack_documents, pack_stream
+from hybridize.distillation.prefetch import prefetched
+from hybridize.distillation.ranks import Ranks, whole
 from hybridize.distillation.rows import Rows, read_rows
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.training import Report, prefetched, train
+from hybridize.distillation.training import Report, Training
 from hybridize.errors import InputError
 from hybridize.runtime import load_model, ran_on
 
@@ -107,29 +109,42 @@ def distill(
     log_every: int = 1,
     trust_remote_code: bool = False,
     run: RunDir,
+    ranks: Ranks | None = None,
     report: Report = lambda _: None,
-) -> None:
-    """Trains float32 weights under autocast to `dtype`; storage types of the result follow the source."""
+) -> int:
+    """Trains float32 weights under autocast to `dtype`; storage types of the result follow the source. Returns tokens seen.
+
+    Every rank calls this; the first one writes.
+    """
+    ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
-    student = load_model(source.path, device, torch.float32, trust_remote_code)
-    model = None if teacher is None else load_model(teacher.path, device, dtype, trust_remote_code)
-    if model is not None:
-        model.requires_grad_(False)
+    place = device if ranks.size == 1 else torch.device("cpu")  # sharding moves each layer's share to the device
+    student = load_model(source.path, place, torch.float32, trust_remote_code)
+    model = None if teacher is None else load_model(teacher.path, place, dtype, trust_remote_code)
     run.start(resume)
-    used = train(
-        student, model, prefetched(corpus.training(settings)), corpus.measuring(settings), settings, run,
-        dtype=dtype, log_every=log_every, resume=resume, report=report,
+    training = Training(
+        student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
+        ranks=ranks, report=report,
     )  # fmt: skip
-    made = asdict(settings) | ran_on(device, dtype)
+    used = training.go(prefetched(corpus.training(settings)), resume)
+    made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
     manifest = descend(source, name, output, "distill", made, settings.seed)
     used_data = Path(corpus.rows.name).name if Path(corpus.rows.name).is_file() else corpus.rows.name
     data = [*manifest.data, {"path": used_data, "rows": len(corpus.rows), "tokens": used}]
     manifest = dataclasses.replace(manifest, data=data, tokens=manifest.tokens + used)
-    trained = dict(student.state_dict())
+    trained = student.state_dict()
+    final = ((name, whole(trained.get(name, old)).to(old.dtype)) for name, old in source.tensors())
+    if not ranks.main:
+        for _ in final:  # what is sharded becomes whole only if all ranks take part
+            pass
+        ranks.wait()
+        return used
     with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
-        for tensor_name, old in source.tensors():
-            writer.add(tensor_name, trained.get(tensor_name, old).to(old.dtype))  # buffers that no model keeps stay as they are
+        for tensor_name, value in final:
+            writer.add(tensor_name, value)  # buffers that no model keeps stay as they are
         run.finish(path)
         writer.close(source.config, manifest, carry_from=source.path)
     run.remove()
+    ranks.wait()
+    return used

@@ -157,6 +157,8 @@ class _Chunked(torch.autograd.Function):
                 grad_hidden[begin : begin + chunk] = logits @ cast
             if need_weight:
                 grad_weight = _add_product(grad_weight, logits.t(), h, weight.dtype)
+        if need_weight and grad_weight is None:  # no token at all: other ranks may have some, and wait for this one's zeros
+            grad_weight = torch.zeros_like(weight)
         ctx.grads = grad_hidden, grad_weight
         return total
 

@@ -43,6 +43,11 @@ class Batch:
         positions = [None] * len(ids) if self.positions is None else self.positions.split(rows)
         return [Batch(*part) for part in zip(ids, positions, labels, keep, strict=True)]
 
+    def rows(self, which: slice) -> Batch:
+        """Some of the sequences."""
+        positions = None if self.positions is None else self.positions[which]
+        return Batch(self.ids[which], positions, self.labels[which], self.keep[which])
+
     def to(self, device: torch.device) -> Batch:
         fields = (self.ids, self.positions, self.labels, self.keep)
         moved = Batch(*(None if t is None else t.to(device, non_blocking=True) for t in fields))  # type: ignore[arg-type]

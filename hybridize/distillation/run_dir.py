@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from hybridize.checkpoint.reader import read_json
-from hybridize.checkpoint.writer import AtomicDirectory, write_json, write_json_atomic
+from hybridize.checkpoint.writer import write_json_atomic
+from hybridize.distillation.ranks import Ranks
 from hybridize.errors import InputError
 
 LOGS = ("metrics", "eval")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that a state has one writer is no news
 
 
 class RunDir:
-    """`settings` is what decides the run's result; a resumed run must have the same."""
+    """`settings` is what decides the run's result; a resumed run must have the same. keep: how many states stay."""
 
-    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2) -> None:
         self.path = output.with_name(output.name + ".run")
-        self.settings = settings
+        self.settings, self.ranks, self.keep = settings, ranks or Ranks(), keep
+        self.group = self.ranks.another_group()
+        self.pending: Any = None
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """InputError when there is an unfinished run and neither flag says what to do with it, or it cannot be resumed."""
@@ -39,49 +45,76 @@ class RunDir:
             raise InputError(f"{self.path} holds an unfinished run; continue it with --resume, or start over with --overwrite")
 
     def start(self, resume: bool) -> None:
-        if resume:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
-        write_json_atomic(self.path / "settings.json", self.settings)
+        if not resume and self.ranks.main:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            write_json_atomic(self.path / "settings.json", self.settings)
+        self.ranks.wait()
 
     def log(self, name: str, record: dict[str, Any]) -> None:
+        if not self.ranks.main:
+            return
         with (self.path / f"{name}.jsonl").open("a") as out:
             out.write(json.dumps(record) + "\n")
 
-    def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """The trained weights and AdamW's moments after `step` steps; replaces what was saved before."""
-        names = {id(p): name for name, p in student.named_parameters()}
-        weights = {name: p.detach().cpu().clone() for name, p in student.named_parameters() if p.requires_grad}
-        moments = {
-            f"{names[id(p)]}/{key}": value.detach().cpu().reshape(value.shape).clone()
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
-        }
-        with AtomicDirectory(self.path / "state", overwrite=True) as path:
-            save_file(weights, path / "weights.safetensors")
-            save_file(moments, path / "optimizer.safetensors")
-            write_json(path / "state.json", {"step": step})
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """What has been logged."""
+        path = self.path / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def load(self, student: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-        """Puts the saved state back; returns its step, 0 where the run was cut off before its first save.
+    def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, step: int, wait: bool = False) -> None:
+        """The trained weights and AdamW's moments after `step` steps, every rank its own part, written while training goes on.
+
+        Older states go once this one is whole, but for the last `keep`. wait: until it is.
+        """
+        self.settle()
+        if self._whole(step):
+            return
+        place = {"checkpoint_id": self.path / f"step-{step:08}", "process_group": self.group, "no_dist": self.ranks.size == 1}
+        self.pending = async_save(_state(student, optimizer), **place)
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Until the state that is being written is whole; OSError where it could not be."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            try:
+                pending.result()
+            except Exception as error:
+                raise OSError(f"the state of the run could not be written to {self.path}: {error}") from error
+            if self.ranks.main:
+                for step in self.steps()[: -self.keep]:
+                    shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """The steps of all whole states."""
+        found = sorted(int(path.name.removeprefix("step-")) for path in self.path.glob("step-*"))
+        return [step for step in found if self._whole(step)]
+
+    def _whole(self, step: int) -> bool:
+        return (self.path / f"step-{step:08}" / ".metadata").exists()  # written last
+
+    def load(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Puts the last whole state back, of any number of ranks; returns its step, 0 where the run was cut off before one.
 
         The logs are cut back to that step.
         """
-        state = self.path / "state"
-        step = int(read_json(state / "state.json")["step"]) if (state / "state.json").exists() else 0
-        for name in LOGS:
-            self._cut(self.path / f"{name}.jsonl", step)
-        if step == 0:
-            return 0
-        student.load_state_dict(load_file(state / "weights.safetensors", device=str(device)), strict=False)
-        moments = load_file(state / "optimizer.safetensors", device=str(device))
-        for name, parameter in student.named_parameters():
-            found = {key.rsplit("/", 1)[1]: value for key, value in moments.items() if key.rsplit("/", 1)[0] == name}
-            if found:
-                optimizer.state[parameter] = {
-                    k: v.cpu() if k == "step" and device.type == "cpu" else v for k, v in found.items()
-                }
+        step = max(self.steps(), default=0)
+        if self.ranks.main:
+            for name in LOGS:
+                self._cut(self.path / f"{name}.jsonl", step)
+            for path in self.path.glob("step-*"):
+                if not (path / ".metadata").exists():
+                    shutil.rmtree(path, ignore_errors=True)
+        if step:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                    counted = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+                    optimizer.state[parameter] = {"step": torch.zeros((), device=counted), **moments}
+            state = _state(student, optimizer)
+            load(state, checkpoint_id=self.path / f"step-{step:08}", no_dist=self.ranks.size == 1)
         return step
 
     @staticmethod
@@ -104,4 +137,13 @@ class RunDir:
                 shutil.copyfile(self.path / f"{name}.jsonl", into / f"{name}.jsonl")
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.ranks.main:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained weights and their moments by name, the tensors themselves."""
+    names = {id(p): name for name, p in student.named_parameters()}
+    weights = {f"weights/{name}": p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    moments = {f"moments/{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return weights | moments

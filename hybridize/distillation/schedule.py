@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+DECAY_SHARE = 0.2  # of the steps after the warm-up: the last part of wsd
+FLOOR = 0.1  # of the peak rate, where every schedule ends
 
 
-def cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
-    """Factor on the peak rate at `step` of `steps` (0-based): linear up over `warmup`, then a cosine down to `floor`."""
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    return 1 - progress
+
+
+def wsd(progress: float) -> float:
+    """Warm up, stay, decay linearly (MiniCPM, 2404.06395, section 4)."""
+    return min(1.0, (1 - progress) / DECAY_SHARE)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "wsd": wsd, "linear": linear}
+
+
+def factor(kind: str, step: int, steps: int, warmup: int) -> float:
+    """Factor on the peak rate at `step` of `steps` (0-based): linear up over `warmup`, then `kind` down to FLOOR."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return FLOOR + (1 - FLOOR) * SCHEDULES[kind](progress)

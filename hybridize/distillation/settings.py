@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError
 
-TRAIN = ("all", "body", "mixers")
+UNDECISIVE = ("save_every", "save_minutes", "keep_last")  # what a resumed run may have otherwise than the run before it
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,10 @@ class DistillSettings:
     """Counts are sequences, steps or tokens as named; rates are AdamW's peak learning rates.
 
     tokens counts all packed tokens; steps wins where both are given. train: `all` weights, `body` (all but embeddings and
-    output head), or `mixers`. mask: `assistant` packs documents apart from each other and learns the assistant's tokens,
-    `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
+    output head), `mixers`, or patterns of parameter names with commas between. lr_groups: PATTERN=RATE with commas between, the
+    first that fits a name wins over lr and lr_mixer. mask: `assistant` packs documents apart from each other and learns the
+    assistant's tokens, `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
+    stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
     """
 
     loss: str = "reverse-kl"
@@ -28,6 +32,8 @@ class DistillSettings:
     seq_len: int = 2048
     lr_mixer: float = 1e-3
     lr: float = 1e-4
+    lr_groups: str = ""
+    schedule: str = "cosine"
     warmup_steps: int = 50
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -37,24 +43,67 @@ class DistillSettings:
     cuda_graph: bool = False
     eval_every: int = 100
     eval_windows: int = 24
+    stop_when_flat: int = 0
+    skip_bad_batches: int = 0
     save_every: int = 500
+    save_minutes: float = 0.0
+    keep_last: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "micro_batch_size", "seq_len", "tokens", "steps", "lr_mixer", "lr", "clip", "eval_windows")
+        sizes = ("batch_size", "micro_batch_size", "seq_len", "tokens", "steps", "eval_windows", "keep_last")
+        positive = (*sizes, "lr_mixer", "lr", "clip")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
-        for name in ("warmup_steps", "weight_decay", "eval_every", "save_every"):
+        naturals = (
+            "warmup_steps",
+            "weight_decay",
+            "eval_every",
+            "save_every",
+            "save_minutes",
+            "stop_when_flat",
+            "skip_bad_batches",
+        )
+        for name in naturals:
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
-        if self.train not in TRAIN:
-            raise InputError(f"--train {self.train} is unknown; use {', '.join(TRAIN)}")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
+        if self.stop_when_flat and not self.eval_every:
+            raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
+        self.rates()
         if self.seq_len < 2:
             raise InputError("--seq-len must be at least 2")
         if self.tokens is None and self.steps is None:
             raise InputError("say how long: --tokens or --steps")
+
+    def rates(self) -> list[tuple[str, float]]:
+        """`lr_groups` as patterns and rates."""
+        found = []
+        for part in filter(None, self.lr_groups.split(",")):
+            pattern, _, text = part.strip().rpartition("=")
+            try:
+                rate = float(text)
+            except ValueError:
+                rate = 0.0
+            if not pattern or not 0 < rate < float("inf"):
+                raise InputError(f"--lr-groups {part.strip()!r} is not PATTERN=RATE")
+            found.append((pattern, rate))
+        return found
+
+    def rate_of(self, name: str) -> float:
+        """The peak rate of a parameter."""
+        named = (rate for pattern, rate in self.rates() if fnmatchcase(name, pattern))
+        return next(named, self.lr_mixer if "mixer." in name else self.lr)
+
+    def trains(self, name: str) -> bool:
+        """Whether `train` means a parameter of this name."""
+        if self.train == "body":
+            return not fnmatchcase(name, "*embed_tokens.*") and not fnmatchcase(name, "*lm_head.*")
+        patterns = {"all": "*", "mixers": "*mixer.*"}.get(self.train, self.train).split(",")
+        return any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
 
     @property
     def total_steps(self) -> int:

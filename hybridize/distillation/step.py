@@ -6,7 +6,7 @@ Knows nothing of optimizers, data or files.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,62 +17,87 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.ranks import Ranks, sum_small_gradients
 
 CAUSAL = "hybridize_causal"
 WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
 
 
+class Student(nn.Module):
+    """The student as the module that is called: FSDP gathers all of its weights that are no layer's for the call's duration,
+    the output matrix too, which the loss takes without the head's own forward."""
+
+    def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.loss, self.dtype = model, loss, dtype
+
+    def forward(self, do: Callable[[nn.Module], Any]) -> Any:
+        """do(model)."""
+        return do(self.model)
+
+
+def chosen(t: Tensor, kept: Tensor | None) -> Tensor:
+    return t if kept is None else t[kept]
+
+
 class Accumulator:
     """Adds the gradient of the mean loss over all kept tokens of a batch to the student's, micro-batch by micro-batch.
 
-    graph: replay micro-batches of full size as a CUDA graph where `can_graph` and the batch allow it; from the first batch on,
-    gradients must then be zeroed in place and never set to None.
+    Under several ranks each has its own rows; gradients are then averages over ranks of sums that `ranks.size` scaled up,
+    the gradient of the mean over all ranks' tokens again. graph: replay micro-batches of full size as a CUDA graph where
+    `can_graph` and the batch allow it; from the first batch on, gradients must then be zeroed in place and never set to None.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, loss: Loss, micro: int, dtype: torch.dtype, graph: bool = False
+        self, student: Student, teacher: nn.Module | None, micro: int, ranks: Ranks | None = None, graph: bool = False
     ) -> None:
-        self.student, self.teacher, self.loss, self.micro, self.dtype = student, teacher, loss, micro, dtype
-        self.wanted = graph
+        self.student, self.teacher, self.micro, self.wanted = student, teacher, micro, graph
+        self.ranks = ranks or Ranks()
         self.graph: _StepGraph | None = None
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The mean, detached; zero where the batch keeps no token."""
-        count, total = batch.kept, torch.zeros((), device=batch.ids.device)
+    def __call__(self, batch: Batch, count: int | None = None) -> Tensor:
+        """The mean over all ranks, detached; zero where no token is kept.
+
+        batch: this rank's rows; count: kept tokens of all ranks.
+        """
+        count, total = batch.kept if count is None else count, torch.zeros((), device=batch.ids.device)
         if count == 0:
             return total
         parts = batch.split(self.micro)
         if self.wanted and self.graph is None and batch.positions is None:
-            self.graph = _StepGraph(self.student, self.teacher, self.loss, self.dtype, parts[0])
+            self.graph = _StepGraph(self.student, self.teacher, parts[0])
         for part in parts:
             if self.graph is not None and self.graph.fits(part):
                 total = total + self.graph(part, count)
             else:
                 kept = part.keep.flatten()
-                total = total + backward(self.student, self.teacher, part, self.loss, 1 / count, self.dtype, kept)
-        return total
+                total = total + backward(self.student, self.teacher, part, self.ranks.size / count, kept)
+        sum_small_gradients(self.student, self.ranks)
+        return self.ranks.sum(total) / self.ranks.size
+
+    def shrink(self) -> None:
+        """Half as many sequences at once."""
+        self.micro, self.graph = self.micro // 2, None
 
 
-def backward(
-    student: nn.Module, teacher: nn.Module | None, part: Batch, loss: Loss, scale: float | Tensor, dtype: torch.dtype,
-    kept: Tensor | None,
-) -> Tensor:  # fmt: skip
+def backward(student: Student, teacher: nn.Module | None, part: Batch, scale: float | Tensor, kept: Tensor | None) -> Tensor:
     """Adds the gradient of one micro-batch and returns its part of the loss, detached.
 
     kept [n] bool: the tokens to compare, None for all; scale: what each one's loss is multiplied by, see chunked_loss.
     """
-
-    def chosen(t: Tensor) -> Tensor:
-        return t if kept is None else t[kept]
-
-    hidden = chosen(hidden_states(student, part, dtype).flatten(0, 1))
-    teacher_hidden = teacher_weight = None
+    dtype = student.dtype
+    guide: tuple[Tensor | None, Tensor | None] = (None, None)
     if teacher is not None:
         with torch.no_grad():
-            teacher_hidden = chosen(hidden_states(teacher, part, dtype).flatten(0, 1))
-            teacher_weight = output_weight(teacher).to(dtype)
-    labels = chosen(part.labels.flatten())
-    value = chunked_loss(hidden, output_weight(student), teacher_hidden, teacher_weight, labels, loss, scale=scale, dtype=dtype)
+            theirs = chosen(hidden_states(teacher, part, dtype).flatten(0, 1), kept)
+            guide = theirs, output_weight(teacher).to(dtype)
+
+    def loss(model: nn.Module) -> Tensor:
+        ours = chosen(hidden_states(model, part, dtype).flatten(0, 1), kept)
+        labels = chosen(part.labels.flatten(), kept)
+        return chunked_loss(ours, output_weight(model), *guide, labels, student.loss, scale=scale, dtype=dtype)
+
+    value = student(loss)
     value.backward()
     return value.detach()
 
@@ -84,14 +109,14 @@ class _StepGraph:
     decides on the host. Holds the activations of a micro-batch for as long as it lives. `like` gives shape and device.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, loss: Loss, dtype: torch.dtype, like: Batch) -> None:
+    def __init__(self, student: Student, teacher: nn.Module | None, like: Batch) -> None:
         self.batch = Batch(like.ids.clone(), None, like.labels.clone(), like.keep.clone())
         self.scale = torch.zeros(like.ids.numel(), device=like.ids.device)  # the warm-up adds gradients of zero
 
         def run() -> Tensor:
-            return backward(student, teacher, self.batch, loss, self.scale, dtype, None)
+            return backward(student, teacher, self.batch, self.scale, None)
 
-        with _causal_attention(student, teacher):
+        with _causal_attention(student.model, teacher):
             aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside):

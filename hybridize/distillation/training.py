@@ -6,182 +6,188 @@ Knows nothing of checkpoints' formats or of the command line; `report` is told w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
+from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.ranks import Ranks, reshard, shard
 from hybridize.distillation.run_dir import RunDir
-from hybridize.distillation.schedule import cosine
+from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator, can_graph
-from hybridize.errors import WorkError
+from hybridize.distillation.step import Accumulator, Student, can_graph
+from hybridize.distillation.watchdog import first_bad
+from hybridize.errors import InputError, WorkError
 from hybridize.runtime import compile_layers
 
 Report = Callable[[dict[str, Any]], None]
-Item = TypeVar("Item")
+FLAT = 0.005  # a measure counts as better from this share on
 
 
-def choose_trained(student: nn.Module, train: str) -> None:
-    """Sets requires_grad by `train` (see DistillSettings)."""
-    frozen: set[int] = set()
-    if train != "all":
-        ends = (student.get_input_embeddings(), student.get_output_embeddings())  # type: ignore[operator]
-        frozen = {id(p) for module in ends for p in module.parameters()}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(id(parameter) not in frozen and (train != "mixers" or "mixer." in name))
+class Training:
+    """One run of `settings` on a student; `go` runs it to its last step."""
 
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        heldout: list[Batch],
+        settings: DistillSettings,
+        run: RunDir,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        log_every: int = 1,
+        ranks: Ranks | None = None,
+        report: Report = lambda _: None,
+    ) -> None:
+        """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation."""
+        self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
+        self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
+        self.rows = self.ranks.share(settings.batch_size, "--batch-size")
+        loss = Loss.parse(settings.loss, settings.temperature)
+        choose_trained(student, settings)
+        if settings.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.cuda_graph and (self.ranks.size > 1 or not can_graph(student, teacher, settings.seq_len)):
+            raise InputError("--cuda-graph needs one CUDA device, SDPA attention and no sliding window shorter than --seq-len")
+        root = Student(student, loss, dtype)
+        narrow = dtype if dtype != torch.float32 else None
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            shard(teacher.base_model, teacher, self.ranks, device, None)
+        shard(root, student, self.ranks, device, narrow)
+        for model in (student, teacher):
+            if settings.compile and model is not None:
+                compile_layers(model)
+        self.optimizer = make_optimizer(student, settings)
+        guide = teacher if loss.needs_teacher else None
+        micro = min(settings.micro, settings.batch_size // self.ranks.size)
+        self.accumulate = Accumulator(root, guide, micro, self.ranks, settings.cuda_graph)
+        self.held = [batch.to(device) for batch in heldout]
+        self.measures: list[float] = []
+        self.skipped = 0
 
-def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.AdamW:
-    """AdamW (.9, .95) with a rate for mixers and one for the rest; decay only on matrices, never on A_log."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            rate = settings.lr_mixer if "mixer." in name else settings.lr
-            plain = parameter.ndim < 2 or name.endswith("A_log")
-            groups.setdefault((rate, 0.0 if plain else settings.weight_decay), []).append(parameter)
-    if not groups:
-        raise WorkError("nothing to train: the checkpoint has no Mamba layer and --train is mixers")
-    fused = next(student.parameters()).device.type == "cuda"
-    parts = [{"params": params, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-    return torch.optim.AdamW(parts, betas=(0.9, 0.95), fused=fused)
+    def go(self, batches: Iterator[Batch], resume: bool = False) -> int:
+        """Runs to the last step; returns the tokens of this run. `batches` starts at the first step also when resuming.
 
-
-def update(student: nn.Module, optimizer: torch.optim.AdamW, factor: float, clip: float, keep_grads: bool = False) -> Tensor:
-    """One optimizer step at `factor` of the peak rates; returns the gradient norm before clipping.
-
-    keep_grads: gradients become zeros in place instead of None.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=not keep_grads)
-    return norm
-
-
-def _speed_up(student: nn.Module, teacher: nn.Module | None, settings: DistillSettings) -> None:
-    if settings.cuda_graph and not can_graph(student, teacher, settings.seq_len):
-        raise WorkError("--cuda-graph needs a CUDA device, SDPA attention and no sliding window shorter than --seq-len")
-    for model in (student, teacher):
-        if settings.compile and model is not None:
-            compile_layers(model)
-
-
-def train(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    batches: Iterator[Batch],
-    heldout: list[Batch],
-    settings: DistillSettings,
-    run: RunDir,
-    *,
-    dtype: torch.dtype,
-    log_every: int = 1,
-    resume: bool = False,
-    report: Report = lambda _: None,
-) -> int:
-    """Runs to the last step; returns the tokens of this run. `batches` starts at the first step also when resuming.
-
-    Raises WorkError when the loss or gradient is not finite. Whatever else stops it, the last finished step is saved first.
-    """
-    loss = Loss.parse(settings.loss, settings.temperature)
-    device, steps = next(student.parameters()).device, settings.total_steps
-    choose_trained(student, settings.train)
-    optimizer = make_optimizer(student, settings)
-    if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    _speed_up(student, teacher, settings)
-    start = run.load(student, optimizer, device) if resume else 0
-    for _ in range(start):
-        next(batches)
-    held = [batch.to(device) for batch in heldout]
-
-    def measure(step: int) -> None:
-        if held and teacher is not None:
-            student.eval()
-            with torch.compiler.set_stance("force_eager"):  # a few batches are not worth graphs of their own
-                found = vars(fidelity(student, teacher, held, dtype))
-            record = {"step": step, "tokens": step * tokens_a_step, "heldout_tokens": found.pop("tokens"), **found}
-            run.log("eval", record)
-            report({"kind": "eval", **record})
-
-    guide = teacher if loss.needs_teacher else None
-    accumulate = Accumulator(student, guide, loss, settings.micro, dtype, settings.cuda_graph)
-    tokens_a_step, finished, spent, warm_up = settings.batch_size * settings.seq_len, start, 0.0, 0.0
-    pending: list[tuple[int, Tensor, Tensor, float]] = []  # losses stay on the device until they are logged
-
-    def flush() -> dict[str, Any]:
-        """Logs what is pending; WorkError at the first step that is not finite."""
-        record: dict[str, Any] = {}
-        while pending:
-            at, value, norm, factor = pending[0]
-            record = {
-                "step": at, "tokens": at * tokens_a_step, "loss": float(value), "lr": settings.lr_mixer * factor,
-                "lr_rest": settings.lr * factor, "grad_norm": float(norm), "seconds": round(spent, 3),
-            }  # fmt: skip
-            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-                raise WorkError(f"step {at}: the loss is {record['loss']}, the gradient norm {record['grad_norm']}")
-            run.log("metrics", record)
-            del pending[0]
-        return record
-
-    try:
-        if not start:
-            measure(0)
-        while finished < steps:
-            began = time.perf_counter()
-            batch = next(batches).to(device)
-            student.train()
-            value = accumulate(batch)
-            factor = cosine(finished, steps, min(settings.warmup_steps, steps // 2))
-            with uninterrupted():
-                norm = update(student, optimizer, factor, settings.clip, keep_grads=settings.cuda_graph)
-                finished += 1
-                pending.append((finished, value, norm, factor))
-            logs = finished % log_every == 0 or finished == steps
-            saves = settings.save_every and (finished % settings.save_every == 0 or finished == steps)
-            first = finished == start + 1
-            if logs or saves or first:
-                loss_so_far = float(value)  # waits for the device, so that the time is the step's own
-            spent += time.perf_counter() - began
-            warm_up = spent if first else warm_up
-            if logs or saves:
-                record = flush()
+        Raises WorkError when the loss or a gradient is not finite, before it reaches a weight. Whatever stops the run, its last
+        finished step is saved first.
+        """
+        settings, run = self.settings, self.run
+        steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
+        finished = start = run.load(self.student, self.optimizer) if resume else 0
+        self.measures = [record["reverse_kl"] for record in run.read("eval")]
+        self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
+        batches = itertools.islice(batches, start, None)
+        spent = warm_up = 0.0
+        saved_at = time.monotonic()
+        try:
+            if not start:
+                self.measure(0)
+            while finished < steps and not self._flat():
+                began = time.perf_counter()
+                batch = next(batches)
+                part = batch.rows(self.rows).to(self.device)
+                value, norm = self._gradient(part, batch.kept)
+                rate = factor(settings.schedule, finished, steps, min(settings.warmup_steps, steps // 2))
+                good = math.isfinite(value) and math.isfinite(norm)
+                if not good:
+                    self._tolerate(finished + 1, value, norm, part)
+                with uninterrupted():
+                    if good:
+                        update(self.optimizer, rate)
+                    self.optimizer.zero_grad(set_to_none=not settings.cuda_graph)
+                    finished += 1
+                    spent += time.perf_counter() - began
+                    record = {
+                        "step": finished, "tokens": finished * tokens_a_step, "loss": value, "lr": settings.lr_mixer * rate,
+                        "lr_rest": settings.lr * rate, "grad_norm": norm, "seconds": round(spent, 3),
+                    }  # fmt: skip
+                    run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
                 # the first step loads, tunes and compiles kernels, which says nothing about those to come
-                rate = tokens_a_step / spent if first else (finished - start - 1) * tokens_a_step / (spent - warm_up)
-                left = (steps - finished) * tokens_a_step / rate
-                if logs:
-                    speed = {
-                        "steps": steps,
-                        "tokens_per_second": rate,
-                        "seconds_left": left,
-                        "loss": loss_so_far,
-                        "first_step_seconds": warm_up,
-                    }
-                    report({"kind": "step", **record, **speed})
-            if saves:
-                run.save(student, optimizer, finished)
-            if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
-                measure(finished)
-        measure(steps)
-    except BaseException as error:
-        # Whatever stopped the run, its finished steps are kept, unless the loss is not finite and they are worthless.
-        if finished > start and not isinstance(error, WorkError):
-            with contextlib.suppress(Exception):
-                flush()
-                run.save(student, optimizer, finished)
-        raise
-    return steps * tokens_a_step
+                first = finished == start + 1
+                warm_up = spent if first else warm_up
+                if finished % self.log_every == 0 or finished == steps:
+                    speed = tokens_a_step / spent if first else (finished - start - 1) * tokens_a_step / (spent - warm_up)
+                    left = (steps - finished) * tokens_a_step / speed
+                    more = {"steps": steps, "tokens_per_second": speed, "seconds_left": left, "first_step_seconds": warm_up}
+                    self.report({"kind": "step", **record, **more})
+                due = settings.save_every and (finished % settings.save_every == 0 or finished == steps)
+                if due or (settings.save_minutes and time.monotonic() - saved_at > 60 * settings.save_minutes):
+                    run.save(self.student, self.optimizer, finished)
+                    saved_at = time.monotonic()
+                if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
+                    self.measure(finished)
+            if finished == steps:
+                self.measure(steps)
+            run.settle()
+        except BaseException as error:
+            # Whatever stopped the run, its finished steps are kept. Other ranks may be gone: a collective would wait for them.
+            if finished > start and (self.ranks.size == 1 or isinstance(error, KeyboardInterrupt)):
+                with contextlib.suppress(Exception):
+                    run.save(self.student, self.optimizer, finished, wait=True)
+            raise
+        return finished * tokens_a_step
+
+    def measure(self, step: int) -> None:
+        """Held-out fidelity, logged and reported."""
+        if not self.held or self.teacher is None:
+            return
+        self.student.eval()
+        with torch.compiler.set_stance("force_eager"):  # a few batches are not worth graphs of their own
+            compare = lambda model: fidelity(model, self.teacher, self.held, self.dtype)  # noqa: E731
+            try:
+                found = vars(self.accumulate.student(compare))
+            finally:
+                reshard(self.accumulate.student)
+        tokens = step * self.settings.batch_size * self.settings.seq_len
+        record = {"step": step, "tokens": tokens, "heldout_tokens": found.pop("tokens"), **found}
+        self.measures.append(record["reverse_kl"])
+        self.run.log("eval", record)
+        self.report({"kind": "eval", **record})
+
+    def _flat(self) -> bool:
+        """Whether the last `stop_when_flat` measures brought nothing over the best before them."""
+        wait = self.settings.stop_when_flat
+        if not wait or len(self.measures) <= wait:
+            return False
+        return min(self.measures[-wait:]) > (1 - FLAT) * min(self.measures[:-wait])
+
+    def _gradient(self, batch: Batch, count: int) -> tuple[float, float]:
+        """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long as memory runs out."""
+        self.student.train()
+        while True:
+            try:
+                value = self.accumulate(batch, count)
+                found = torch.stack([value.float(), clip_gradients(self.student, self.settings.clip, self.ranks)]).tolist()
+                return found[0], found[1]
+            except torch.cuda.OutOfMemoryError:
+                micro = self.accumulate.micro
+                if micro == 1 or self.ranks.size > 1:  # ranks would no longer agree on how often they meet
+                    raise
+            self.accumulate.shrink()
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.report({"kind": "note", "text": f"out of memory with {micro} sequences at once, going on with {micro // 2}"})
+
+    def _tolerate(self, step: int, value: float, norm: float, batch: Batch) -> None:
+        """WorkError that names what is not finite, unless so many batches may be skipped."""
+        self.skipped += 1
+        where = first_bad(self.accumulate.student, batch.split(self.accumulate.micro))
+        said = f"step {step}: the loss is {value}, the gradient norm {norm}; first not finite: {where}"
+        if self.skipped > self.settings.skip_bad_batches:
+            raise WorkError(said)
+        self.report({"kind": "note", "text": f"{said}; batch {self.skipped} of {self.settings.skip_bad_batches} skipped"})
 
 
 @contextlib.contextmanager
@@ -199,40 +205,3 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if held:
         raise KeyboardInterrupt
-
-
-def prefetched(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
-    """The same items, made by a thread up to `depth` ahead, so that tokenising does not hold up the device."""
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # handed to the consumer
-            put((False, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            more, item = ready.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
-    finally:
-        stop.set()

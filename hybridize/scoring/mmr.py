@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
 from hybridize.distillation.losses import Loss
+from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.schedule import cosine
+from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator
-from hybridize.distillation.training import make_optimizer, update
+from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import HybridForCausalLM, converted_layer
 from hybridize.scoring.interface import Progress
@@ -107,8 +107,10 @@ def _train(
     student.train()
     plain = settings.as_distill()
     optimizer, losses = make_optimizer(mixed, plain), []
-    accumulate = Accumulator(student, teacher, Loss.parse(settings.loss), settings.batch_size, dtype)
+    accumulate = Accumulator(Student(student, Loss.parse(settings.loss), dtype), teacher, settings.batch_size)
     for step, batch in enumerate(batches):
         losses.append(accumulate(batch))
-        update(mixed, optimizer, cosine(step, settings.steps, plain.warmup_steps), plain.clip)
+        clip_gradients(mixed, plain.clip)
+        update(optimizer, factor(plain.schedule, step, settings.steps, plain.warmup_steps))
+        optimizer.zero_grad()
     return [float(value) for value in losses]

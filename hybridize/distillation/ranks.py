@@ -1,0 +1,119 @@
+"""The processes of one run under torchrun: who they are, sums over them, and models sharded over them (FSDP2).
+
+One process is a run without any of this: nothing is wrapped, sums are the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from hybridize.errors import InputError
+from hybridize.modeling import FLOAT32
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def another_group(self) -> Any:
+        """A group of the same ranks for a thread of its own, whose messages would get among those of the training."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
+
+    def share(self, rows: int, what: str) -> slice:
+        """This rank's part of `rows` sequences. InputError unless all parts are equal, since ranks work in step."""
+        if rows % self.size:
+            raise InputError(f"{what} {rows} cannot be split evenly over {self.size} processes")
+        part = rows // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+
+def join(device: torch.device) -> tuple[Ranks, torch.device]:
+    """The process group that torchrun announces in the environment, and this rank's own device; one rank without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Ranks(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo beside NCCL: checkpoints are written from the CPU's copies
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), size), device
+
+
+def leave() -> None:
+    """Ends the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def small(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A_log, D and dt bias: whole on every rank and float32 under every policy, since bfloat16 loses decays and steps."""
+    return {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in FLOAT32}
+
+
+def shard(root: nn.Module, model: Any, ranks: Ranks, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`, which holds it.
+
+    dtype: what weights are gathered and computed in; gradients are summed in float32. `root` must be what is called.
+    """
+    if ranks.size == 1:
+        return
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = set(small(model).values())
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def reshard(root: nn.Module) -> None:
+    """Parameters are their shards again: a forward pass without a backward leaves those of the root gathered."""
+    if isinstance(root, FSDPModule):
+        root.reshard()
+
+
+def sum_small_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """What FSDP does for all other gradients: their mean over the ranks."""
+    if ranks.size > 1:
+        for parameter in small(model).values():
+            if parameter.grad is not None:
+                ranks.sum(parameter.grad).div_(ranks.size)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

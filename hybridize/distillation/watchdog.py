@@ -1,0 +1,54 @@
+"""Finds what first became infinite or NaN, once a loss or gradient has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridize.distillation.measure import hidden_states
+from hybridize.distillation.packing import Batch
+from hybridize.distillation.ranks import local
+from hybridize.distillation.step import Student
+
+
+@torch.no_grad()
+def first_bad(student: Student, parts: Sequence[Batch]) -> str:
+    """The first weight that is not finite, else the first module output in the order of the forward pass, else the gradient
+    of the last parameter in that order (backward comes from there), else the loss."""
+    model = student.model
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"the weight {name}"
+    found: list[str] = []
+
+    def hear(name: str) -> Any:
+        def listen(_: nn.Module, __: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(output, Tensor) and not _finite(output):
+                found.append(name)
+
+        return listen
+
+    handles = [module.register_forward_hook(hear(name)) for name, module in model.named_modules() if not _has_children(module)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            for part in parts:
+                student(lambda model, part=part: hidden_states(model, part, student.dtype))
+                if found:
+                    return f"the output of {found[0]}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return f"the gradient of {bad[-1]}" if bad else "the loss itself"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(local(tensor)).all())
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None

@@ -1,0 +1,145 @@
+"""Two processes on gloo against one: the same losses, gradients and weights; states that any number of ranks goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from hybridize.distillation.ranks import Ranks, join, leave, small, whole
+from hybridize.distillation.run_dir import RunDir
+from hybridize.distillation.training import Training
+from hybridize.errors import InputError
+from tests.conftest import Runner, hybrid, worst
+from tests.test_training import batch, settings
+
+
+def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resume: bool, options: dict[str, Any]) -> None:
+    """One rank's run; the first one keeps the weights at the end and what kind of tensor each parameter is."""
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+    ranks, _ = join(torch.device("cpu"))
+    dtype = options.pop("dtype", torch.float32)
+    plan = settings(**{"save_every": 2, "eval_every": 3, "keep_last": 9, **options})
+    student, teacher = hybrid("mam", seed=1, tie_word_embeddings=options.get("train") == "mixers"), hybrid("aaa", seed=2)
+    home = RunDir(path / "out", {"a": 1}, ranks, plan.keep_last)
+    home.start(resume)
+
+    def batches():
+        for n in range(100):
+            if n == stop_at:
+                raise KeyboardInterrupt
+            yield batch(n)
+
+    training = Training(student, teacher, [batch(999)], plan, home, device=torch.device("cpu"), dtype=dtype, ranks=ranks)
+    inside: set[tuple[str, str]] = set()
+
+    def look(mixer: torch.nn.Module, _: Any) -> None:
+        inside.update((name, str(mixer.get_parameter(name).dtype)) for name in ("A_log", "D", "dt_bias", "in_proj.weight"))
+
+    for name, module in student.named_modules():
+        if name.endswith(".mixer"):
+            module.register_forward_pre_hook(look)
+    try:
+        training.go(batches(), resume)
+    except KeyboardInterrupt:
+        assert stop_at is not None
+    weights = {name: whole(p.detach()) for name, p in student.named_parameters()}
+    kinds = {name: (type(p).__name__, str(p.dtype)) for name, p in student.named_parameters()}
+    if ranks.main:
+        torch.save({"weights": weights, "kinds": kinds, "inside": inside}, path / "end.pt")
+    ranks.wait()
+    leave()
+
+
+def go(size: int, path: Path, stop_at: int | None = None, resume: bool = False, **options: Any) -> dict[str, Any]:
+    path.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if size == 1:
+        work(0, 1, port, path, stop_at, resume, dict(options))
+    else:
+        mp.spawn(work, (size, port, path, stop_at, resume, options), nprocs=size)
+    lines = [json.loads(line) for line in (path / "out.run/metrics.jsonl").open()]
+    measures = [json.loads(line) for line in (path / "out.run/eval.jsonl").open()]
+    return {**torch.load(path / "end.pt"), "losses": lines, "measures": measures}
+
+
+@pytest.mark.parametrize("options", [{}, {"train": "mixers", "micro_batch_size": 1, "gradient_checkpointing": True}])
+def test_two_ranks_equal_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    one, two = go(1, tmp_path / "one", **options), go(2, tmp_path / "two", **options)
+    for key in ("loss", "grad_norm"):
+        a, b = (torch.tensor([line[key] for line in found["losses"]]) for found in (one, two))
+        assert worst(b, a) <= 1e-5
+    assert worst(*(torch.tensor([m["reverse_kl"] for m in found["measures"]]) for found in (two, one))) <= 1e-5
+    for name, value in one["weights"].items():
+        assert worst(two["weights"][name], value) <= 1e-4, name
+    kinds = two["kinds"]
+    assert {kinds[n] for n in small(hybrid("mam"))} == {("Parameter", "torch.float32")}
+    assert kinds["model.layers.0.mixer.in_proj.weight"][0] == kinds["model.embed_tokens.weight"][0] == "DTensor"
+
+
+def test_bfloat16_sharding_leaves_decays_and_steps_in_float32(tmp_path: Path) -> None:
+    """Read inside the forward pass, where FSDP has cast what it gathered."""
+    found = go(2, tmp_path / "two", steps=1, dtype=torch.bfloat16)
+    small = {(name, "torch.float32") for name in ("A_log", "D", "dt_bias")}
+    assert found["inside"] - {("in_proj.weight", "torch.float32")} == small | {("in_proj.weight", "torch.bfloat16")}
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    whole_run = go(1, tmp_path / "whole")
+    for before, after in ((2, 1), (1, 2)):
+        path = tmp_path / f"from{before}"
+        go(before, path, stop_at=3)
+        assert RunDir(path / "out", {}).steps()[-1] == 3
+        found = go(after, path, resume=True)
+        assert [line["step"] for line in found["losses"]] == [1, 2, 3, 4, 5, 6]
+        for name, value in whole_run["weights"].items():
+            assert worst(found["weights"][name], value) <= 1e-4, name
+
+
+def test_torchrun_on_the_command_line(tmp_path: Path, teacher: Path, traces: Path, cli: Runner) -> None:
+    """One checkpoint, one voice, and the same numbers as without torchrun."""
+    cli("replace", teacher, "--indices", "1,2", "--no-calibrate", "-o", tmp_path / "h2")
+    common = ["distill", str(tmp_path / "h2"), "--data", str(traces), "--steps", "2", "--batch-size", "2", "--seq-len", "48"]
+    cli(*common, "-o", tmp_path / "one", "--json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+
+    def told(*arguments: str) -> subprocess.CompletedProcess[str]:
+        program = [*torchrun, "hybridize.commands", *common, *arguments]
+        calm = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(program, capture_output=True, text=True, timeout=300, env=calm, check=False)
+
+    ran = told("-o", str(tmp_path / "two"), "--json")
+    assert ran.returncode == 0, ran.stderr
+    one, two = json.loads(cli.stdout), json.loads(ran.stdout)
+    assert two["last"]["loss"] == pytest.approx(one["last"]["loss"], rel=1e-5)
+    assert json.loads((tmp_path / "two/hybridize.json").read_text())["settings"]["ranks"] == 2
+    assert not (tmp_path / "two.run").exists()
+    a, b = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("one", "two"))
+    assert all(worst(b[name], a[name]) <= 1e-4 for name in a)
+    odd = told("--batch-size", "3", "-o", str(tmp_path / "odd"))
+    assert "--batch-size 3 cannot be split evenly over 2 processes" in odd.stderr
+    assert odd.returncode != 0
+
+
+def test_rows_are_shared_evenly_or_not_at_all() -> None:
+    assert [Ranks(rank, 4).share(8, "--batch-size") for rank in range(4)] == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 6),
+        slice(6, 8),
+    ]
+    with pytest.raises(InputError, match="--batch-size 6 cannot be split evenly over 4 processes"):
+        Ranks(0, 4).share(6, "--batch-size")
