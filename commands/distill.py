@@ -20,6 +20,10 @@ def command(
     teacher: opt.Teacher = None,
     tokens: Annotated[int | None, typer.Option("--tokens", help="Length: all packed tokens.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Length: optimizer steps.")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="align: first fit each mixer to its attention layer [default: distill]."),
+    ] = None,
     loss: Annotated[
         str | None, typer.Option("--loss", help="reverse-kl, forward-kl, js, ce or a mixture: reverse-kl=.9,ce=.1.")
     ] = None,
@@ -63,6 +67,9 @@ def command(
     skip_bad_batches: Annotated[
         int | None, typer.Option("--skip-bad-batches", help="Leave out so many batches whose gradient is not finite.")
     ] = None,
+    checkpoint_merge: Annotated[
+        int | None, typer.Option("--checkpoint-merge", help="The result is the mean of the last so many states.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between resumable states, 0: none.")] = None,
     save_minutes: Annotated[float | None, typer.Option("--save-minutes", help="Minutes between them, 0: steps only.")] = None,
     keep_last: Annotated[int | None, typer.Option("--keep-last", help="Resumable states to keep [default: 2].")] = None,
@@ -71,6 +78,7 @@ def command(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
+    track: Annotated[str, typer.Option("--track", help="tensorboard, trackio, wandb: where metrics go besides the file.")] = "",
     log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of metrics and progress.")] = 1,
     trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
@@ -86,12 +94,13 @@ def command(
     """
     out = Output(as_json, quiet)
     given = {
+        "stage": stage,
         "loss": loss, "temperature": temperature, "mask": mask, "tokens": tokens, "steps": steps, "batch_size": batch_size,
         "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
         "compile": compile, "cuda_graph": cuda_graph, "lr_groups": lr_groups, "schedule": schedule,
         "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
-        "keep_last": keep_last,
+        "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,
         "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
     }  # fmt: skip
     from dataclasses import asdict
@@ -108,11 +117,13 @@ def command(
     objective = Loss.parse(settings.loss, settings.temperature)
     source = open_checkpoint(checkpoint, revision)
     if not any(map(settings.trains, source.names)):
-        why = "has no Mamba layer" if settings.train == "mixers" else "has no tensor of such a name"
-        raise InputError(f"--train {settings.train}: {checkpoint} {why}")
+        if settings.stage == "align" or settings.train == "mixers":
+            flag = "--stage align" if settings.stage == "align" else "--train mixers"
+            raise InputError(f"{flag}: {checkpoint} has no Mamba layer")
+        raise InputError(f"--train {settings.train}: {checkpoint} has no tensor of such a name")
     target = output or Path(f"{Path(checkpoint).name}-kd")
     origin = None
-    if objective.needs_teacher or eval_data is not None:
+    if objective.needs_teacher or eval_data is not None or settings.stage == "align":
         origin = teacher_of(source, checkpoint, teacher)
     check_output(target, overwrite, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
@@ -136,7 +147,7 @@ def command(
     ran = {**ran_on(where, compute), "template": text, "data": corpus.hash}
     decisive = {key: value for key, value in asdict(settings).items() if key not in UNDECISIVE}
     decisive |= ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
-    run = RunDir(target, decisive, ranks, settings.keep_last)
+    run = RunDir(target, decisive, ranks, settings.keep_last, track)
     run.check(resume, overwrite)
     last: dict[str, Any] = {}
 
@@ -155,7 +166,7 @@ def command(
             done = event["step"] == event["steps"]
             out.progress(
                 f"step {event['step']}/{event['steps']}: loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s, "
-                f"{_clock(event['seconds_left'])} left",
+                f"{_machine(event)}{_clock(event['seconds_left'])} left",
                 last=done,
             )
 
@@ -176,6 +187,12 @@ def command(
         print(f"{target}: trained on {used:,} tokens")
 
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
+
+
+def _machine(event: dict[str, Any]) -> str:
+    """How busy and how full the GPU is, where that is known."""
+    share = "" if event["mfu"] is None else f"MFU {event['mfu']:.0%}, "
+    return share + ("" if event["peak_memory_gib"] is None else f"{event['peak_memory_gib']:.1f} GiB, ")
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

@@ -274,6 +274,30 @@ def test_the_last_states_are_kept_and_a_broken_one_is_not_used(tmp_path: Path) -
     assert not (tmp_path / "out.run/step-00000006").exists()
 
 
+def test_the_result_may_be_the_mean_of_the_last_states(tmp_path: Path) -> None:
+    plan = settings(save_every=1, keep_last=3, checkpoint_merge=3)
+    seen, notes = {}, []
+    training = start(tmp_path, plan, report=notes.append)
+    training.held = [batch(0)]
+    real = training.run.save
+
+    def save(student, optimizer, step, wait=False) -> None:
+        seen[step] = [p.detach().double().clone() for p in student.parameters()]
+        real(student, optimizer, step, wait)
+
+    training.run.save = save
+    training.go(batches())
+    mean = [sum(parts) / 3 for parts in zip(seen[4], seen[5], seen[6], strict=True)]
+    for parameter, wanted in zip(training.student.parameters(), mean, strict=True):
+        assert worst(parameter, wanted) <= 1e-6
+    assert notes[-2]["text"] == "weights: the mean of the states after steps [4, 5, 6]"
+    direct = fidelity(training.student, training.teacher, [batch(0)], torch.float32).reverse_kl
+    assert notes[-1]["reverse_kl"] == direct
+    for wrong in ({"save_every": 0, "checkpoint_merge": 2}, {"save_every": 1, "keep_last": 2, "checkpoint_merge": 3}):
+        with pytest.raises(InputError, match="--checkpoint-merge takes the mean of saved states"):
+            settings(**wrong)
+
+
 def test_states_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**6, 40))
     monkeypatch.setattr("hybridize.distillation.training.time.monotonic", lambda: next(clock))

@@ -101,11 +101,11 @@ def reshard(root: nn.Module) -> None:
         root.reshard()
 
 
-def sum_small_gradients(model: nn.Module, ranks: Ranks) -> None:
-    """What FSDP does for all other gradients: their mean over the ranks."""
+def average_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """The mean over the ranks for all parameters that are whole on each, as FSDP has it for those that it sharded."""
     if ranks.size > 1:
-        for parameter in small(model).values():
-            if parameter.grad is not None:
+        for parameter in model.parameters():
+            if parameter.grad is not None and not isinstance(parameter, DTensor):
                 ranks.sum(parameter.grad).div_(ranks.size)
 
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from hybridize.checkpoint.reader import read_json
 from hybridize.checkpoint.writer import write_json_atomic
 from hybridize.distillation.ranks import Ranks
+from hybridize.distillation.watch import Trackers, draw_curve
 from hybridize.errors import InputError
 
 LOGS = ("metrics", "eval")
@@ -23,13 +24,19 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # th
 
 
 class RunDir:
-    """`settings` is what decides the run's result; a resumed run must have the same. keep: how many states stay."""
+    """`settings` is what decides the run's result; a resumed run must have the same.
 
-    def __init__(self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2) -> None:
+    keep: how many states stay; track: see Trackers.
+    """
+
+    def __init__(
+        self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2, track: str = ""
+    ) -> None:
         self.path = output.with_name(output.name + ".run")
         self.settings, self.ranks, self.keep = settings, ranks or Ranks(), keep
         self.group = self.ranks.another_group()
         self.pending: Any = None
+        self.trackers = Trackers(track if self.ranks.main else "", self.path, settings)
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """InputError when there is an unfinished run and neither flag says what to do with it, or it cannot be resumed."""
@@ -56,6 +63,7 @@ class RunDir:
             return
         with (self.path / f"{name}.jsonl").open("a") as out:
             out.write(json.dumps(record) + "\n")
+        self.trackers.log({key if key == "step" else f"{name}/{key}": value for key, value in record.items()})
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """What has been logged."""
@@ -86,6 +94,21 @@ class RunDir:
             if self.ranks.main:
                 for step in self.steps()[: -self.keep]:
                     shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
+
+    def merge(self, student: nn.Module, count: int) -> list[int]:
+        """The trained weights become the mean of those in the last `count` states; returns their steps."""
+        steps = self.steps()[-count:]
+        trained = {f"weights/{name}": p for name, p in student.named_parameters() if p.requires_grad}
+        sums = {name: torch.zeros_like(p) for name, p in trained.items()}
+        for step in steps:
+            one = {name: torch.empty_like(p) for name, p in trained.items()}
+            load(one, checkpoint_id=self.path / f"step-{step:08}", no_dist=self.ranks.size == 1)
+            for name, value in one.items():
+                sums[name] += value
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(sums[name] / len(steps))
+        return steps
 
     def steps(self) -> list[int]:
         """The steps of all whole states."""
@@ -131,10 +154,14 @@ class RunDir:
         path.write_text("".join(line + "\n" for line in kept))
 
     def finish(self, into: Path) -> None:
-        """Copies the logs into the finished checkpoint's directory."""
+        """Copies the logs into the finished checkpoint's directory and draws their curve."""
+        self.trackers.close()
         for name in LOGS:
             if (self.path / f"{name}.jsonl").exists():
                 shutil.copyfile(self.path / f"{name}.jsonl", into / f"{name}.jsonl")
+        if (self.path / "tensorboard").exists():
+            shutil.copytree(self.path / "tensorboard", into / "tensorboard")
+        draw_curve(self.read("metrics"), self.read("eval"), into / "curve.png")
 
     def remove(self) -> None:
         if self.ranks.main:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError
 
+STAGES = ("distill", "align")
 UNDECISIVE = ("save_every", "save_minutes", "keep_last")  # what a resumed run may have otherwise than the run before it
 
 
@@ -15,13 +16,16 @@ UNDECISIVE = ("save_every", "save_minutes", "keep_last")  # what a resumed run m
 class DistillSettings:
     """Counts are sequences, steps or tokens as named; rates are AdamW's peak learning rates.
 
+    stage: `distill` trains on the loss, `align` fits each mixer to its attention layer's output, and trains nothing else.
     tokens counts all packed tokens; steps wins where both are given. train: `all` weights, `body` (all but embeddings and
     output head), `mixers`, or patterns of parameter names with commas between. lr_groups: PATTERN=RATE with commas between, the
     first that fits a name wins over lr and lr_mixer. mask: `assistant` packs documents apart from each other and learns the
     assistant's tokens, `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
+    checkpoint_merge: the result is the mean of the last so many saved states, 0: the last one.
     stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
     """
 
+    stage: str = "distill"
     loss: str = "reverse-kl"
     temperature: float = 1.0
     mask: str = "assistant"
@@ -45,6 +49,7 @@ class DistillSettings:
     eval_windows: int = 24
     stop_when_flat: int = 0
     skip_bad_batches: int = 0
+    checkpoint_merge: int = 0
     save_every: int = 500
     save_minutes: float = 0.0
     keep_last: int = 2
@@ -65,14 +70,19 @@ class DistillSettings:
             "save_minutes",
             "stop_when_flat",
             "skip_bad_batches",
+            "checkpoint_merge",
         )
         for name in naturals:
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+        if self.stage not in STAGES:
+            raise InputError(f"--stage {self.stage} is unknown; use {' or '.join(STAGES)}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
+        if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
+            raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
         self.rates()
         if self.seq_len < 2:
             raise InputError("--seq-len must be at least 2")
@@ -100,6 +110,8 @@ class DistillSettings:
 
     def trains(self, name: str) -> bool:
         """Whether `train` means a parameter of this name."""
+        if self.stage == "align":
+            return fnmatchcase(name, "*mixer.*")
         if self.train == "body":
             return not fnmatchcase(name, "*embed_tokens.*") and not fnmatchcase(name, "*lm_head.*")
         patterns = {"all": "*", "mixers": "*mixer.*"}.get(self.train, self.train).split(",")

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import Ranks, sum_small_gradients
+from hybridize.distillation.ranks import Ranks, average_gradients
 
 CAUSAL = "hybridize_causal"
 WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
@@ -72,7 +72,7 @@ class Accumulator:
             else:
                 kept = part.keep.flatten()
                 total = total + backward(self.student, self.teacher, part, self.ranks.size / count, kept)
-        sum_small_gradients(self.student, self.ranks)
+        average_gradients(self.student, self.ranks)
         return self.ranks.sum(total) / self.ranks.size
 
     def shrink(self) -> None:

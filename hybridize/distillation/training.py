@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hybridize.distillation.align import Aligner
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
@@ -25,6 +26,7 @@ from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, can_graph
+from hybridize.distillation.watch import model_flops, peak_flops
 from hybridize.distillation.watchdog import first_bad
 from hybridize.errors import InputError, WorkError
 from hybridize.runtime import compile_layers
@@ -58,21 +60,30 @@ class Training:
         choose_trained(student, settings)
         if settings.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        if settings.cuda_graph and (self.ranks.size > 1 or not can_graph(student, teacher, settings.seq_len)):
-            raise InputError("--cuda-graph needs one CUDA device, SDPA attention and no sliding window shorter than --seq-len")
+        alone = self.ranks.size == 1 and settings.stage == "distill"
+        if settings.cuda_graph and not (alone and can_graph(student, teacher, settings.seq_len)):
+            raise InputError("--cuda-graph needs one CUDA device, SDPA attention without a window, and --stage distill")
+        flops = model_flops(student, teacher)
         root = Student(student, loss, dtype)
         narrow = dtype if dtype != torch.float32 else None
+        aligns = settings.stage == "align"
         if teacher is not None:
             teacher.requires_grad_(False)
             shard(teacher.base_model, teacher, self.ranks, device, None)
-        shard(root, student, self.ranks, device, narrow)
+        if aligns:  # mixers are called apart from their layers, which FSDP cannot see
+            student.to(device)
+        else:
+            shard(root, student, self.ranks, device, narrow)
         for model in (student, teacher):
             if settings.compile and model is not None:
                 compile_layers(model)
+        self.flops, self.peak = flops, peak_flops(device)
         self.optimizer = make_optimizer(student, settings)
         guide = teacher if loss.needs_teacher else None
         micro = min(settings.micro, settings.batch_size // self.ranks.size)
-        self.accumulate = Accumulator(root, guide, micro, self.ranks, settings.cuda_graph)
+        self.accumulate: Accumulator | Aligner = Accumulator(root, guide, micro, self.ranks, settings.cuda_graph)
+        if aligns:
+            self.accumulate = Aligner(root, teacher, micro, self.ranks)
         self.held = [batch.to(device) for batch in heldout]
         self.measures: list[float] = []
         self.skipped = 0
@@ -114,23 +125,21 @@ class Training:
                         "lr_rest": settings.lr * rate, "grad_norm": norm, "seconds": round(spent, 3),
                     }  # fmt: skip
                     run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
-                # the first step loads, tunes and compiles kernels, which says nothing about those to come
-                first = finished == start + 1
-                warm_up = spent if first else warm_up
+                warm_up = spent if finished == start + 1 else warm_up
                 if finished % self.log_every == 0 or finished == steps:
-                    speed = tokens_a_step / spent if first else (finished - start - 1) * tokens_a_step / (spent - warm_up)
-                    left = (steps - finished) * tokens_a_step / speed
-                    more = {"steps": steps, "tokens_per_second": speed, "seconds_left": left, "first_step_seconds": warm_up}
-                    self.report({"kind": "step", **record, **more})
+                    self._tell(record, finished - start, spent, warm_up)
                 due = settings.save_every and (finished % settings.save_every == 0 or finished == steps)
                 if due or (settings.save_minutes and time.monotonic() - saved_at > 60 * settings.save_minutes):
                     run.save(self.student, self.optimizer, finished)
                     saved_at = time.monotonic()
                 if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
                     self.measure(finished)
-            if finished == steps:
-                self.measure(steps)
             run.settle()
+            if settings.checkpoint_merge > 1:
+                merged = run.merge(self.student, settings.checkpoint_merge)
+                self.report({"kind": "note", "text": f"weights: the mean of the states after steps {merged}"})
+            if finished == steps or settings.checkpoint_merge > 1:
+                self.measure(finished)
         except BaseException as error:
             # Whatever stopped the run, its finished steps are kept. Other ranks may be gone: a collective would wait for them.
             if finished > start and (self.ranks.size == 1 or isinstance(error, KeyboardInterrupt)):
@@ -138,6 +147,19 @@ class Training:
                     run.save(self.student, self.optimizer, finished, wait=True)
             raise
         return finished * tokens_a_step
+
+    def _tell(self, record: dict[str, Any], done: int, spent: float, warm_up: float) -> None:
+        """Reports a step with the speed of the `done` steps so far, which took `spent` seconds, the first `warm_up` of them."""
+        steps, tokens = self.settings.total_steps, self.settings.batch_size * self.settings.seq_len
+        # the first step loads, tunes and compiles kernels, which says nothing about those to come
+        speed = tokens / spent if done == 1 else (done - 1) * tokens / (spent - warm_up)
+        share = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.size)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+        more = {
+            "kind": "step", "steps": steps, "tokens_per_second": speed, "seconds_left": (steps - record["step"]) * tokens / speed,
+            "first_step_seconds": warm_up, "mfu": share, "peak_memory_gib": memory,
+        }  # fmt: skip
+        self.report({**record, **more})
 
     def measure(self, step: int) -> None:
         """Held-out fidelity, logged and reported."""

@@ -1,0 +1,101 @@
+"""What a run shows of itself: speed against the machine's peak, trackers by name, a curve. Knows nothing of training."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridize.errors import InputError
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362, "B200": 2250, "RTX 4090": 165}
+
+
+def model_flops(student: Any, teacher: Any) -> int:
+    """FLOPs a token of training: 2 N forward and 2 N back through the student, 2 for each weight that is trained, 2 N for the
+    teacher; N without the embedding table, no credit for recomputation nor for attention's products."""
+
+    def size(model: Any, trained: bool = False) -> int:
+        table = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is table
+        return sum(p.numel() for p in model.parameters() if (p is not table or tied) and (p.requires_grad or not trained))
+
+    return 4 * size(student) + 2 * size(student, trained=True) + (0 if teacher is None else 2 * size(teacher))
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s by the vendor's sheet, None for a device that is not in the list."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+
+
+class Trackers:
+    """Sends metrics to the services of `names`, opened at the first record. InputError for one unknown or not installed.
+
+    TensorBoard's files lie in `place`; the others take its name.
+    """
+
+    def __init__(self, names: str, place: Path, settings: dict[str, Any]) -> None:
+        self.place, self.settings, self.writers = place, settings, list[Any]()
+        self.modules = {name.strip(): _module(name.strip()) for name in names.split(",") if name.strip()}
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One record of numbers with its `step`."""
+        for name, module in () if self.writers else self.modules.items():
+            if name == "tensorboard":
+                self.writers.append(module.SummaryWriter(str(self.place / name)))
+            else:
+                self.writers.append(module.init(project="hybridize", name=self.place.stem, config=self.settings))
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        for writer in self.writers:
+            if hasattr(writer, "add_scalar"):
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, record["step"])
+            else:
+                writer.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Before the run's folder is put away."""
+        for writer in self.writers:
+            (getattr(writer, "close", None) or writer.finish)()
+        self.writers, self.modules = [], {}
+
+
+def _module(name: str) -> Any:
+    if name not in TRACKERS:
+        raise InputError(f"--track {name} is unknown; use {', '.join(TRACKERS)}")
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        raise InputError(f"--track {name}: pip install {name} first ({error})") from error
+
+
+def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], output: Path) -> bool:
+    """Training loss, held-out reverse KL and agreement, learning rate over tokens, as a PNG. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 5), dpi=120)
+    axis, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    good = [s for s in steps if s["loss"] is not None]
+    axis.plot([s["tokens"] / 1e6 for s in good], [s["loss"] for s in good], lw=0.8, label="training loss")
+    below.plot([s["tokens"] / 1e6 for s in good], [s["lr"] for s in good], lw=0.8)
+    below.set(xlabel="million tokens", ylabel="rate")
+    axis.set(ylabel="nats per token", yscale="log")
+    lines = list(axis.get_lines())
+    if measures:
+        tokens = [m["tokens"] / 1e6 for m in measures]
+        lines += axis.plot(tokens, [m["reverse_kl"] for m in measures], "o-", label="held-out reverse KL")
+        other = axis.twinx()
+        lines += other.plot(tokens, [m["agreement"] for m in measures], "s--", color="tab:green", label="held-out agreement")
+        other.set_ylabel("top-1 agreement with the teacher")
+    axis.legend(lines, [line.get_label() for line in lines], loc="center right")
+    figure.tight_layout()
+    figure.savefig(output)
+    return True
