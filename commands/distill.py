@@ -170,6 +170,9 @@ def command(
                 last=done,
             )
 
+    held, learnt = corpus.density(settings)
+    out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
+    out.note(f"packing: {held:.1%} of the positions hold text, {learnt:.1%} are learnt")
     out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
     used = distill(
         source, checkpoint, origin, corpus, settings, target, device=where, dtype=compute, overwrite=overwrite, resume=resume,

@@ -10,8 +10,8 @@ tasks=(--tasks wordproblems_exact,wordproblems_choice --include-path tasks --lim
 hybridize demo                                                   # teacher/ with its traces, tasks/ for lm-eval
 hybridize score-loo --metric kl --windows 16 --seq-len 256       # rank the layers by what removing each one costs
 hybridize replace --layers 4                                     # teacher/ -> h4/: half its attention is Mamba, calibrated
-hybridize distill h4 -o h4-kd --loss reverse-kl=.5,forward-kl=.5 --steps 240 --batch-size 4 --seq-len 512 \
-  --lr 3e-4 --warmup-steps 10 --eval-every 60 --log-every 30 --save-every 0  # back to the teacher
+hybridize distill h4 -o h4-kd --loss reverse-kl=.5,forward-kl=.5 --steps 180 --batch-size 4 --seq-len 512 \
+  --lr 6e-4 --warmup-steps 10 --eval-every 60 --log-every 30 --save-every 0  # back to the teacher
 hybridize eval teacher "${tasks[@]}" --quiet
 hybridize eval h4 "${tasks[@]}" --quiet
 hybridize eval h4-kd "${tasks[@]}" --baseline teacher/eval/results.json --max-drop 0.1

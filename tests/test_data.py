@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridize.distillation.distill import open_corpus
 from hybridize.distillation.encode import Document, Encoder
-from hybridize.distillation.packing import batched, epoch_order, pack_documents, pack_stream
-from hybridize.distillation.rows import find_data, read_rows
+from hybridize.distillation.packing import batched, epoch_order, mixed, pack_documents, pack_stream
+from hybridize.distillation.rows import find_data, read_mixture, read_rows
+from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError
 from tests.conftest import make_tokenizer
 
@@ -120,6 +124,65 @@ def test_batches_split_into_micro_batches() -> None:
     assert [len(p.ids) for p in parts] == [4, 2]
     assert sum(p.kept for p in parts) == batch.kept == 42
     assert [b.ids.shape[0] for b in batched(lines, 4, last=True)] == [4, 3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_sources_keep_their_shares_of_the_tokens(weights: list[float], seed: int) -> None:
+    """At any time no source is further than its longest document from its share; each keeps its own order."""
+    chance, longest = random.Random(seed), 30
+
+    def source(number: int):
+        for n in itertools.count():
+            yield Document([number, n] + [0] * chance.randint(0, longest - 2), [True])
+
+    given, order = [0] * len(weights), [0] * len(weights)
+    for document in itertools.islice(mixed([source(i) for i in range(len(weights))], weights), 300):
+        number, n = document.ids[:2]
+        assert n == order[number]
+        order[number] += 1
+        given[number] += len(document.ids)
+    shares = [tokens / weight for tokens, weight in zip(given, weights, strict=True)]
+    assert max(shares) - min(shares) <= longest / min(weights) + 1e-6
+
+
+def test_several_sources_their_weights_and_what_is_held_out(tmp_path: Path) -> None:
+    for name, count in (("a", 40), ("b", 60)):
+        rows = [{"text": f"{name} number {n} " * (n % 3 + 1)} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = f"{tmp_path}/a.jsonl=3,{tmp_path}/b.jsonl"
+    corpus = open_corpus(spec, None, Encoder(make_tokenizer(), "none"))
+    assert [(len(rows), weight) for rows, weight in corpus.sources] == [(38, 3.0), (57, 1.0)]
+    assert [corpus.heldout.where(i).rsplit("/", 1)[1] for i in range(5)] == [
+        "a.jsonl:39", "a.jsonl:40", "b.jsonl:58", "b.jsonl:59", "b.jsonl:60",
+    ]  # fmt: skip
+    other = open_corpus(spec.replace("=3", "=2"), None, Encoder(make_tokenizer(), "none"))
+    assert other.hash != corpus.hash
+    for wrong in ("a=0", "a=x", "=1", "a=1,b=-1"):
+        with pytest.raises(InputError, match="the weight after = must be a positive number"):
+            read_mixture(wrong)
+    with pytest.raises(InputError, match=r"b\.jsonl does not exist"):
+        read_mixture("./b.jsonl=1,./c.jsonl=1")
+    odd = tmp_path / "a,b=c.jsonl"
+    odd.write_text('{"text": "x"}\n')
+    assert [(len(rows), weight) for rows, weight in read_mixture(str(odd))] == [(1, 1.0)]
+
+
+def test_density_and_the_example_show_what_is_learnt(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "ab", "response": "cde"}) + "\n" for _ in range(64)))
+    plan = DistillSettings(steps=1, batch_size=1, seq_len=16)
+    encoder = Encoder(make_tokenizer(), "assistant", None)
+    encoder.template = None
+    corpus = open_corpus(str(path), str(path), encoder)
+    document = encoder.encode({"prompt": "ab", "response": "cde"}, "")
+    each = 16 // len(document.ids)  # whole documents fit into a row
+    held, learnt = corpus.density(plan, sample=each * 10)
+    assert held == pytest.approx(each * len(document.ids) / 16)
+    assert learnt == pytest.approx(each * sum(document.keep) / 16)
+    decode = encoder.tokenizer.decode
+    begin = document.keep.index(True)
+    assert corpus.example(0) == f"{decode(document.ids[:begin])}\u27e6{decode(document.ids[begin:])}\u27e7"
 
 
 def test_every_format(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
-from hybridize.distillation.encode import Encoder
-from hybridize.distillation.packing import Batch, batched, endless, pack_documents, pack_stream
+from hybridize.distillation.encode import Document, Encoder
+from hybridize.distillation.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
 from hybridize.distillation.prefetch import prefetched
 from hybridize.distillation.ranks import Ranks, whole
-from hybridize.distillation.rows import Rows, read_rows
+from hybridize.distillation.rows import Rows, read_mixture, read_rows
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.training import Report, Training
@@ -33,58 +34,88 @@ HELDOUT_ROWS = 64  # at most so many of the training rows are held out when ther
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training rows, held-out rows, and how both become batches."""
+    """Training sources, each with its share of the tokens, held-out rows, and how both become batches."""
 
-    rows: Rows
+    sources: Sequence[tuple[Rows, float]]
     heldout: Rows
     encoder: Encoder
 
-    def lines(self, rows: Rows, order: Iterator[Any], length: int) -> Iterator[Any]:
+    @property
+    def rows(self) -> Rows:
+        """The rows of the first source: all there are, where there is one."""
+        return self.sources[0][0]
+
+    def lines(self, order: Iterator[Any], length: int) -> Iterator[Any]:
         if self.encoder.mask == "none":
             return pack_stream(order, length)
         pad = self.encoder.tokenizer.pad_token_id
         return pack_documents(order, length, pad if pad is not None else self.encoder.tokenizer.eos_token_id or 0)
 
+    def documents(self, seed: int) -> Iterator[Document]:
+        """Endless training documents, the same for the same seed; each source in turn as its share of the tokens falls due."""
+
+        def one(rows: Rows) -> Iterator[Document]:
+            return endless(lambda i: self.encoder.encode(rows[i], rows.where(i)), len(rows), seed)
+
+        return mixed([one(rows) for rows, _ in self.sources], [weight for _, weight in self.sources])
+
     def training(self, settings: DistillSettings) -> Iterator[Batch]:
         """Endless batches of `batch_size` sequences, the same for the same seed."""
-        encode = lambda i: self.encoder.encode(self.rows[i], self.rows.where(i))  # noqa: E731
-        order = endless(encode, len(self.rows), settings.seed)
-        return batched(self.lines(self.rows, order, settings.seq_len), settings.batch_size)
+        return batched(self.lines(self.documents(settings.seed), settings.seq_len), settings.batch_size)
 
     def measuring(self, settings: DistillSettings) -> list[Batch]:
         """The first `eval_windows` held-out sequences, in file order."""
         encoded = (self.encoder.encode(self.heldout[i], self.heldout.where(i)) for i in range(len(self.heldout)))
-        lines = self.lines(self.heldout, encoded, settings.seq_len)
+        lines = self.lines(encoded, settings.seq_len)
         chosen = [line for _, line in zip(range(settings.eval_windows), lines, strict=False)]
         return list(batched(chosen, settings.micro, last=True))
+
+    def density(self, settings: DistillSettings, sample: int = 512) -> tuple[float, float]:
+        """Shares of positions that hold text and that are learnt, over the first `sample` training documents."""
+        documents = list(itertools.islice(self.documents(settings.seed), sample))
+        lines = list(self.lines(iter(documents), settings.seq_len))
+        places = max(1, len(lines) * settings.seq_len)
+        held = places if self.encoder.mask == "none" else sum(len(d.ids) for d in documents)
+        return min(1.0, held / places), sum(sum(line[3]) for line in lines) / places
+
+    def example(self, seed: int, most: int = 400) -> str:
+        """The first training document as text, what is learnt between brackets, long stretches cut in the middle."""
+        document, parts = next(self.documents(seed)), []
+        for kept, group in itertools.groupby(zip(document.keep, document.ids, strict=True), key=lambda pair: pair[0]):
+            text = self.encoder.tokenizer.decode([token for _, token in group])
+            text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+            parts.append(f"\u27e6{text}\u27e7" if kept else text)
+        return "".join(parts)
 
     @cached_property
     def hash(self) -> str:
         """sha256 of all rows, training and held-out: what a resumed run must find unchanged."""
         digest = hashlib.sha256()
-        for part in (self.rows, self.heldout):
+        for part, weight in (*self.sources, (self.heldout, 0.0)):
             for row in part:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-            digest.update(b"--")
+            digest.update(f"--{weight}".encode())
         return digest.hexdigest()
 
 
 def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int | None = None, hold_out: bool = True) -> Corpus:
     """Reads and checks all rows and encodes the first CHECKED of each part, so that bad data shows before any weight is loaded.
 
-    Without `eval_data` the last rows are held out, if `hold_out`.
+    Without `eval_data` the last rows of each source are held out, if `hold_out`.
     """
-    rows = read_rows(data, limit)
+    sources = read_mixture(data, limit)
     if eval_data is not None:
-        heldout = rows if eval_data == data else read_rows(eval_data)
+        heldout = sources[0][0] if eval_data == data else read_rows(eval_data)
     else:
-        count = min(HELDOUT_ROWS, len(rows) // 20) if hold_out else 0
-        heldout = rows.part(len(rows) - count, len(rows))
-        rows = rows.part(0, len(rows) - count)
-    for part in (rows,) if heldout is rows else (rows, heldout):
+        counts = [min(HELDOUT_ROWS // len(sources), len(rows) // 20) if hold_out else 0 for rows, _ in sources]
+        parts = [rows.part(len(rows) - count, len(rows)) for (rows, _), count in zip(sources, counts, strict=True)]
+        heldout = parts[0] if len(parts) == 1 else Rows.joined(parts)
+        sources = [(rows.part(0, len(rows) - n), weight) for (rows, weight), n in zip(sources, counts, strict=True)]
+    every = [rows for rows, _ in sources]
+    for part in every if any(heldout is rows for rows in every) else (*every, heldout):
         for index in range(min(CHECKED, len(part))):
             encoder.encode(part[index], part.where(index))
-    return Corpus(rows, heldout, encoder)
+    return Corpus(sources, heldout, encoder)
 
 
 def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> None:
@@ -129,9 +160,13 @@ def distill(
     used = training.go(prefetched(corpus.training(settings)), resume)
     made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
     manifest = descend(source, name, output, "distill", made, settings.seed)
-    used_data = Path(corpus.rows.name).name if Path(corpus.rows.name).is_file() else corpus.rows.name
-    data = [*manifest.data, {"path": used_data, "rows": len(corpus.rows), "tokens": used}]
-    manifest = dataclasses.replace(manifest, data=data, tokens=manifest.tokens + used)
+    shares = sum(weight for _, weight in corpus.sources)
+    data = [
+        {"path": Path(rows.name).name if Path(rows.name).is_file() else rows.name, "rows": len(rows),
+         "tokens": round(used * weight / shares)}
+        for rows, weight in corpus.sources
+    ]  # fmt: skip
+    manifest = dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
     trained = student.state_dict()
     final = ((name, whole(trained.get(name, old)).to(old.dtype)) for name, old in source.tensors())
     if not ranks.main:

@@ -6,7 +6,7 @@ convolution and state stay inside it; `stream` joins everything into one text an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -139,3 +139,13 @@ def endless(document: Callable[[int], Document], count: int, seed: int) -> Itera
         for index in epoch_order(count, seed, epoch):
             yield document(index)
         epoch += 1
+
+
+def mixed(streams: Sequence[Iterator[Document]], weights: Sequence[float]) -> Iterator[Document]:
+    """One document after the other, from the stream that is furthest behind its share of the tokens."""
+    given = [0.0] * len(streams)
+    while True:
+        behind = min(range(len(streams)), key=lambda i: given[i] / weights[i])
+        document = next(streams[behind])
+        given[behind] += len(document.ids)
+        yield document

@@ -21,6 +21,7 @@ class Rows(Sequence[Row]):
 
     def __init__(self, name: str, rows: Sequence[Row], unit: str, first: int = 1) -> None:
         self.name, self._rows, self._unit, self._first = name, rows, unit, first
+        self._names: list[str] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -28,8 +29,15 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         return self._rows[index]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """One after the other; each row keeps its name."""
+        whole = cls(", ".join(part.name for part in parts), [row for part in parts for row in part], "")
+        whole._names = [part.where(index) for part in parts for index in range(len(part))]
+        return whole
+
     def where(self, index: int) -> str:
-        return f"{self.name}:{self._unit}{index + self._first}"
+        return self._names[index] if self._names else f"{self.name}:{self._unit}{index + self._first}"
 
     def part(self, begin: int, end: int) -> Rows:
         """Rows begin..end - 1, still called by their places in the whole."""
@@ -45,6 +53,26 @@ def find_data(flag: str | None, teacher: Path | None) -> str:
     if found is None:
         raise InputError("no data: give --data FILE, set HYBRIDIZE_DATA, or put a traces.jsonl into this folder")
     return found
+
+
+def read_mixture(spec: str, limit: int | None = None) -> list[tuple[Rows, float]]:
+    """The sources of SPEC, or of SPEC=WEIGHT,SPEC=WEIGHT,..., each with its share of the tokens, 1 unless given; see read_rows.
+
+    limit: rows of each.
+    """
+    if Path(spec).expanduser().is_file() or not set(spec) & set(",="):
+        return [(read_rows(spec, limit), 1.0)]
+    named = []
+    for part in spec.split(","):
+        name, _, text = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = 0.0
+        if not name or not 0 < weight < float("inf"):
+            raise InputError(f"--data {part.strip()!r}: the weight after = must be a positive number")
+        named.append((name, weight))
+    return [(read_rows(name, limit), weight) for name, weight in named]
 
 
 def read_rows(spec: str, limit: int | None = None) -> Rows:

@@ -155,9 +155,10 @@ class Training:
         speed = tokens / spent if done == 1 else (done - 1) * tokens / (spent - warm_up)
         share = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.size)
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+        left = (steps - record["step"]) * tokens / speed
         more = {
-            "kind": "step", "steps": steps, "tokens_per_second": speed, "seconds_left": (steps - record["step"]) * tokens / speed,
-            "first_step_seconds": warm_up, "mfu": share, "peak_memory_gib": memory,
+            "kind": "step", "steps": steps, "tokens_per_second": speed, "seconds_left": left, "first_step_seconds": warm_up,
+            "mfu": share, "peak_memory_gib": memory,
         }  # fmt: skip
         self.report({**record, **more})
 
