@@ -84,6 +84,9 @@ def command(
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUTPUT.run/.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it takes in memory, FLOPs and hours, and do nothing.")
+    ] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -107,13 +110,10 @@ def command(
 
     from hybridize.checkpoint.writer import check_output
     from hybridize.distillation.losses import Loss
-    from hybridize.distillation.settings import UNDECISIVE, DistillSettings
+    from hybridize.distillation.settings import UNDECISIVE
     from hybridize.errors import InputError
 
-    flags, filed = {key: value for key, value in given.items() if value is not None}, _from_file(config)
-    if "tokens" in flags:  # a length on the command line wins over either length in the file
-        filed.pop("steps", None)
-    settings = DistillSettings(**(filed | flags))
+    settings = _settings(given, config)
     objective = Loss.parse(settings.loss, settings.temperature)
     source = open_checkpoint(checkpoint, revision)
     if not any(map(settings.trains, source.names)):
@@ -125,6 +125,9 @@ def command(
     origin = None
     if objective.needs_teacher or eval_data is not None or settings.stage == "align":
         origin = teacher_of(source, checkpoint, teacher)
+    if dry_run:
+        _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype)
+        return
     check_output(target, overwrite, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
     from hybridize.distillation.encode import Encoder
@@ -192,10 +195,52 @@ def command(
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
 
 
+def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str) -> None:
+    import os
+
+    from transformers import AutoConfig
+
+    import hybridize.modeling  # noqa: F401  (registers the hybrid)
+    from hybridize.distillation.plan import GIB, empty_model, plan
+    from hybridize.distillation.ranks import Ranks
+    from hybridize.runtime import DTYPES, pick_device, pick_dtype
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    Ranks(0, ranks).share(settings.batch_size, "--batch-size")
+    # what is planned is a GPU's run, wherever the planning is done
+    compute = DTYPES["bfloat16"] if dtype == "auto" else pick_dtype(dtype, pick_device("cpu"), training=True)
+    student, origin = (
+        None if reader is None else empty_model(AutoConfig.from_pretrained(reader.path, local_files_only=True))
+        for reader in (source, teacher)
+    )
+    found = plan(student, origin, settings, ranks, compute)
+
+    def human() -> None:
+        for name, value in found.bytes.items():
+            print(f"{name:28} {value / GIB:9.2f} GiB")
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        print(f"{'at the peak':28} {found.total / GIB:9.2f} GiB{each}")
+        print(f"{found.tokens:,} tokens, {found.flops:.2e} FLOPs, {found.hours:.2f} hours at 40% of an H100's peak a rank")
+
+    parts = {name: round(value / GIB, 3) for name, value in found.bytes.items()}
+    sums = {"total_gib": round(found.total / GIB, 3), "tokens": found.tokens, "flops": found.flops, "hours": found.hours}
+    out.result({"gib": parts, **sums}, human)
+
+
 def _machine(event: dict[str, Any]) -> str:
     """How busy and how full the GPU is, where that is known."""
     share = "" if event["mfu"] is None else f"MFU {event['mfu']:.0%}, "
     return share + ("" if event["peak_memory_gib"] is None else f"{event['peak_memory_gib']:.1f} GiB, ")
+
+
+def _settings(given: dict[str, Any], config: Path | None) -> Any:
+    """Flags that were given over what the file says."""
+    from hybridize.distillation.settings import DistillSettings
+
+    flags, filed = {key: value for key, value in given.items() if value is not None}, _from_file(config)
+    if "tokens" in flags:  # a length on the command line wins over either length in the file
+        filed.pop("steps", None)
+    return DistillSettings(**(filed | flags))
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

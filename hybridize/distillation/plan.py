@@ -1,0 +1,104 @@
+"""What a distillation will take, from the configs alone: bytes a rank at the peak, FLOPs, hours. Nothing is loaded.
+
+Activations are counted as eager autograd keeps them under bfloat16 autocast, weights and the residual stream in float32; D
+hidden size, A query heads x head size, K key/value heads x head size, F MLP width; bytes a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybridize.distillation.losses import CHUNK_BYTES
+from hybridize.distillation.settings import DistillSettings
+from hybridize.distillation.watch import model_flops
+from hybridize.modeling import MIXER_LAYER
+
+GIB = 2**30
+ASSUMED = 0.4 * 989e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes a rank by part, at the peak in the middle of a step; FLOPs of all tokens; hours at `ASSUMED` a rank."""
+
+    bytes: dict[str, float]
+    tokens: int
+    flops: float
+    hours: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.bytes.values())
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a transformers config without storage."""
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def layer_bytes(config: Any, kind: str) -> int:
+    """What one layer keeps for backward, a token. Checked against autograd's own list in the tests."""
+    D, F = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    A, K = config.num_attention_heads * head, config.num_key_value_heads * head
+    norm = 8 * D + 4  # its input, which is the residual stream, what its weight multiplies, and the scale
+    mlp = norm + 2 * 2 * D + 4 * 2 * F  # two casts of the input; gate, its SiLU, up, their product
+    if kind != MIXER_LAYER:
+        # three casts of the input; q, k, v and the output, which o_proj shares; the softmax's sums
+        return norm + 3 * 2 * D + 2 * (2 * A + 2 * K) + 4 * config.num_attention_heads + mlp
+    shape = config.mixer
+    if shape["kind"] == "mamba2":
+        # in_proj's output; the convolution's input and output; x, B, C side by side; y, z and the normed product; step sizes
+        return norm + 2 * D + 2 * (4 * A + 3 * A + 3 * A + 3 * A + 4 * A) + 12 * (A // shape["d_state"]) + mlp
+    # in_proj's output; expanded x, conv in and out; dt in, out; x, dt, B, C as the kernel has them; y, z, gate, product
+    return norm + 2 * D + 2 * (2 * A + 2 * K + shape["dt_rank"] + 3 * A + 2 * A + 4 * A + 5 * A) + mlp
+
+
+def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtype: torch.dtype) -> Plan:
+    """student, teacher: models without storage, teacher None for a loss that needs none."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(settings.trains(name))
+    config, wide = student.config, dtype.itemsize
+    count = sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    rows = min(settings.micro, settings.batch_size // ranks)
+    tokens = rows * settings.seq_len
+    layers = [layer_bytes(config, kind) for kind in config.layer_types]
+    residual = 4 * config.hidden_size
+    kept = residual * len(layers) + max(layers) if settings.gradient_checkpointing else sum(layers)
+    logits = min(CHUNK_BYTES, 2 * wide * tokens * config.vocab_size)
+    parts = {
+        "student's weights": 4 * count / ranks,
+        "gradients": 4 * trained / ranks,
+        "AdamW's moments": 8 * trained / ranks,
+        "teacher's weights": 0 if teacher is None else wide * sum(p.numel() for p in teacher.parameters()) / ranks,
+        "weights as computed in": wide * (count if ranks == 1 else _largest(student) + _rest(student)),
+        "activations": tokens * (kept + 3 * residual),
+        "logits": logits + (0 if not student.get_output_embeddings().weight.requires_grad else wide * _head(student)),
+    }
+    if ranks > 1 and teacher is not None:
+        parts["teacher's layer, gathered"] = wide * (_largest(teacher) + _rest(teacher))
+    if wide == 4:
+        parts.pop("weights as computed in")
+    seen = settings.total_steps * settings.batch_size * settings.seq_len
+    flops = float(model_flops(student, teacher) * seen)
+    return Plan(parts, seen, flops, flops / (ASSUMED * ranks) / 3600)
+
+
+def _head(model: Any) -> int:
+    return model.get_output_embeddings().weight.numel()
+
+
+def _largest(model: Any) -> int:
+    return max(sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers)
+
+
+def _rest(model: Any) -> int:
+    """What belongs to no layer: FSDP's root keeps it gathered for the whole pass."""
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.base_model.layers.parameters())

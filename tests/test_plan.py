@@ -1,0 +1,91 @@
+"""The plan against what autograd keeps, and against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridize.distillation.plan import GIB, layer_bytes, plan
+from hybridize.distillation.settings import DistillSettings
+from tests.conftest import Runner, hybrid, hybrid_config
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 64, "head_dim": 24, "num_attention_heads": 8, "intermediate_size": 160}])
+def test_an_attention_layer_keeps_what_autograd_says(sizes: dict[str, int]) -> None:
+    """Every storage that one layer's forward saves under bfloat16 autocast, but for its weights and the rotary tables."""
+    mixer = {"kind": "mamba2", "d_inner": sizes.get("num_attention_heads", 4) * sizes.get("head_dim", 8), "d_conv": 4}
+    changes = {**sizes, "mixer": {**mixer, "d_state": sizes.get("head_dim", 8)}}
+    config = hybrid_config("ma", "mamba2", **changes)
+    model, length = hybrid("ma", "mamba2", **changes).train(), 50
+    hidden = torch.randn(1, length, config.hidden_size, requires_grad=True)
+    told = model.model.layer_inputs(hidden, None, torch.arange(length).unsqueeze(0), packed=False)["full_attention"]
+    rotary = {t.untyped_storage().data_ptr() for t in told["position_embeddings"]}
+    kept, alive = {}, []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if length in t.shape and t.untyped_storage().data_ptr() not in rotary:  # weights and their casts have no such size
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            alive.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model.model.layers[1](hidden, **told)
+    assert layer_bytes(config, "full_attention") * length == sum(kept.values())
+
+
+def test_weights_and_their_like_by_hand() -> None:
+    student, teacher = hybrid("mam"), hybrid("aaa")
+    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
+    ends = student.lm_head.weight.numel() + student.model.embed_tokens.weight.numel()
+    settings = DistillSettings(tokens=10_000, batch_size=4, seq_len=8, micro_batch_size=2, train="body")
+    for ranks in (1, 2):
+        found = plan(student, teacher, settings, ranks, torch.bfloat16)
+        assert found.bytes["student's weights"] * ranks == 4 * ours
+        assert found.bytes["gradients"] * ranks == 4 * (ours - ends)
+        assert found.bytes["AdamW's moments"] * ranks == 8 * (ours - ends)
+        assert found.bytes["teacher's weights"] * ranks == 2 * theirs
+        assert found.tokens == 312 * 4 * 8
+    more = plan(student, teacher, DistillSettings(tokens=10_000, batch_size=4, seq_len=8, train="body"), 1, torch.bfloat16)
+    less = plan(student, teacher, settings, 1, torch.bfloat16)
+    assert more.bytes["activations"] == 2 * less.bytes["activations"]
+    assert more.flops == less.flops
+
+
+def test_the_plan_of_a_measured_run() -> None:
+    """SmolLM2's shape, 15 of 30 layers mamba2, 8 of 16 x 2048 tokens at a time, not compiled: docs/performance.md has 17.18 GiB
+    above weights and moments on an H100."""
+    layers = ["linear_attention" if i % 2 else "full_attention" for i in range(30)]
+    mixer = {"kind": "mamba2", "d_inner": 576, "d_state": 64, "d_conv": 4}
+    shape = dict(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64, vocab_size=49152,
+        num_hidden_layers=30, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        from hybridize.modeling import HybridConfig, HybridForCausalLM
+
+        student = HybridForCausalLM(HybridConfig(base_model_type="llama", mixer=mixer, layer_types=layers, **shape))
+    settings = DistillSettings(steps=1, batch_size=16, micro_batch_size=8, seq_len=2048, train="body")
+    found = plan(student, None, settings, 1, torch.bfloat16).bytes
+    above = sum(found[name] for name in ("gradients", "weights as computed in", "activations", "logits")) / GIB
+    assert above == pytest.approx(17.18, rel=0.15)
+
+
+def test_dry_run_says_it_and_does_nothing(
+    tmp_path: Path, cli: Runner, teacher: Path, traces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli("replace", teacher, "--indices", "1,2", "--no-calibrate", "-o", "h2")
+    before = sorted(Path(".").rglob("*"))
+    text = cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--dry-run")
+    assert "at the peak" in text
+    assert "983,040 tokens" in text
+    found = json.loads(cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--dry-run", "--json"))
+    assert found["total_gib"] == pytest.approx(sum(found["gib"].values()), abs=0.01)
+    assert found["hours"] == pytest.approx(found["flops"] / (0.4 * 989e12) / 3600)
+    ce = json.loads(cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--loss", "ce", "--dry-run", "--json"))
+    assert ce["gib"]["teacher's weights"] == 0
+    assert ce["flops"] < found["flops"]
+    assert sorted(Path(".").rglob("*")) == before
