@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridize.distillation import losses
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.errors import InputError
 from tests.conftest import worst
@@ -101,3 +103,36 @@ def test_extreme_logits_stay_finite() -> None:
 def test_bad_mixtures(text: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         Loss.parse(text)
+
+
+def plain_and_fused(loss: Loss, rows: int) -> None:
+    g = torch.Generator().manual_seed(rows)
+    draw = lambda: torch.randn(rows, 500, generator=g) * 3  # noqa: E731
+    student, teacher, scale = draw(), draw(), torch.rand(rows, generator=g)
+    labels = torch.randint(0, 500, (rows,), generator=g)
+    other = student.clone()
+    values = [losses._replace(loss, student, teacher, labels, scale), losses._fused()(loss, other, teacher, labels, scale)]
+    assert worst(values[1], values[0]) <= 1e-5
+    assert worst(other, student) <= 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for the CPU needs g++")
+def test_the_compiled_loss_is_the_same_at_any_length() -> None:
+    losses._fused.cache_clear()
+    for rows in (40, 17, 1):
+        plain_and_fused(Loss.parse("reverse-kl=.7,ce=.2", 1.3), rows)
+
+
+def test_without_a_compiler_the_loss_is_slow_but_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object):
+        def call(*_: object) -> None:
+            raise torch._dynamo.exc.TorchDynamoException("no C compiler")
+
+        return call
+
+    losses._fused.cache_clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="could not be compiled and will be slow: no C compiler"):
+        plain_and_fused(Loss(), 5)
+    plain_and_fused(Loss(), 6)  # says it once
+    losses._fused.cache_clear()

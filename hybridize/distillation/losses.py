@@ -114,7 +114,9 @@ def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor
 @functools.cache
 def _fused() -> Callable[..., Tensor]:
     """`_replace`, compiled: it reads the logits three times instead of some twenty and keeps nothing in between."""
-    chosen = [torch.compile(_replace)]
+    # a log-probability reads logits, maximum and sum, a term two of them: more than what the compiler by itself computes twice
+    # instead of keeping it as another float32 [n, V]
+    chosen = [torch.compile(_replace, options={"realize_reads_threshold": 16})]
 
     def replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
         for tensor in (student, teacher, labels, scale):
