@@ -53,6 +53,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
     ] = None,
+    checkpoint_layers: Annotated[
+        str | None, typer.Option("--checkpoint-layers", help="The same for some layers only, like 3,5-8.")
+    ] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile for the layers: a minute, then faster steps.")
     ] = None,
@@ -101,6 +104,7 @@ def command(
         "loss": loss, "temperature": temperature, "mask": mask, "tokens": tokens, "steps": steps, "batch_size": batch_size,
         "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
+        "checkpoint_layers": checkpoint_layers,
         "compile": compile, "cuda_graph": cuda_graph, "lr_groups": lr_groups, "schedule": schedule,
         "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
         "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,

@@ -65,6 +65,27 @@ def test_any_micro_batch_gives_the_same_gradient() -> None:
     assert worst(gradients[2], gradients[0]) <= 1e-5
 
 
+def test_layers_that_run_again_in_backward_give_the_same_gradient(tmp_path: Path) -> None:
+    gradients, ran = [], []
+    for changes in ({}, {"gradient_checkpointing": True}, {"checkpoint_layers": "0-1"}):
+        student = hybrid("mam", seed=1)
+        training = start(tmp_path, settings(**changes), student)
+        calls: list[int] = []
+        for index, layer in enumerate(student.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, index=index, calls=calls: calls.append(index))
+        student.train()
+        training.accumulate(batch(0))
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+        ran.append([calls.count(index) for index in range(3)])
+    assert ran == [[1, 1, 1], [2, 2, 2], [2, 2, 1]]
+    assert worst(gradients[1], gradients[0]) <= 1e-5
+    assert worst(gradients[2], gradients[0]) <= 1e-5
+    with pytest.raises(InputError, match="--checkpoint-layers: there is no layer 3, only 0 to 2"):
+        start(tmp_path, settings(checkpoint_layers="3"))
+    with pytest.raises(InputError, match="--checkpoint-layers 'x' is not a list"):
+        settings(checkpoint_layers="x")
+
+
 def test_the_loss_is_the_mean_over_kept_tokens() -> None:
     student, teacher, data = hybrid("mam", seed=1), hybrid("aaa", seed=2), batch(0)
     value = Accumulator(Student(student, Loss(), torch.float32), teacher, 2)(data)

@@ -71,7 +71,9 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     tokens = rows * settings.seq_len
     layers = [layer_bytes(config, kind) for kind in config.layer_types]
     residual = 4 * config.hidden_size
-    kept = residual * len(layers) + max(layers) if settings.gradient_checkpointing else sum(layers)
+    again = settings.recomputed(len(layers))
+    kept = sum(residual if index in again else size for index, size in enumerate(layers))
+    kept += max((size for index, size in enumerate(layers) if index in again), default=0)
     logits = min(CHUNK_BYTES, 2 * wide * tokens * config.vocab_size)
     parts = {
         "student's weights": 4 * count / ranks,

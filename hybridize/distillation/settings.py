@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError
+from hybridize.surgery.select import parse_indices
 
 STAGES = ("distill", "align")
 UNDECISIVE = ("save_every", "save_minutes", "keep_last")  # what a resumed run may have otherwise than the run before it
@@ -21,6 +22,7 @@ class DistillSettings:
     output head), `mixers`, or patterns of parameter names with commas between. lr_groups: PATTERN=RATE with commas between, the
     first that fits a name wins over lr and lr_mixer. mask: `assistant` packs documents apart from each other and learns the
     assistant's tokens, `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
+    checkpoint_layers: which layers gradient_checkpointing is for, all unless given, and then it need not be.
     checkpoint_merge: the result is the mean of the last so many saved states, 0: the last one.
     stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
     """
@@ -43,6 +45,7 @@ class DistillSettings:
     clip: float = 1.0
     train: str = "all"
     gradient_checkpointing: bool = False
+    checkpoint_layers: str = ""
     compile: bool = False
     cuda_graph: bool = False
     eval_every: int = 100
@@ -83,11 +86,18 @@ class DistillSettings:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
+        self.recomputed(0)
         self.rates()
         if self.seq_len < 2:
             raise InputError("--seq-len must be at least 2")
         if self.tokens is None and self.steps is None:
             raise InputError("say how long: --tokens or --steps")
+
+    def recomputed(self, layers: int) -> set[int]:
+        """Which of so many layers keep only their input and run again in backward."""
+        if self.checkpoint_layers:
+            return set(parse_indices(self.checkpoint_layers, "--checkpoint-layers"))
+        return set(range(layers)) if self.gradient_checkpointing else set()
 
     def rates(self) -> list[tuple[str, float]]:
         """`lr_groups` as patterns and rates."""

@@ -58,8 +58,14 @@ class Training:
         self.rows = self.ranks.share(settings.batch_size, "--batch-size")
         loss = Loss.parse(settings.loss, settings.temperature)
         choose_trained(student, settings)
-        if settings.gradient_checkpointing:
+        layers = student.base_model.layers
+        again = settings.recomputed(len(layers))
+        if again:
+            if max(again) >= len(layers):
+                raise InputError(f"--checkpoint-layers: there is no layer {max(again)}, only 0 to {len(layers) - 1}")
             student.gradient_checkpointing_enable({"use_reentrant": False})
+            for index, layer in enumerate(layers):
+                layer.gradient_checkpointing = index in again
         alone = self.ranks.size == 1 and settings.stage == "distill"
         if settings.cuda_graph and not (alone and can_graph(student, teacher, settings.seq_len)):
             raise InputError("--cuda-graph needs one CUDA device, SDPA attention without a window, and --stage distill")

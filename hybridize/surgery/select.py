@@ -7,19 +7,19 @@ from hybridize.errors import InputError
 from hybridize.surgery.teacher import Teacher
 
 
-def parse_indices(text: str) -> list[int]:
-    """`3,5-8` -> [3, 5, 6, 7, 8]; InputError on anything else."""
+def parse_indices(text: str, flag: str = "--indices") -> list[int]:
+    """`3,5-8` -> [3, 5, 6, 7, 8]; InputError that names `flag` on anything else."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"--indices {text!r} is not a list like 3,5-8")
+            raise InputError(f"{flag} {text!r} is not a list like 3,5-8")
         low, high = int(first), int(last or first)
         if high < low:
-            raise InputError(f"--indices: the range {part.strip()} runs backwards")
+            raise InputError(f"{flag}: the range {part.strip()} runs backwards")
         found.extend(range(low, high + 1))
     if len(set(found)) != len(found):
-        raise InputError(f"--indices {text!r} names a layer twice")
+        raise InputError(f"{flag} {text!r} names a layer twice")
     return sorted(found)
 
 
