@@ -63,6 +63,19 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remot
     return model.to(device).eval()
 
 
+def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    import hybridize.modeling  # noqa: F401  (registers the hybrid)
+
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
 def compile_layers(model: Any) -> None:
     """torch.compile for each decoder layer in place: a graph a kind of layer, so 60 layers compile as fast as 3.
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,30 @@ def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, m
     cli("distill", "h2", "-o", "parts", *TRAIN, "--resume")
     one, two = (next((place / p).glob("*.safetensors")).read_bytes() for p in ("whole", "parts"))
     assert one == two
+
+
+def test_killed_and_resumed_on_the_command_line(place: Path, cli: Runner) -> None:
+    """SIGKILL in the middle of training: the losses and the weights are those of a run that nobody killed, bit for bit."""
+    cli("replace", "--indices", "1,2")
+    plan = ("distill", "h2", "--steps", 60, "--batch-size", 4, "--seq-len", 48, "--save-every", 5, "--eval-every", 25)
+    cli(*plan, "-o", "whole")
+    command = [sys.executable, "-m", "hybridize.commands", *map(str, plan), "-o", "parts"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are split by threads
+    running = subprocess.Popen(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (place / "parts.run/step-00000015/.metadata").exists():
+        assert running.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    assert not (place / "parts").exists()
+    cli(*plan, "-o", "parts", "--resume", "--save-every", 7)  # how often is no part of the result
+    one, two = (next((place / p).glob("*.safetensors")).read_bytes() for p in ("whole", "parts"))
+    assert one == two
+    logs = [[(r["step"], r["loss"]) for r in map(json.loads, (place / p / "metrics.jsonl").open())] for p in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 60
 
 
 def test_the_gate(place: Path, cli: Runner) -> None:

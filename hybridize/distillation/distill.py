@@ -26,7 +26,7 @@ from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.training import Report, Training
 from hybridize.errors import InputError
-from hybridize.runtime import load_model, ran_on
+from hybridize.runtime import load_empty, load_model, ran_on
 
 CHECKED = 20_000  # rows that are encoded before anything starts; later ones only have their fields checked
 HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
@@ -149,13 +149,19 @@ def distill(
     """
     ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
-    place = device if ranks.size == 1 else torch.device("cpu")  # sharding moves each layer's share to the device
-    student = load_model(source.path, place, torch.float32, trust_remote_code)
-    model = None if teacher is None else load_model(teacher.path, place, dtype, trust_remote_code)
+    streams = ranks.size > 1  # weights go to their shards layer by layer; alignment needs the student whole
+
+    def load(reader: CheckpointReader, kind: torch.dtype, streamed: bool) -> Any:
+        if streamed:
+            return load_empty(reader.path, kind, trust_remote_code)
+        return load_model(reader.path, device, kind, trust_remote_code)
+
+    student = load(source, torch.float32, streams and settings.stage == "distill")
+    model = None if teacher is None else load(teacher, dtype, streams)
     run.start(resume)
     training = Training(
         student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
-        ranks=ranks, report=report,
+        ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,
     )  # fmt: skip
     used = training.go(prefetched(corpus.training(settings)), resume)
     made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}

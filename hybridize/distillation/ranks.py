@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.modeling import FLOAT32
 
@@ -78,21 +79,43 @@ def small(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in FLOAT32}
 
 
-def shard(root: nn.Module, model: Any, ranks: Ranks, device: torch.device, dtype: torch.dtype | None) -> None:
+def fill(model: nn.Module, module: nn.Module, source: CheckpointReader, device: torch.device) -> None:
+    """Reads the weights of `module`, a part of `model` without storage, onto `device`."""
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in source}
+    for part in module.modules():
+        for key, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = source.tensor(names[id(parameter)]).to(device, parameter.dtype)
+                setattr(part, key, nn.Parameter(value, parameter.requires_grad))
+
+
+def shard(
+    root: nn.Module, model: Any, ranks: Ranks, device: torch.device, dtype: torch.dtype | None, source: CheckpointReader | None
+) -> None:
     """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`, which holds it.
 
-    dtype: what weights are gathered and computed in; gradients are summed in float32. `root` must be what is called.
+    dtype: what weights are gathered and computed in; gradients are summed in float32. `root` must be what is called. source:
+    where weights without storage are read from, layer by layer, so that no rank ever holds more than its share and one layer.
     """
     if ranks.size == 1:
         return
     mesh = init_device_mesh(device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    whole = set(small(model).values())
-    for parameter in whole:
-        parameter.data = parameter.data.to(device)
+
+    def split(module: nn.Module) -> None:
+        if source is not None:
+            fill(model, module, source, device)
+        whole = set(small(module).values())
+        for parameter in whole:
+            parameter.data = parameter.data.to(device)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
     for layer in model.base_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        split(layer)
+    if source is not None:
+        fill(model, model, source, device)
+        model.tie_weights()
+    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=set(small(model).values()))
 
 
 def reshard(root: nn.Module) -> None:

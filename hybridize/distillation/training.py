@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.distillation.align import Aligner
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
@@ -50,9 +51,13 @@ class Training:
         dtype: torch.dtype,
         log_every: int = 1,
         ranks: Ranks | None = None,
+        sources: tuple[CheckpointReader | None, CheckpointReader | None] = (None, None),
         report: Report = lambda _: None,
     ) -> None:
-        """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation."""
+        """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation.
+
+        sources: of student and teacher, where they come without weights (see ranks.shard).
+        """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
         self.rows = self.ranks.share(settings.batch_size, "--batch-size")
@@ -75,11 +80,11 @@ class Training:
         aligns = settings.stage == "align"
         if teacher is not None:
             teacher.requires_grad_(False)
-            shard(teacher.base_model, teacher, self.ranks, device, None)
+            shard(teacher.base_model, teacher, self.ranks, device, None, sources[1])
         if aligns:  # mixers are called apart from their layers, which FSDP cannot see
             student.to(device)
         else:
-            shard(root, student, self.ranks, device, narrow)
+            shard(root, student, self.ranks, device, narrow, sources[0])
         for model in (student, teacher):
             if settings.compile and model is not None:
                 compile_layers(model)
