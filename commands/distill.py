@@ -110,11 +110,9 @@ def command(
         "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,
         "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
     }  # fmt: skip
-    from dataclasses import asdict
 
     from hybridize.checkpoint.writer import check_output
     from hybridize.distillation.losses import Loss
-    from hybridize.distillation.settings import UNDECISIVE
     from hybridize.errors import InputError
 
     settings = _settings(given, config)
@@ -144,7 +142,7 @@ def command(
         check_vocabularies(source, origin)
     where, compute = pick_compute(device, dtype, training=True)
     ranks, where = join(where)
-    ranks.share(settings.batch_size, "--batch-size")
+    _check_machine(settings, source, where, ranks)
     if not ranks.main:
         out = Output(quiet=True)
     spec = data_for(data, origin)
@@ -152,10 +150,10 @@ def command(
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), settings.mask, text)
     corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
     ran = {**ran_on(where, compute), "template": text, "data": corpus.hash}
-    decisive = {key: value for key, value in asdict(settings).items() if key not in UNDECISIVE}
-    decisive |= ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
-    run = RunDir(target, decisive, ranks, settings.keep_last, track)
+    decisive = settings.decisive() | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
+    run = RunDir(target, decisive, ranks, settings.keep_last, settings.save_every, track)
     run.check(resume, overwrite)
+    ranks.wait()  # before the first one changes what the others look at
     last: dict[str, Any] = {}
 
     def report(event: dict[str, Any]) -> None:
@@ -177,9 +175,10 @@ def command(
                 last=done,
             )
 
-    held, learnt = corpus.density(settings)
+    density = corpus.density(settings)
     out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
-    out.note(f"packing: {held:.1%} of the positions hold text, {learnt:.1%} are learnt")
+    if density is not None:
+        out.note(f"packing: {density[0]:.1%} of the positions hold text, {density[1]:.1%} are learnt")
     out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
     used = distill(
         source, checkpoint, origin, corpus, settings, target, device=where, dtype=compute, overwrite=overwrite, resume=resume,
@@ -197,6 +196,18 @@ def command(
         print(f"{target}: trained on {used:,} tokens")
 
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
+
+
+def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
+    """InputError when the run cannot be on these devices or layers."""
+    from hybridize.errors import InputError
+
+    ranks.share(settings.batch_size, "--batch-size")
+    if settings.cuda_graph and (where.type != "cuda" or ranks.size > 1):
+        raise InputError("--cuda-graph needs one CUDA device")
+    layers = source.config.get("num_hidden_layers", 0)
+    if max(settings.recomputed(layers), default=-1) >= layers:
+        raise InputError(f"--checkpoint-layers {settings.checkpoint_layers}: the model has layers 0 to {layers - 1}")
 
 
 def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str) -> None:

@@ -65,7 +65,7 @@ def calibration_for(
 ) -> Calibration | None:  # fmt: skip
     """Text from `spec` to calibrate new mixers on, or None without a spec. InputError when a setting or the text is no good."""
     from hybridize.distillation.encode import Encoder
-    from hybridize.distillation.rows import read_rows
+    from hybridize.distillation.rows import Rows, read_mixture
     from hybridize.distillation.sample import FEWEST, sample_windows
     from hybridize.errors import InputError
     from hybridize.runtime import load_tokenizer, pick_device, quiet_transformers
@@ -82,7 +82,7 @@ def calibration_for(
         return None
     quiet_transformers()
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), "none", template_text(chat_template))
-    rows = read_rows(spec)
+    rows = Rows.joined([part for part, _ in read_mixture(spec)])
     name = Path(spec).name if Path(spec).is_file() else spec
     return Calibration(sample_windows(rows, encoder, tokens, seed), chosen, where, name)
 

@@ -251,6 +251,13 @@ def test_the_gate(place: Path, cli: Runner) -> None:
 
 
 BAD = [
+    (("distill", "--loss", "ce", "--steps", 1, "--cuda-graph", "--mask", "none"), "--cuda-graph needs one CUDA device"),
+    (("distill", "--loss", "ce", "--steps", 1, "--cuda-graph"), "--cuda-graph needs --mask none"),
+    (("distill", "--loss", "ce", "--steps", 1, "--checkpoint-layers", "4"), "the model has layers 0 to 3"),
+    (("distill", "--loss", "ce", "--steps", 1, "--train", "nothing.*"), "has no tensor of such a name"),
+    (("distill", "--loss", "ce", "--steps", 1, "--track", "mlflow"), "--track mlflow is unknown"),
+    (("distill", "--loss", "ce", "--steps", 1, "--data", "traces.jsonl=0"), "the weight after = must be a positive number"),
+    (("distill", "--loss", "ce", "--steps", 1, "--eval-data", "./no.jsonl"), "--eval-data ./no.jsonl does not exist"),
     (("replace", "nowhere/", "--layers", 1), "nowhere/ does not exist"),
     (("replace", "./nowhere", "--layers", 1), "./nowhere does not exist"),
     (("replace", "half", "--layers", 1), "is missing, though the index names it"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from hybridize.distillation.ranks import Ranks, join, leave, small, whole
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.training import Training
-from hybridize.errors import InputError
+from hybridize.errors import InputError, WorkError
 from tests.conftest import Runner, hybrid, worst
 from tests.test_training import batch, settings
 
@@ -30,15 +32,16 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
         torch.set_num_threads(1)
     ranks, _ = join(torch.device("cpu"))
     dtype = options.pop("dtype", torch.float32)
-    plan = settings(**{"save_every": 2, "eval_every": 3, "keep_last": 9, **options})
+    given = {key: value for key, value in options.items() if key != "break"}
+    plan = settings(**{"save_every": 2, "eval_every": 3, "keep_last": 9, **given})
     student, teacher = hybrid("mam", seed=1, tie_word_embeddings=options.get("train") == "mixers"), hybrid("aaa", seed=2)
     home = RunDir(path / "out", {"a": 1}, ranks, plan.keep_last)
     home.start(resume)
 
     def batches():
         for n in range(100):
-            if n == stop_at:
-                raise KeyboardInterrupt
+            if stop_at is not None and rank == 0 and n == stop_at - (size > 1):
+                signal.raise_signal(signal.SIGINT)  # one process stops before the step, several after one that they agree on
             yield batch(n)
 
     training = Training(student, teacher, [batch(999)], plan, home, device=torch.device("cpu"), dtype=dtype, ranks=ranks)
@@ -50,10 +53,14 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
     for name, module in student.named_modules():
         if name.endswith(".mixer"):
             module.register_forward_pre_hook(look)
+    if options.get("break"):
+        options["break"](training, rank)
     try:
         training.go(batches(), resume)
     except KeyboardInterrupt:
         assert stop_at is not None
+    except WorkError as error:
+        (path / f"said-{rank}").write_text(str(error))
     weights = {name: whole(p.detach()) for name, p in student.named_parameters()}
     kinds = {name: (type(p).__name__, str(p.dtype)) for name, p in student.named_parameters()}
     if ranks.main:
@@ -107,6 +114,48 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
         assert [line["step"] for line in found["losses"]] == [1, 2, 3, 4, 5, 6]
         for name, value in whole_run["weights"].items():
             assert worst(found["weights"][name], value) <= 1e-4, name
+
+
+def overflow(training: Training, rank: int) -> None:
+    """From the third step on, layer 1 overflows on the second rank's rows alone, in its second micro-batch."""
+    seen = []
+
+    def hook(module: torch.nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return output * torch.inf if rank == 1 and module.training and len(seen) in (6, 8) else output
+
+    training.student.model.layers[1].mlp.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("tolerated", [0, 1])
+def test_ranks_agree_on_what_is_not_finite(tmp_path: Path, tolerated: int) -> None:
+    """All say the same and end with the same state, or all skip the same step."""
+    options = {"micro_batch_size": 1, "eval_every": 0, "skip_bad_batches": tolerated, "break": overflow}
+    found = go(2, tmp_path / "two", **options)
+    if tolerated:
+        assert [line["step"] for line in found["losses"] if line.get("skipped")] == [3]
+        assert len(found["losses"]) == 6
+        return
+    said = [(tmp_path / f"two/said-{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert "step 3: the loss is" in said[0]
+    assert RunDir(tmp_path / "two/out", {}).steps()[-1] == 2
+
+
+def test_ranks_agree_on_when_to_save(tmp_path: Path) -> None:
+    """The second rank's clock is an hour ahead; what is saved is what the first one's says, whole."""
+    go(2, tmp_path / "two", save_every=0, save_minutes=1.0, **{"break": hurry})
+    assert RunDir(tmp_path / "two/out", {}).steps() == []
+
+
+def hurry(_: Training, rank: int) -> None:
+    from types import SimpleNamespace
+
+    from hybridize.distillation import training
+
+    if rank == 1:
+        ahead = iter(range(0, 10**9, 3600))
+        training.time = SimpleNamespace(monotonic=lambda: next(ahead), perf_counter=time.perf_counter)
 
 
 def test_torchrun_on_the_command_line(tmp_path: Path, teacher: Path, traces: Path, cli: Runner) -> None:

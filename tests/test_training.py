@@ -191,7 +191,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def start(path: Path, plan: DistillSettings, student: torch.nn.Module | None = None, **more: object) -> Training:
-    home = RunDir(path / "out", {}, keep=plan.keep_last)
+    home = RunDir(path / "out", {}, keep=plan.keep_last, every=plan.save_every)
     home.start(False)
     return Training(student or hybrid("mam", seed=1), hybrid("aaa", seed=2), [], plan, home, **CPU, **more)
 
@@ -317,6 +317,148 @@ def test_the_result_may_be_the_mean_of_the_last_states(tmp_path: Path) -> None:
     for wrong in ({"save_every": 0, "checkpoint_merge": 2}, {"save_every": 1, "keep_last": 2, "checkpoint_merge": 3}):
         with pytest.raises(InputError, match="--checkpoint-merge takes the mean of saved states"):
             settings(**wrong)
+
+
+def resumed(path: Path, plan: DistillSettings, when: int | None) -> tuple[torch.Tensor, list[int], list[int]]:
+    """A run that is interrupted in its step `when`, then goes on: weights, steps measured, states."""
+    calls = []
+
+    def go(resume: bool, interrupt: int | None) -> Training:
+        student = hybrid("mam", seed=1)
+        home = RunDir(path / "out", {}, keep=plan.keep_last, every=plan.save_every)
+        home.start(resume)
+        training = Training(student, hybrid("aaa", seed=2), [batch(999)], plan, home, **CPU)
+        if interrupt is not None:
+            real = training._gradient
+
+            def gradient(*arguments: object) -> tuple[float, float]:
+                calls.append(1)
+                if len(calls) == interrupt:
+                    raise KeyboardInterrupt
+                return real(*arguments)
+
+            training._gradient = gradient
+            with pytest.raises(KeyboardInterrupt):
+                training.go(batches(), resume)
+        else:
+            training.go(batches(), resume)
+        return training
+
+    if when is not None:
+        go(False, when)
+    training = go(when is not None, None)
+    weights = torch.cat([p.detach().flatten() for p in training.student.parameters()])
+    return weights, [r["step"] for r in training.run.read("eval")], training.run.steps()
+
+
+@pytest.mark.parametrize("when", [2, 4, 6])
+def test_a_merge_after_an_interruption_is_the_same_merge(tmp_path: Path, when: int) -> None:
+    plan = settings(save_every=2, keep_last=3, checkpoint_merge=3)
+    whole, parts = resumed(tmp_path / "a", plan, None), resumed(tmp_path / "b", plan, when)
+    assert torch.equal(parts[0], whole[0])
+    assert whole[2] == parts[2] == [2, 4, 6]
+
+
+def test_a_merge_without_any_regular_state_is_the_last_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = settings(steps=50, eval_every=1, stop_when_flat=1, save_every=40, keep_last=2, checkpoint_merge=2)
+    training = start(tmp_path, plan)
+    monkeypatch.setattr(training, "_flat", lambda: len(training.measures) > 3)
+    training.held = [batch(0)]
+    assert training.go(batches()) == 3 * 48
+    assert training.run.steps() == [3]
+    assert all(torch.isfinite(p).all() for p in training.student.parameters())
+
+
+def test_merged_weights_are_no_state_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = settings(save_every=3, keep_last=2, checkpoint_merge=2)
+    training = start(tmp_path, plan)
+    before: list[torch.Tensor] = []
+    real = training.run.merge
+
+    def merge(*arguments: object) -> list[int]:
+        before.extend(p.detach().clone() for p in training.student.parameters())
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.run, "merge", merge)
+    with pytest.raises(KeyboardInterrupt):
+        training.go(batches())
+    again = start_again(tmp_path, plan)
+    assert again.run.load(again.student, again.optimizer) == 6
+    assert all(torch.equal(a, b) for a, b in zip(again.student.parameters(), before, strict=True))
+
+
+def start_again(path: Path, plan: DistillSettings) -> Training:
+    home = RunDir(path / "out", {}, keep=plan.keep_last, every=plan.save_every)
+    return Training(hybrid("mam", seed=1), hybrid("aaa", seed=2), [], plan, home, **CPU)
+
+
+@pytest.mark.parametrize("when", [3, 5])
+def test_a_measure_that_an_interruption_ate_is_made_up(tmp_path: Path, when: int) -> None:
+    """The state is older than the measure that belongs to its step: resumed runs measure, and stop, as others do."""
+    plan = settings(eval_every=2, save_every=2)
+    whole, parts = resumed(tmp_path / "a", plan, None), resumed(tmp_path / "b", plan, when)
+    assert whole[1] == parts[1] == [0, 2, 4, 6]
+    assert torch.equal(parts[0], whole[0])
+    log = tmp_path / "b/out.run/eval.jsonl"
+    log.write_text("".join(line for line in log.open() if json.loads(line)["step"] < 6))  # killed between save and measure
+    again = start_again(tmp_path / "b", plan)
+    again.held = [batch(999)]
+    again.go(batches(), resume=True)
+    assert [r["step"] for r in again.run.read("eval")] == [0, 2, 4, 6]
+
+
+def test_a_measure_in_the_middle_that_was_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = settings(eval_every=2, save_every=2)
+    training = start(tmp_path, plan)
+    training.held = [batch(999)]
+    real = training.measure
+
+    def measure(step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+        real(step)
+
+    monkeypatch.setattr(training, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        training.go(batches())
+    again = start_again(tmp_path, plan)
+    again.held = [batch(999)]
+    again.go(batches(), resume=True)
+    assert [r["step"] for r in again.run.read("eval")] == [0, 2, 4, 6]
+
+
+def test_a_run_whose_first_batch_was_skipped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = settings(skip_bad_batches=1, save_every=1)
+    training = start(tmp_path, plan)
+    real, calls = training._gradient, []
+
+    def gradient(*arguments: object) -> tuple[float, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return math.nan, real(*arguments)[1]
+
+    monkeypatch.setattr(training, "_gradient", gradient)
+    with pytest.raises(KeyboardInterrupt):
+        training.go(batches())
+    again = start_again(tmp_path, plan)
+    again.go(batches(), resume=True)
+    assert [r.get("skipped", False) for r in again.run.read("metrics")] == [True] + 5 * [False]
+
+
+def test_a_save_that_failed_does_not_cost_the_last_step(tmp_path: Path) -> None:
+    from concurrent.futures import Future
+
+    training = start(tmp_path, settings())
+    failed: Future[None] = Future()
+    failed.set_exception(OSError("disk full"))
+    training.run.pending = failed
+    training.run.save(training.student, training.optimizer, 3, wait=True)
+    assert training.run.steps() == [3]
+    training.run.pending = failed
+    with pytest.raises(OSError, match=r"could not be written to .*: disk full"):
+        training.run.save(training.student, training.optimizer, 4)
 
 
 def test_states_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

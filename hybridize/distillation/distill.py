@@ -21,7 +21,7 @@ from hybridize.distillation.encode import Document, Encoder
 from hybridize.distillation.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
 from hybridize.distillation.prefetch import prefetched
 from hybridize.distillation.ranks import Ranks, whole
-from hybridize.distillation.rows import Rows, read_mixture, read_rows
+from hybridize.distillation.rows import Rows, read_mixture
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.training import Report, Training
@@ -42,8 +42,8 @@ class Corpus:
 
     @property
     def rows(self) -> Rows:
-        """The rows of the first source: all there are, where there is one."""
-        return self.sources[0][0]
+        """The training rows of all sources, one after the other."""
+        return Rows.joined([rows for rows, _ in self.sources])
 
     def lines(self, order: Iterator[Any], length: int) -> Iterator[Any]:
         if self.encoder.mask == "none":
@@ -70,11 +70,14 @@ class Corpus:
         chosen = [line for _, line in zip(range(settings.eval_windows), lines, strict=False)]
         return list(batched(chosen, settings.micro, last=True))
 
-    def density(self, settings: DistillSettings, sample: int = 512) -> tuple[float, float]:
-        """Shares of positions that hold text and that are learnt, over the first `sample` training documents."""
+    def density(self, settings: DistillSettings, sample: int = 512) -> tuple[float, float] | None:
+        """Shares of positions that hold text and that are learnt, over the first `sample` training documents; None where
+        they do not fill a row."""
         documents = list(itertools.islice(self.documents(settings.seed), sample))
         lines = list(self.lines(iter(documents), settings.seq_len))
-        places = max(1, len(lines) * settings.seq_len)
+        if not lines:
+            return None
+        places = len(lines) * settings.seq_len
         held = places if self.encoder.mask == "none" else sum(len(d.ids) for d in documents)
         return min(1.0, held / places), sum(sum(line[3]) for line in lines) / places
 
@@ -105,14 +108,16 @@ def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int |
     """
     sources = read_mixture(data, limit)
     if eval_data is not None:
-        heldout = sources[0][0] if eval_data == data else read_rows(eval_data)
+        same = eval_data == data
+        heldout = Rows.joined([rows for rows, _ in (sources if same else read_mixture(eval_data, flag="--eval-data"))])
+        checked = [heldout] if same else [*(rows for rows, _ in sources), heldout]
     else:
         counts = [min(HELDOUT_ROWS // len(sources), len(rows) // 20) if hold_out else 0 for rows, _ in sources]
         parts = [rows.part(len(rows) - count, len(rows)) for (rows, _), count in zip(sources, counts, strict=True)]
-        heldout = parts[0] if len(parts) == 1 else Rows.joined(parts)
+        heldout = Rows.joined(parts)
         sources = [(rows.part(0, len(rows) - n), weight) for (rows, weight), n in zip(sources, counts, strict=True)]
-    every = [rows for rows, _ in sources]
-    for part in every if any(heldout is rows for rows in every) else (*every, heldout):
+        checked = [*(rows for rows, _ in sources), heldout]
+    for part in checked:
         for index in range(min(CHECKED, len(part))):
             encoder.encode(part[index], part.where(index))
     return Corpus(sources, heldout, encoder)
@@ -158,11 +163,11 @@ def distill(
 
     student = load(source, torch.float32, streams and settings.stage == "distill")
     model = None if teacher is None else load(teacher, dtype, streams)
-    run.start(resume)
     training = Training(
         student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
         ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,
     )  # fmt: skip
+    run.start(resume)
     used = training.go(prefetched(corpus.training(settings)), resume)
     made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
     manifest = descend(source, name, output, "distill", made, settings.seed)

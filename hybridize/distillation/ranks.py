@@ -37,6 +37,22 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def first(self, value: Any) -> Any:
+        """What the first rank has, on all: clocks and files may look different from rank to rank, decisions must not."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, 0)
+            value = box[0]
+        return value
+
+    def found(self, text: str) -> str:
+        """The first rank's text that is not empty, on all."""
+        if self.size == 1:
+            return text
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, text)
+        return next(filter(None, texts), "")
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
@@ -94,8 +110,9 @@ def shard(
 ) -> None:
     """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`, which holds it.
 
-    dtype: what weights are gathered and computed in; gradients are summed in float32. `root` must be what is called. source:
-    where weights without storage are read from, layer by layer, so that no rank ever holds more than its share and one layer.
+    Weights that belong to neither stay whole. dtype: what weights are gathered and computed in; gradients are summed in
+    float32. `root` must be what is called. source: where weights without storage are read from, layer by layer, so that no
+    rank ever holds more than its share and one layer.
     """
     if ranks.size == 1:
         return

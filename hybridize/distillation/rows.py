@@ -31,7 +31,9 @@ class Rows(Sequence[Row]):
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """One after the other; each row keeps its name."""
+        """One after the other; each row keeps its name. One part is itself."""
+        if len(parts) == 1:
+            return parts[0]
         whole = cls(", ".join(part.name for part in parts), [row for part in parts for row in part], "")
         whole._names = [part.where(index) for part in parts for index in range(len(part))]
         return whole
@@ -55,13 +57,13 @@ def find_data(flag: str | None, teacher: Path | None) -> str:
     return found
 
 
-def read_mixture(spec: str, limit: int | None = None) -> list[tuple[Rows, float]]:
+def read_mixture(spec: str, limit: int | None = None, flag: str = "--data") -> list[tuple[Rows, float]]:
     """The sources of SPEC, or of SPEC=WEIGHT,SPEC=WEIGHT,..., each with its share of the tokens, 1 unless given; see read_rows.
 
-    limit: rows of each.
+    limit: rows of each; flag: what a message calls SPEC.
     """
     if Path(spec).expanduser().is_file() or not set(spec) & set(",="):
-        return [(read_rows(spec, limit), 1.0)]
+        return [(read_rows(spec, limit, flag), 1.0)]
     named = []
     for part in spec.split(","):
         name, _, text = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
@@ -70,12 +72,12 @@ def read_mixture(spec: str, limit: int | None = None) -> list[tuple[Rows, float]
         except ValueError:
             weight = 0.0
         if not name or not 0 < weight < float("inf"):
-            raise InputError(f"--data {part.strip()!r}: the weight after = must be a positive number")
+            raise InputError(f"{flag} {part.strip()!r}: the weight after = must be a positive number")
         named.append((name, weight))
-    return [(read_rows(name, limit), weight) for name, weight in named]
+    return [(read_rows(name, limit, flag), weight) for name, weight in named]
 
 
-def read_rows(spec: str, limit: int | None = None) -> Rows:
+def read_rows(spec: str, limit: int | None = None, flag: str = "--data") -> Rows:
     """Rows of a local .jsonl (or .json, a row a line), .parquet or .txt file, or of a hub data set:
     its `train` split, or ID:SPLIT.
 
@@ -85,9 +87,9 @@ def read_rows(spec: str, limit: int | None = None) -> Rows:
     if path.is_file():
         rows = _read_file(path)
     elif spec.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
-        raise InputError(f"--data {spec} does not exist")
+        raise InputError(f"{flag} {spec} does not exist")
     else:
-        rows = _read_hub(spec)
+        rows = _read_hub(spec, flag)
     if limit is not None:
         rows = rows.part(0, min(limit, len(rows)))
     if not len(rows):
@@ -120,7 +122,7 @@ def _read_file(path: Path) -> Rows:
     return Rows(str(path), rows, "")
 
 
-def _read_hub(spec: str) -> Rows:
+def _read_hub(spec: str, flag: str) -> Rows:
     from datasets import load_dataset
 
     name, _, split = spec.partition(":")
@@ -128,7 +130,7 @@ def _read_hub(spec: str) -> Rows:
         return Rows(spec, load_dataset(name, split=split or "train"), "row ")
     except Exception as error:  # datasets raises many kinds, all meaning: not to be had
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--data {spec} is no local file, and the hub did not give it: {first}") from error
+        raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {first}") from error
 
 
 def check_row(row: Any, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -26,14 +28,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # th
 class RunDir:
     """`settings` is what decides the run's result; a resumed run must have the same.
 
-    keep: how many states stay; track: see Trackers.
+    keep: how many states stay, of those at multiples of `every` steps where that is given; track: see Trackers.
     """
 
     def __init__(
-        self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2, track: str = ""
+        self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2, every: int = 0, track: str = ""
     ) -> None:
         self.path = output.with_name(output.name + ".run")
-        self.settings, self.ranks, self.keep = settings, ranks or Ranks(), keep
+        self.settings, self.ranks, self.keep, self.every = settings, ranks or Ranks(), keep, every
         self.group = self.ranks.another_group()
         self.pending: Any = None
         self.trackers = Trackers(track if self.ranks.main else "", self.path, settings)
@@ -73,10 +75,11 @@ class RunDir:
     def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, step: int, wait: bool = False) -> None:
         """The trained weights and AdamW's moments after `step` steps, every rank its own part, written while training goes on.
 
-        Older states go once this one is whole, but for the last `keep`. wait: until it is.
+        Older states go once this one is whole (see `_spared`). wait: until it is, also where the one before it failed.
         """
-        self.settle()
-        if self._whole(step):
+        with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
+            self.settle()
+        if self.ranks.first(self._whole(step)):
             return
         place = {"checkpoint_id": self.path / f"step-{step:08}", "process_group": self.group, "no_dist": self.ranks.size == 1}
         self.pending = async_save(_state(student, optimizer), **place)
@@ -85,19 +88,28 @@ class RunDir:
 
     def settle(self) -> None:
         """Until the state that is being written is whole; OSError where it could not be."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            try:
-                pending.result()
-            except Exception as error:
-                raise OSError(f"the state of the run could not be written to {self.path}: {error}") from error
-            if self.ranks.main:
-                for step in self.steps()[: -self.keep]:
-                    shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
+        if self.pending is None:
+            return
+        try:
+            self.pending.result()
+        except Exception as error:
+            self.pending = None
+            raise OSError(f"the state of the run could not be written to {self.path}: {error}") from error
+        self.pending = None
+        if self.ranks.main:
+            for step in set(self.steps()) - self._spared():
+                shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
+
+    def _spared(self) -> set[int]:
+        """The last state, and the last `keep` of those that every run of these settings saves, be it interrupted or not."""
+        steps = self.steps()
+        regular = [step for step in steps if step % self.every == 0] if self.every else steps
+        return {*steps[-1:], *regular[-self.keep :]}
 
     def merge(self, student: nn.Module, count: int) -> list[int]:
-        """The trained weights become the mean of those in the last `count` states; returns their steps."""
-        steps = self.steps()[-count:]
+        """The trained weights become the mean of those in the last `count` regular states, the last one of all among them;
+        returns their steps."""
+        steps = self.ranks.first(sorted(self._spared()))[-count:]
         trained = {f"weights/{name}": p for name, p in student.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p) for name, p in trained.items()}
         for step in steps:
@@ -123,21 +135,29 @@ class RunDir:
 
         The logs are cut back to that step.
         """
-        step = max(self.steps(), default=0)
+        step = self.ranks.first(max(self.steps(), default=0))
         if self.ranks.main:
             for name in LOGS:
                 self._cut(self.path / f"{name}.jsonl", step)
             for path in self.path.glob("step-*"):
                 if not (path / ".metadata").exists():
                     shutil.rmtree(path, ignore_errors=True)
+        self.ranks.wait()
         if step:
+            place = self.path / f"step-{step:08}"
+            kept = {
+                key.split("/")[1] for key in FileSystemReader(place).read_metadata().state_dict_metadata if "moments/" in key
+            }
+            names = {id(p): name for name, p in student.named_parameters()}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
+                    if names[id(parameter)] not in kept:  # it has had no gradient yet
+                        continue
                     moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                     counted = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
                     optimizer.state[parameter] = {"step": torch.zeros((), device=counted), **moments}
             state = _state(student, optimizer)
-            load(state, checkpoint_id=self.path / f"step-{step:08}", no_dist=self.ranks.size == 1)
+            load(state, checkpoint_id=place, no_dist=self.ranks.size == 1)
         return step
 
     @staticmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError
@@ -84,6 +85,8 @@ class DistillSettings:
             raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
+        if self.cuda_graph and (self.mask != "none" or self.stage != "distill" or self.gradient_checkpointing):
+            raise InputError("--cuda-graph needs --mask none, --stage distill and no gradient checkpointing")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
         self.recomputed(0)
@@ -92,6 +95,11 @@ class DistillSettings:
             raise InputError("--seq-len must be at least 2")
         if self.tokens is None and self.steps is None:
             raise InputError("say how long: --tokens or --steps")
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the result: a run that goes on must have the same."""
+        merging = self.checkpoint_merge > 1  # which states there are is then part of it
+        return {key: value for key, value in asdict(self).items() if merging or key not in UNDECISIVE}
 
     def recomputed(self, layers: int) -> set[int]:
         """Which of so many layers keep only their input and run again in backward."""

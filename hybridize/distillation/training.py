@@ -73,7 +73,7 @@ class Training:
                 layer.gradient_checkpointing = index in again
         alone = self.ranks.size == 1 and settings.stage == "distill"
         if settings.cuda_graph and not (alone and can_graph(student, teacher, settings.seq_len)):
-            raise InputError("--cuda-graph needs one CUDA device, SDPA attention without a window, and --stage distill")
+            raise InputError("--cuda-graph needs one CUDA device and SDPA attention without a window")
         flops = model_flops(student, teacher)
         root = Student(student, loss, dtype)
         narrow = dtype if dtype != torch.float32 else None
@@ -96,68 +96,84 @@ class Training:
         if aligns:
             self.accumulate = Aligner(root, teacher, micro, self.ranks)
         self.held = [batch.to(device) for batch in heldout]
-        self.measures: list[float] = []
+        self.measures: dict[int, float] = {}
+        self.agreed = True
         self.skipped = 0
 
     def go(self, batches: Iterator[Batch], resume: bool = False) -> int:
         """Runs to the last step; returns the tokens of this run. `batches` starts at the first step also when resuming.
 
         Raises WorkError when the loss or a gradient is not finite, before it reaches a weight. Whatever stops the run, its last
-        finished step is saved first.
+        finished step is saved first; of several ranks' runs only what all of them agree on, which are signals and WorkErrors.
         """
         settings, run = self.settings, self.run
         steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
         finished = start = run.load(self.student, self.optimizer) if resume else 0
-        self.measures = [record["reverse_kl"] for record in run.read("eval")]
+        self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
+        self.ranks.wait()  # the first rank is about to write more
         batches = itertools.islice(batches, start, None)
         spent = warm_up = 0.0
         saved_at = time.monotonic()
-        try:
-            if not start:
-                self.measure(0)
-            while finished < steps and not self._flat():
-                began = time.perf_counter()
-                batch = next(batches)
-                part = batch.rows(self.rows).to(self.device)
-                value, norm = self._gradient(part, batch.kept)
-                rate = factor(settings.schedule, finished, steps, min(settings.warmup_steps, steps // 2))
-                good = math.isfinite(value) and math.isfinite(norm)
-                if not good:
-                    self._tolerate(finished + 1, value, norm, part)
-                with uninterrupted():
-                    if good:
-                        update(self.optimizer, rate)
-                    self.optimizer.zero_grad(set_to_none=not settings.cuda_graph)
-                    finished += 1
-                    spent += time.perf_counter() - began
-                    record = {
-                        "step": finished, "tokens": finished * tokens_a_step, "loss": value, "lr": settings.lr_mixer * rate,
-                        "lr_rest": settings.lr * rate, "grad_norm": norm, "seconds": round(spent, 3),
-                    }  # fmt: skip
-                    run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
-                warm_up = spent if finished == start + 1 else warm_up
-                if finished % self.log_every == 0 or finished == steps:
-                    self._tell(record, finished - start, spent, warm_up)
-                due = settings.save_every and (finished % settings.save_every == 0 or finished == steps)
-                if due or (settings.save_minutes and time.monotonic() - saved_at > 60 * settings.save_minutes):
-                    run.save(self.student, self.optimizer, finished)
-                    saved_at = time.monotonic()
-                if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
+        self.agreed = self.ranks.size == 1
+        with _signals(self.ranks.size > 1) as asked:
+            try:
+                if start == 0 or (settings.eval_every and start % settings.eval_every == 0 and start != steps):
+                    self.measure(start)
+                while finished < steps and not self._flat():
+                    began = time.perf_counter()
+                    batch = next(batches)
+                    part = batch.rows(self.rows).to(self.device)
+                    value, norm = self._gradient(part, batch.kept)
+                    rate = factor(settings.schedule, finished, steps, min(settings.warmup_steps, steps // 2))
+                    good = math.isfinite(value) and math.isfinite(norm)
+                    if not good:
+                        self._tolerate(finished + 1, value, norm, part)
+                    with uninterrupted():
+                        if good:
+                            update(self.optimizer, rate)
+                        self.optimizer.zero_grad(set_to_none=not settings.cuda_graph)
+                        finished += 1
+                        spent += time.perf_counter() - began
+                        record = {
+                            "step": finished, "tokens": finished * tokens_a_step, "loss": value, "lr": settings.lr_mixer * rate,
+                            "lr_rest": settings.lr * rate, "grad_norm": norm, "seconds": round(spent, 3),
+                        }  # fmt: skip
+                        run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
+                    warm_up = spent if finished == start + 1 else warm_up
+                    if good and (finished % self.log_every == 0 or finished == steps):
+                        self._tell(record, finished - start, spent, warm_up)
+                    late = settings.save_minutes and time.monotonic() - saved_at > 60 * settings.save_minutes
+                    stop, late = self.ranks.found("stop" if asked else ""), self.ranks.first(bool(late))
+                    if stop:
+                        self.agreed = True
+                        raise KeyboardInterrupt
+                    if late or (settings.save_every and (finished % settings.save_every == 0 or finished == steps)):
+                        run.save(self.student, self.optimizer, finished)
+                        saved_at = time.monotonic()
+                    if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
+                        self.measure(finished)
+                self._merge(finished)
+                if finished == steps or settings.checkpoint_merge > 1:
                     self.measure(finished)
-            run.settle()
-            if settings.checkpoint_merge > 1:
-                merged = run.merge(self.student, settings.checkpoint_merge)
-                self.report({"kind": "note", "text": f"weights: the mean of the states after steps {merged}"})
-            if finished == steps or settings.checkpoint_merge > 1:
-                self.measure(finished)
-        except BaseException as error:
-            # Whatever stopped the run, its finished steps are kept. Other ranks may be gone: a collective would wait for them.
-            if finished > start and (self.ranks.size == 1 or isinstance(error, KeyboardInterrupt)):
-                with contextlib.suppress(Exception):
-                    run.save(self.student, self.optimizer, finished, wait=True)
-            raise
+                run.settle()
+            except BaseException:
+                if finished > start and self.agreed:
+                    with contextlib.suppress(Exception):
+                        run.save(self.student, self.optimizer, finished, wait=True)
+                raise
         return finished * tokens_a_step
+
+    def _merge(self, finished: int) -> None:
+        """The student becomes the mean of the last states, the one after `finished` steps among them."""
+        count = self.settings.checkpoint_merge
+        if count <= 1:
+            return
+        self.run.save(self.student, self.optimizer, finished, wait=True)
+        self.agreed = False  # what the student is from here on is no state to go on from
+        merged = self.run.merge(self.student, count)
+        self.measures.pop(finished, None)
+        self.report({"kind": "note", "text": f"weights: the mean of the states after steps {merged}"})
 
     def _tell(self, record: dict[str, Any], done: int, spent: float, warm_up: float) -> None:
         """Reports a step with the speed of the `done` steps so far, which took `spent` seconds, the first `warm_up` of them."""
@@ -174,8 +190,8 @@ class Training:
         self.report({**record, **more})
 
     def measure(self, step: int) -> None:
-        """Held-out fidelity, logged and reported."""
-        if not self.held or self.teacher is None:
+        """Held-out fidelity, logged and reported, unless it has been."""
+        if not self.held or self.teacher is None or step in self.measures:
             return
         self.student.eval()
         with torch.compiler.set_stance("force_eager"):  # a few batches are not worth graphs of their own
@@ -185,17 +201,17 @@ class Training:
             finally:
                 reshard(self.accumulate.student)
         tokens = step * self.settings.batch_size * self.settings.seq_len
-        record = {"step": step, "tokens": tokens, "heldout_tokens": found.pop("tokens"), **found}
-        self.measures.append(record["reverse_kl"])
+        record = self.ranks.first({"step": step, "tokens": tokens, "heldout_tokens": found.pop("tokens"), **found})
+        self.measures[step] = record["reverse_kl"]
         self.run.log("eval", record)
         self.report({"kind": "eval", **record})
 
     def _flat(self) -> bool:
         """Whether the last `stop_when_flat` measures brought nothing over the best before them."""
-        wait = self.settings.stop_when_flat
-        if not wait or len(self.measures) <= wait:
+        wait, found = self.settings.stop_when_flat, list(self.measures.values())
+        if not wait or len(found) <= wait:
             return False
-        return min(self.measures[-wait:]) > (1 - FLAT) * min(self.measures[:-wait])
+        return min(found[-wait:]) > (1 - FLAT) * min(found[:-wait])
 
     def _gradient(self, batch: Batch, count: int) -> tuple[float, float]:
         """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long as memory runs out."""
@@ -217,11 +233,34 @@ class Training:
     def _tolerate(self, step: int, value: float, norm: float, batch: Batch) -> None:
         """WorkError that names what is not finite, unless so many batches may be skipped."""
         self.skipped += 1
-        where = first_bad(self.accumulate.student, batch.split(self.accumulate.micro))
+        where = first_bad(self.accumulate.student, batch.split(self.accumulate.micro), self.ranks)
         said = f"step {step}: the loss is {value}, the gradient norm {norm}; first not finite: {where}"
         if self.skipped > self.settings.skip_bad_batches:
+            self.agreed = True  # every rank has the same loss and norm
             raise WorkError(said)
         self.report({"kind": "note", "text": f"{said}; batch {self.skipped} of {self.settings.skip_bad_batches} skipped"})
+
+
+@contextlib.contextmanager
+def _signals(wait: bool) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM, if `wait`, into the list that is handed out, for all ranks to stop after the same step; a second one
+    interrupts at once."""
+    asked: list[int] = []
+    if not wait or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, _: Any) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -238,4 +277,7 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if held:
-        raise KeyboardInterrupt
+        if callable(before[signal.Signals(held[0])]):
+            signal.raise_signal(held[0])
+        else:
+            raise KeyboardInterrupt

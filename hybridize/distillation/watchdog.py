@@ -10,40 +10,41 @@ from torch import Tensor, nn
 
 from hybridize.distillation.measure import hidden_states
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import local
+from hybridize.distillation.ranks import Ranks, local, reshard
 from hybridize.distillation.step import Student
 
 
 @torch.no_grad()
-def first_bad(student: Student, parts: Sequence[Batch]) -> str:
+def first_bad(student: Student, parts: Sequence[Batch], ranks: Ranks) -> str:
     """The first weight that is not finite, else the first module output in the order of the forward pass, else the gradient
-    of the last parameter in that order (backward comes from there), else the loss."""
+    of the last parameter in that order (backward comes from there), else the loss. All ranks ask, and all are told the same."""
     model = student.model
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return f"the weight {name}"
-    found: list[str] = []
+    bad = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
+    if where := ranks.found(f"the weight {bad}" if bad else ""):
+        return where
+    heard: list[str] = []
 
     def hear(name: str) -> Any:
         def listen(_: nn.Module, __: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(output, Tensor) and not _finite(output):
-                found.append(name)
+            if not heard and isinstance(output, Tensor) and not _finite(output):
+                heard.append(f"the output of {name}")
 
         return listen
 
     handles = [module.register_forward_hook(hear(name)) for name, module in model.named_modules() if not _has_children(module)]
     try:
         with torch.compiler.set_stance("force_eager"):
-            for part in parts:
+            for part in parts:  # all of them: other ranks take part in gathering the weights for each
                 student(lambda model, part=part: hidden_states(model, part, student.dtype))
-                if found:
-                    return f"the output of {found[0]}"
     finally:
+        reshard(student)
         for handle in handles:
             handle.remove()
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    return f"the gradient of {bad[-1]}" if bad else "the loss itself"
+    if where := ranks.found(heard[0] if heard else ""):
+        return where
+    grads = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return ranks.found(f"the gradient of {grads[-1]}" if grads else "") or "the loss itself"
 
 
 def _finite(tensor: Tensor) -> bool:
