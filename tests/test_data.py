@@ -159,7 +159,7 @@ def test_several_sources_their_weights_and_what_is_held_out(tmp_path: Path) -> N
     other = open_corpus(spec.replace("=3", "=2"), None, Encoder(make_tokenizer(), "none"))
     assert other.hash != corpus.hash
     for wrong in ("a=0", "a=x", "=1", "a=1,b=-1"):
-        with pytest.raises(InputError, match="the weight after = must be a positive number"):
+        with pytest.raises(InputError, match="after a name and = there must be a positive number"):
             read_mixture(wrong)
     with pytest.raises(InputError, match=r"b\.jsonl does not exist"):
         read_mixture("./b.jsonl=1,./c.jsonl=1")

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridize.distillation.pairs import named_numbers
 from hybridize.errors import InputError
 
 CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
@@ -61,18 +62,10 @@ class Loss:
     @classmethod
     def parse(cls, text: str, temperature: float = 1.0) -> Loss:
         """`reverse-kl`, or `reverse-kl=.9,ce=.1`. InputError on an unknown name or a weight that is not positive."""
-        weights = []
-        for part in text.split(","):
-            name, _, weight = part.strip().partition("=")
+        weights = named_numbers(text, "--loss", 1.0)
+        for name, _ in weights:
             if name not in (*DIVERGENCES, "ce"):
                 raise InputError(f"--loss {name!r} is unknown; use {', '.join([*DIVERGENCES, 'ce'])}")
-            try:
-                value = float(weight or 1)
-            except ValueError as error:
-                raise InputError(f"--loss {part.strip()!r}: {weight!r} is not a number") from error
-            if not 0 < value < float("inf"):
-                raise InputError(f"--loss {part.strip()!r}: the weight must be positive")
-            weights.append((name, value))
         if len({name for name, _ in weights}) != len(weights):
             raise InputError(f"--loss {text!r} names a loss twice")
         if not 0 < temperature < float("inf"):

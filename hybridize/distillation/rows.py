@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridize.distillation.pairs import named_numbers
 from hybridize.errors import InputError
 
 Row = dict[str, Any]
@@ -64,17 +65,7 @@ def read_mixture(spec: str, limit: int | None = None, flag: str = "--data") -> l
     """
     if Path(spec).expanduser().is_file() or not set(spec) & set(",="):
         return [(read_rows(spec, limit, flag), 1.0)]
-    named = []
-    for part in spec.split(","):
-        name, _, text = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = 0.0
-        if not name or not 0 < weight < float("inf"):
-            raise InputError(f"{flag} {part.strip()!r}: the weight after = must be a positive number")
-        named.append((name, weight))
-    return [(read_rows(name, limit, flag), weight) for name, weight in named]
+    return [(read_rows(name, limit, flag), weight) for name, weight in named_numbers(spec, flag, 1.0)]
 
 
 def read_rows(spec: str, limit: int | None = None, flag: str = "--data") -> Rows:

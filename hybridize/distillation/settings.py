@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hybridize.distillation.pairs import named_numbers
 from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError
 from hybridize.surgery.select import parse_indices
@@ -109,17 +110,7 @@ class DistillSettings:
 
     def rates(self) -> list[tuple[str, float]]:
         """`lr_groups` as patterns and rates."""
-        found = []
-        for part in filter(None, self.lr_groups.split(",")):
-            pattern, _, text = part.strip().rpartition("=")
-            try:
-                rate = float(text)
-            except ValueError:
-                rate = 0.0
-            if not pattern or not 0 < rate < float("inf"):
-                raise InputError(f"--lr-groups {part.strip()!r} is not PATTERN=RATE")
-            found.append((pattern, rate))
-        return found
+        return named_numbers(self.lr_groups, "--lr-groups") if self.lr_groups else []
 
     def rate_of(self, name: str) -> float:
         """The peak rate of a parameter."""
