@@ -32,6 +32,26 @@ def kept_text(encoder: Encoder, row: dict) -> str:
     return encoder.tokenizer.decode([t for t, keep in zip(document.ids, document.keep, strict=True) if keep])
 
 
+def test_rows_are_tokenised_once_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, calls = make_tokenizer(), []
+    real = Encoder._plain
+
+    def counted(self: Encoder, text: str, ends: bool = False) -> list[int]:
+        calls.append(text)
+        return real(self, text, ends)
+
+    monkeypatch.setattr(Encoder, "_plain", counted)
+    monkeypatch.setattr("hybridize.distillation.encode.REMEMBERED", 20)
+    encoder = Encoder(tokenizer, "assistant", None)
+    encoder.template = None
+    rows = [{"prompt": "ab", "response": "cde"}, {"text": "a much longer text than there is room for"}, {"text": "ab"}]
+    first = [encoder.encode(row, f"file:{n}") for n, row in enumerate(rows)]
+    count = len(calls)
+    again = [encoder.encode(row, f"file:{n}") for n, row in enumerate(rows)]
+    assert again == first
+    assert calls[count:] == ["a much longer text than there is room for"]
+
+
 def test_the_mask_keeps_what_the_assistant_says_and_its_end() -> None:
     encoder = Encoder(make_tokenizer(), "assistant")
     assert kept_text(encoder, {"messages": CHAT}) == "1<|end|>22<|end|>"

@@ -22,7 +22,7 @@ import torch
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.distillation.distill import Corpus, distill, open_corpus
-from hybridize.distillation.encode import Document, Encoder
+from hybridize.distillation.encode import Encoder
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.sample import sample_windows
@@ -34,16 +34,6 @@ from hybridize.surgery.teacher import read_teacher
 
 LAYERS = [3, 4, 5, 6, 7, 8, 9, 10, 12, 22, 25, 26, 27, 28, 29]
 TEMPLATE = Path(__file__).with_name("chatml.jinja")
-
-
-class Remembering(Encoder):
-    """Encodes each row once for all runs."""
-
-    def encode(self, row: dict[str, Any], where: str) -> Document:
-        known = self.__dict__.setdefault("known", {})
-        if where not in known:
-            known[where] = super().encode(row, where)
-        return known[where]
 
 
 def main() -> None:
@@ -68,7 +58,7 @@ def main() -> None:
     quiet_transformers()
     device, dtype = pick_compute("auto", "auto", training=True)
     tokenizer, template = load_tokenizer(args.teacher), TEMPLATE.read_text()
-    encoders = {mask: Remembering(tokenizer, mask, template) for mask in ("none", "assistant")}
+    encoders = {mask: Encoder(tokenizer, mask, template) for mask in ("none", "assistant")}
     settings = DistillSettings(
         tokens=args.tokens or 1, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seq_len=args.seq_len,
         mask="none", train="body", warmup_steps=args.warmup_steps, eval_every=args.eval_every,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
 from hybridize.errors import InputError
 
 MASKS = ("assistant", "none")
+REMEMBERED = 50_000_000  # tokens, five bytes each: rows are checked before training, which then need not tokenise them again
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,22 @@ class Encoder:
             raise InputError(f"--mask {mask} is unknown; use {' or '.join(MASKS)}")
         self.tokenizer, self.mask = tokenizer, mask
         self.template = chat_template or getattr(tokenizer, "chat_template", None)
+        self._known: dict[tuple[str, int], tuple[array[int], bytes]] = {}
+        self._room = REMEMBERED
 
     def encode(self, row: dict[str, Any], where: str) -> Document:
-        """InputError naming the row when the mask keeps none of its tokens or the template rejects it."""
+        """The row called `where`. InputError naming it when the mask keeps none of its tokens or the template rejects it."""
+        name = where, hash(repr(row))
+        if name in self._known:
+            ids, keep = self._known[name]
+            return Document(ids.tolist(), [bool(flag) for flag in keep])
+        document = self._encode(row, where)
+        if self._room >= len(document.ids):
+            self._room -= len(document.ids)
+            self._known[name] = array("i", document.ids), bytes(document.keep)
+        return document
+
+    def _encode(self, row: dict[str, Any], where: str) -> Document:
         if "messages" in row or ("prompt" in row and self.template):
             document = self._chat(self._messages(row), where)
         elif "prompt" in row:
