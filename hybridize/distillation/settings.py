@@ -86,7 +86,7 @@ class DistillSettings:
             raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
-        if self.cuda_graph and (self.mask != "none" or self.stage != "distill" or self.gradient_checkpointing):
+        if self.cuda_graph and (self.mask != "none" or self.stage != "distill" or self.recomputed(1)):
             raise InputError("--cuda-graph needs --mask none, --stage distill and no gradient checkpointing")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
