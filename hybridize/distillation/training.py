@@ -169,8 +169,8 @@ class Training:
         count = self.settings.checkpoint_merge
         if count <= 1:
             return
+        # once this is whole nothing is saved after it: merged weights are no state to go on from
         self.run.save(self.student, self.optimizer, finished, wait=True)
-        self.agreed = False  # what the student is from here on is no state to go on from
         merged = self.run.merge(self.student, count)
         self.measures.pop(finished, None)
         self.report({"kind": "note", "text": f"weights: the mean of the states after steps {merged}"})
