@@ -4,7 +4,7 @@ python tests/benchmarks/distill.py step --ways eager compiled-graph naive       
 python tests/benchmarks/distill.py parts --shape smollm2                           # each part of a step alone
 python tests/benchmarks/distill.py loss --tokens 4096 --hidden 5120 --vocab 131072 # projection, reverse KL and gradient alone
 
-Model FLOPs are 6 N a token for the student and 2 N for its teacher, N without the embedding table; MFU is of --peak TFLOP/s.
+Model FLOPs are those of hybridize.distillation.watch.model_flops; MFU is of --peak TFLOP/s.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import hidden_states, output_weight
+from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator
-from hybridize.distillation.training import choose_trained, make_optimizer, update
+from hybridize.distillation.step import Accumulator, Student
+from hybridize.distillation.watch import model_flops
 from hybridize.modeling import HybridConfig, HybridForCausalLM
 from hybridize.runtime import compile_layers
 
@@ -61,13 +62,6 @@ def models(shape: str, mixer: str, device: torch.device, dtype: torch.dtype) -> 
     return student.train(), teacher.requires_grad_(False)
 
 
-def size(model: Any) -> int:
-    """Parameters that take part in a product: all but the embedding table, which counts once as the head when tied."""
-    return sum(p.numel() for p in model.parameters()) - (
-        0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    )
-
-
 def random_batch(rows: int, length: int, vocabulary: int, documents: int, device: torch.device) -> Batch:
     """documents: how many are packed into each row."""
     ids = torch.randint(0, vocabulary, (rows, length + 1), device=device)
@@ -86,6 +80,13 @@ def naive(student: Any, teacher: Any, batch: Batch, micro: int, dtype: torch.dty
         log_q, log_p = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
         value = (log_q.exp() * (log_q - log_p)).sum(-1)[part.keep].sum() / batch.kept
         value.backward()
+
+
+def stepped(student: Any, optimizer: torch.optim.AdamW, keep: bool = False) -> None:
+    """What follows a gradient. keep: zeros in place, as a graph needs them."""
+    clip_gradients(student, 1.0)
+    update(optimizer, 1e-6)
+    optimizer.zero_grad(set_to_none=not keep)
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, cuda: bool) -> dict[str, tuple[float, float, float]]:
@@ -123,14 +124,14 @@ def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> 
     ways: dict[str, Callable[[], Any]] = {}
     for name in args.ways:
         student, teacher = models(args.shape, args.mixer, device, dtype)
-        flops = 6 * size(student) + 2 * size(teacher)
         batch = random_batch(args.rows, args.length, student.config.vocab_size, args.documents, device)
         settings = DistillSettings(steps=1, train=args.train, gradient_checkpointing=args.checkpointing)
-        choose_trained(student, args.train)
+        choose_trained(student, settings)
+        flops = model_flops(student, teacher)
         if args.checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(student, settings)
-        accumulate = Accumulator(student, teacher, loss, args.micro, dtype, "graph" in name)
+        accumulate = Accumulator(Student(student, loss, dtype), teacher, args.micro, graph="graph" in name)
         if "compiled" in name:
             compile_layers(student)
             compile_layers(teacher)
@@ -140,7 +141,7 @@ def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> 
                 naive(student, teacher, batch, args.micro, dtype)
             else:
                 accumulate(batch)
-            update(student, optimizer, 1e-6, 1.0, keep_grads="graph" in name)
+            stepped(student, optimizer, keep="graph" in name)
 
         ways[name] = way
     tokens = args.rows * args.length
@@ -158,14 +159,13 @@ def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> 
 def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     student, teacher = models(args.shape, args.mixer, device, dtype)
     config = student.config
-    choose_trained(student, args.train)
-    optimizer = make_optimizer(student, DistillSettings(steps=1, train=args.train))
+    settings = DistillSettings(steps=1, train=args.train)
+    choose_trained(student, settings)
+    optimizer = make_optimizer(student, settings)
     if args.compiled:
         compile_layers(student)
         compile_layers(teacher)
     batch = random_batch(args.micro, args.length, config.vocab_size, args.documents, device)
-    inner = random_batch(args.micro, args.length, config.vocab_size, args.documents, device)
-    assert inner.ids.shape == batch.ids.shape
     hidden = torch.randn(args.micro, args.length, config.hidden_size, device=device)
     at = torch.arange(args.length, device=device).unsqueeze(0) if batch.positions is None else batch.positions
     extra = student.model.layer_inputs(hidden, None, at)
@@ -222,7 +222,7 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     def of_optimizer() -> None:
-        update(student, optimizer, 1e-6, 1.0)
+        stepped(student, optimizer)
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
