@@ -128,7 +128,7 @@ def command(
     if objective.needs_teacher or eval_data is not None or settings.stage == "align":
         origin = teacher_of(source, checkpoint, teacher)
     if dry_run:
-        _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype)
+        _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype, trust_remote_code)
         return
     check_output(target, overwrite, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
@@ -210,24 +210,17 @@ def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
         raise InputError(f"--checkpoint-layers {settings.checkpoint_layers}: the model has layers 0 to {layers - 1}")
 
 
-def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str) -> None:
-    import os
+def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str, trust_remote_code: bool) -> None:
+    from hybridize.distillation.plan import GIB, plan
+    from hybridize.distillation.ranks import Ranks, world_size
+    from hybridize.runtime import DTYPES, load_empty, pick_device, pick_dtype
 
-    from transformers import AutoConfig
-
-    import hybridize.modeling  # noqa: F401  (registers the hybrid)
-    from hybridize.distillation.plan import GIB, empty_model, plan
-    from hybridize.distillation.ranks import Ranks
-    from hybridize.runtime import DTYPES, pick_device, pick_dtype
-
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = world_size()
     Ranks(0, ranks).share(settings.batch_size, "--batch-size")
     # what is planned is a GPU's run, wherever the planning is done
     compute = DTYPES["bfloat16"] if dtype == "auto" else pick_dtype(dtype, pick_device("cpu"), training=True)
-    student, origin = (
-        None if reader is None else empty_model(AutoConfig.from_pretrained(reader.path, local_files_only=True))
-        for reader in (source, teacher)
-    )
+    readers = (source, teacher)
+    student, origin = (None if r is None else load_empty(r.path, compute, trust_remote_code) for r in readers)
     found = plan(student, origin, settings, ranks, compute)
 
     def human() -> None:

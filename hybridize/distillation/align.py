@@ -13,37 +13,27 @@ from torch import Tensor, nn
 
 from hybridize.distillation.measure import hidden_states
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import Ranks, average_gradients
-from hybridize.distillation.step import Student, chosen
+from hybridize.distillation.ranks import Ranks
+from hybridize.distillation.step import Accumulator, Student, chosen
 from hybridize.modeling import MIXER_LAYER
 
 TINY = 1e-6  # a share of the hidden size: below this mean square an attention output counts as nothing to be relative to
 
 
-class Aligner:
-    """Called like an Accumulator: adds the gradient of the mean, over kept tokens and over mixers, of the relative square error
+class Aligner(Accumulator):
+    """Adds the gradient of the mean, over kept tokens and over mixers, of the relative square error
     |mixer(u) - attention(u)|^2 / |attention(u)|^2, u what the teacher's attention layer hears."""
 
+    teacher: nn.Module
+
     def __init__(self, student: Student, teacher: nn.Module, micro: int, ranks: Ranks | None = None) -> None:
-        self.student, self.teacher, self.micro, self.ranks = student, teacher, micro, ranks or Ranks()
+        super().__init__(student, teacher, micro, ranks)
         config: Any = student.model.config
         self.layers: list[int] = [i for i, kind in enumerate(config.layer_types) if kind == MIXER_LAYER]
 
-    def __call__(self, batch: Batch, count: int | None = None) -> Tensor:
-        """The mean over all ranks, detached; see Accumulator."""
-        count, total = batch.kept if count is None else count, torch.zeros((), device=batch.ids.device)
-        if count == 0:
-            return total
-        for part in batch.split(self.micro):
-            total = total + self._one(part, self.ranks.size / (count * len(self.layers)))
-        average_gradients(self.student, self.ranks)
-        return self.ranks.sum(total) / self.ranks.size
-
-    def shrink(self) -> None:
-        """Half as many sequences at once."""
-        self.micro //= 2
-
-    def _one(self, part: Batch, scale: float) -> Tensor:
+    def one(self, part: Batch, count: int) -> Tensor:
+        """As in Accumulator."""
+        scale = self.ranks.size / (count * len(self.layers))
         heard: dict[int, tuple[Tensor, Tensor]] = {}
         handles = [self._listen(layer, heard) for layer in self.layers]
         try:

@@ -13,11 +13,11 @@ import torch
 
 from hybridize.distillation.losses import CHUNK_BYTES
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.watch import model_flops
+from hybridize.distillation.watch import PEAKS, model_flops
 from hybridize.modeling import MIXER_LAYER
 
 GIB = 2**30
-ASSUMED = 0.4 * 989e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
+ASSUMED = 0.4 * PEAKS["H100"] * 1e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,6 @@ class Plan:
     @property
     def total(self) -> float:
         return sum(self.bytes.values())
-
-
-def empty_model(config: Any) -> Any:
-    """The model of a transformers config without storage."""
-    import transformers
-
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def layer_bytes(config: Any, kind: str) -> int:

@@ -70,9 +70,14 @@ class Ranks:
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
+def world_size() -> int:
+    """How many processes torchrun has announced, one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """The process group that torchrun announces in the environment, and this rank's own device; one rank without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         return Ranks(), device
     if device.type == "cuda":

@@ -145,9 +145,8 @@ class RunDir:
         self.ranks.wait()
         if step:
             place = self.path / f"step-{step:08}"
-            kept = {
-                key.split("/")[1] for key in FileSystemReader(place).read_metadata().state_dict_metadata if "moments/" in key
-            }
+            saved = FileSystemReader(place).read_metadata().state_dict_metadata
+            kept = {key.split("/")[1] for key in saved if key.startswith("moments/")}
             names = {id(p): name for name, p in student.named_parameters()}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

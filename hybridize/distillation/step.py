@@ -63,17 +63,18 @@ class Accumulator:
         count, total = batch.kept if count is None else count, torch.zeros((), device=batch.ids.device)
         if count == 0:
             return total
-        parts = batch.split(self.micro)
-        if self.wanted and self.graph is None and batch.positions is None:
-            self.graph = _StepGraph(self.student, self.teacher, parts[0])
-        for part in parts:
-            if self.graph is not None and self.graph.fits(part):
-                total = total + self.graph(part, count)
-            else:
-                kept = part.keep.flatten()
-                total = total + backward(self.student, self.teacher, part, self.ranks.size / count, kept)
+        for part in batch.split(self.micro):
+            total = total + self.one(part, count)
         average_gradients(self.student, self.ranks)
         return self.ranks.sum(total) / self.ranks.size
+
+    def one(self, part: Batch, count: int) -> Tensor:
+        """Adds the gradient of one micro-batch; returns its part of the mean over `count` tokens, times the number of ranks."""
+        if self.wanted and self.graph is None and part.positions is None:
+            self.graph = _StepGraph(self.student, self.teacher, part)
+        if self.graph is not None and self.graph.fits(part):
+            return self.graph(part, count)
+        return backward(self.student, self.teacher, part, self.ranks.size / count, part.keep.flatten())
 
     def shrink(self) -> None:
         """Half as many sequences at once."""

@@ -90,11 +90,12 @@ class Training:
                 compile_layers(model)
         self.flops, self.peak = flops, peak_flops(device)
         self.optimizer = make_optimizer(student, settings)
-        guide = teacher if loss.needs_teacher else None
         micro = min(settings.micro, settings.batch_size // self.ranks.size)
-        self.accumulate: Accumulator | Aligner = Accumulator(root, guide, micro, self.ranks, settings.cuda_graph)
         if aligns:
-            self.accumulate = Aligner(root, teacher, micro, self.ranks)
+            self.accumulate: Accumulator = Aligner(root, teacher, micro, self.ranks)
+        else:
+            guide = teacher if loss.needs_teacher else None
+            self.accumulate = Accumulator(root, guide, micro, self.ranks, settings.cuda_graph)
         self.held = [batch.to(device) for batch in heldout]
         self.measures: dict[int, float] = {}
         self.agreed = True
@@ -143,11 +144,11 @@ class Training:
                     warm_up = spent if finished == start + 1 else warm_up
                     if good and (finished % self.log_every == 0 or finished == steps):
                         self._tell(record, finished - start, spent, warm_up)
-                    late = settings.save_minutes and time.monotonic() - saved_at > 60 * settings.save_minutes
-                    stop, late = self.ranks.found("stop" if asked else ""), self.ranks.first(bool(late))
-                    if stop:
+                    if self.ranks.found("stop" if asked else ""):
                         self.agreed = True
                         raise KeyboardInterrupt
+                    wait = 60 * settings.save_minutes
+                    late = wait > 0 and self.ranks.first(time.monotonic() - saved_at > wait)
                     if late or (settings.save_every and (finished % settings.save_every == 0 or finished == steps)):
                         run.save(self.student, self.optimizer, finished)
                         saved_at = time.monotonic()
@@ -246,38 +247,38 @@ def _signals(wait: bool) -> Iterator[list[int]]:
     """SIGINT and SIGTERM, if `wait`, into the list that is handed out, for all ranks to stop after the same step; a second one
     interrupts at once."""
     asked: list[int] = []
-    if not wait or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     def note(number: int, _: Any) -> None:
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handling(note) if wait else contextlib.nullcontext():
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Holds back SIGINT and SIGTERM until the block is done: an optimizer step is taken whole or not at all."""
     held: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    with _handling(lambda number, _: held.append(number)) as before:
         yield
-        return
-    before = {number: signal.signal(number, lambda n, _: held.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if held:
-        if callable(before[signal.Signals(held[0])]):
+        if callable(before[held[0]]):
             signal.raise_signal(held[0])
         else:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
+    """SIGINT and SIGTERM go to `handler`, where this is the thread that may say so; yields what they went to before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
+    before: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield before
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
