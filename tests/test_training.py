@@ -190,9 +190,11 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         RunDir(tmp_path / "other", {}).check(True, False)
 
 
-def start(path: Path, plan: DistillSettings, student: torch.nn.Module | None = None, **more: object) -> Training:
+def start(
+    path: Path, plan: DistillSettings, student: torch.nn.Module | None = None, resume: bool = False, **more: object
+) -> Training:
     home = RunDir(path / "out", {}, keep=plan.keep_last, every=plan.save_every)
-    home.start(False)
+    home.start(resume)
     return Training(student or hybrid("mam", seed=1), hybrid("aaa", seed=2), [], plan, home, **CPU, **more)
 
 
@@ -383,14 +385,16 @@ def test_merged_weights_are_no_state_to_go_on_from(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(training.run, "merge", merge)
     with pytest.raises(KeyboardInterrupt):
         training.go(batches())
-    again = start_again(tmp_path, plan)
+    again = start(tmp_path, plan, resume=True)
     assert again.run.load(again.student, again.optimizer) == 6
     assert all(torch.equal(a, b) for a, b in zip(again.student.parameters(), before, strict=True))
 
 
-def start_again(path: Path, plan: DistillSettings) -> Training:
-    home = RunDir(path / "out", {}, keep=plan.keep_last, every=plan.save_every)
-    return Training(hybrid("mam", seed=1), hybrid("aaa", seed=2), [], plan, home, **CPU)
+def measured_after_going_on(path: Path, plan: DistillSettings) -> list[int]:
+    again = start(path, plan, resume=True)
+    again.held = [batch(999)]
+    again.go(batches(), resume=True)
+    return [r["step"] for r in again.run.read("eval")]
 
 
 @pytest.mark.parametrize("when", [3, 5])
@@ -402,10 +406,7 @@ def test_a_measure_that_an_interruption_ate_is_made_up(tmp_path: Path, when: int
     assert torch.equal(parts[0], whole[0])
     log = tmp_path / "b/out.run/eval.jsonl"
     log.write_text("".join(line for line in log.open() if json.loads(line)["step"] < 6))  # killed between save and measure
-    again = start_again(tmp_path / "b", plan)
-    again.held = [batch(999)]
-    again.go(batches(), resume=True)
-    assert [r["step"] for r in again.run.read("eval")] == [0, 2, 4, 6]
+    assert measured_after_going_on(tmp_path / "b", plan) == [0, 2, 4, 6]
 
 
 def test_a_measure_in_the_middle_that_was_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,10 +423,7 @@ def test_a_measure_in_the_middle_that_was_never_made(tmp_path: Path, monkeypatch
     monkeypatch.setattr(training, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         training.go(batches())
-    again = start_again(tmp_path, plan)
-    again.held = [batch(999)]
-    again.go(batches(), resume=True)
-    assert [r["step"] for r in again.run.read("eval")] == [0, 2, 4, 6]
+    assert measured_after_going_on(tmp_path, plan) == [0, 2, 4, 6]
 
 
 def test_a_run_whose_first_batch_was_skipped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +440,7 @@ def test_a_run_whose_first_batch_was_skipped_goes_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(training, "_gradient", gradient)
     with pytest.raises(KeyboardInterrupt):
         training.go(batches())
-    again = start_again(tmp_path, plan)
+    again = start(tmp_path, plan, resume=True)
     again.go(batches(), resume=True)
     assert [r.get("skipped", False) for r in again.run.read("metrics")] == [True] + 5 * [False]
 
