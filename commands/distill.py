@@ -60,7 +60,10 @@ def command(
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile for the layers: a minute, then faster steps.")
     ] = None,
     cuda_graph: Annotated[
-        bool | None, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step as one CUDA graph; with --mask none.")
+        bool | None, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay a step as one CUDA graph.")
+    ] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits every time, at some cost on a GPU.")
     ] = None,
     eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
     eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
@@ -105,7 +108,8 @@ def command(
         "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
         "checkpoint_layers": checkpoint_layers,
-        "compile": compile, "cuda_graph": cuda_graph, "lr_groups": lr_groups, "schedule": schedule,
+        "compile": compile, "cuda_graph": cuda_graph, "deterministic": deterministic,
+        "lr_groups": lr_groups, "schedule": schedule,
         "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
         "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,
         "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
@@ -205,6 +209,10 @@ def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
     ranks.share(settings.batch_size, "--batch-size")
     if settings.cuda_graph and (where.type != "cuda" or ranks.size > 1):
         raise InputError("--cuda-graph needs one CUDA device")
+    if settings.cuda_graph and settings.mask != "none" and (source.config.get("mixer") or {}).get("kind") == "mamba":
+        raise InputError("--cuda-graph with documents side by side needs mamba2 layers; --mask none has no documents")
+    if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":
+        raise InputError("--deterministic needs mamba2 layers: the CUDA scan of mamba layers adds in no fixed order")
     layers = source.config.get("num_hidden_layers", 0)
     if max(settings.recomputed(layers), default=-1) >= layers:
         raise InputError(f"--checkpoint-layers {settings.checkpoint_layers}: the model has layers 0 to {layers - 1}")

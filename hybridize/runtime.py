@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. InputError when the device is not there."""
+    # the Mamba-2 kernels try their configurations for 100 s at first use: kept in Triton's cache, they do so once a machine
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -24,6 +27,15 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch {torch.__version__} sees no CUDA device on this machine")
     return device
+
+
+def be_deterministic() -> None:
+    """From here on every sum on CUDA is taken in one order, or the operation that cannot says so. Before the first use of CUDA.
+
+    mamba-ssm and causal-conv1d look at torch's switch too, all but Mamba-1's scan.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
 
 
 def pick_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hybridize.errors import InputError, WorkError
 from tests.conftest import hybrid, worst
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+GPU = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
 
 
 def batch(seed: int, rows: int = 4, length: int = 12) -> Batch:
@@ -38,9 +40,12 @@ def settings(**changes: object) -> DistillSettings:
     return DistillSettings(**{"steps": 6, "batch_size": 4, "seq_len": 12, "eval_every": 0, "warmup_steps": 2, **changes})
 
 
-def run(path: Path, plan: DistillSettings, stop_at: int | None = None, resume: bool = False) -> torch.Tensor:
+def run(
+    path: Path, plan: DistillSettings, stop_at: int | None = None, resume: bool = False, on: dict[str, Any] = CPU
+) -> torch.Tensor:
     """The student's weights after a run; stop_at: interrupted when that batch is asked for."""
-    student, teacher = hybrid("mam", seed=1), hybrid("aaa", seed=2)
+    kind = "mamba2" if plan.deterministic else "mamba"
+    student, teacher = hybrid("mam", kind, seed=1).to(on["device"]), hybrid("aaa", seed=2).to(on["device"])
 
     def batches():
         for n in range(100):
@@ -51,7 +56,7 @@ def run(path: Path, plan: DistillSettings, stop_at: int | None = None, resume: b
     home = RunDir(path / "out", {"a": 1})
     home.check(resume, False)
     home.start(resume)
-    Training(student, teacher, [batch(999)], plan, home, **CPU).go(batches(), resume)
+    Training(student, teacher, [batch(999)], plan, home, **on).go(batches(), resume)
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 
@@ -180,6 +185,19 @@ def test_a_killed_run_resumes_from_its_last_save(tmp_path: Path) -> None:
     metrics.write_text(metrics.read_text() + '{"step": 7, "lo')
     assert torch.equal(run(tmp_path / "b", settings(save_every=2), resume=True), whole)
     assert [json.loads(line)["step"] for line in metrics.open()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_a_gpu_a_deterministic_run_is_resumed_bit_for_bit(tmp_path: Path, graph: bool) -> None:
+    plan = settings(deterministic=True, cuda_graph=graph)
+    try:
+        whole = run(tmp_path / "a", plan, on=GPU)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "b", plan, stop_at=4, on=GPU)
+        assert torch.equal(run(tmp_path / "b", plan, resume=True, on=GPU), whole)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 python docs/experiments/mixers.py TEACHER TRACES HELDOUT.txt GENERAL.txt MASKED.jsonl OUT --runs mamba:plain mamba2:all ...
 
 A run is KIND:PARTS, PARTS being plain, all, or some of z+conv+decay+scale+out; @NAME=VALUE,... after it sets constants of
-hybridize.surgery.calibrate, @name=value settings of the distillation (lr_mixer, lr). The protocol is that of smollm2.sh; all
-runs share one process, because the Mamba-2 kernels spend 100 seconds on tuning themselves when they are first used.
+hybridize.surgery.calibrate, @name=value settings of the distillation (lr_mixer, lr), @align=SHARE spends that share of the
+tokens on --stage align first. The protocol is that of smollm2.sh; all runs share one process, because the Mamba-2 kernels spend
+100 seconds on tuning themselves when they are first used.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def one(
     assert chosen <= set(constants.PARTS), run
     given = {name: float(value) for name, value in (pair.split("=") for pair in changes.split(",") if pair)}
     changed = {name: value for name, value in given.items() if name.isupper()}
+    share = given.pop("align", 0.0)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if name not in changed})
     before = {name: getattr(constants, name) for name in changed}
     vars(constants).update(changed)
@@ -115,6 +117,18 @@ def one(
     found: dict[str, Any] = {"replace_seconds": round(replaced - began, 1), "start": measure(start)}
     if not args.tokens:
         return found
+    if share:
+        aligned, tokens = args.out / f"{name}-aligned", int(args.tokens * share)
+        first = dataclasses.replace(settings, stage="align", tokens=tokens, cuda_graph=False)
+        spent = time.perf_counter()
+        distill(
+            CheckpointReader(start), str(start), source, corpus, first, aligned, device=device, dtype=dtype, overwrite=True,
+            run=RunDir(aligned, {}), report=lambda event: None,
+        )  # fmt: skip
+        shutil.rmtree(start)
+        aligned.rename(start)
+        found |= {"align_seconds": round(time.perf_counter() - spent, 1), "aligned": measure(start)}
+        settings = dataclasses.replace(settings, tokens=args.tokens - tokens)
     speeds: list[tuple[float, float]] = []
 
     def report(event: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridize.distillation import attention
 from hybridize.distillation.losses import divergence
 from hybridize.distillation.packing import Batch
 
@@ -34,9 +35,12 @@ def output_weight(model: Any) -> Tensor:
 
 def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Final hidden states [B, T, D], after the last norm, computed in `dtype`."""
-    device = batch.ids.device
+    device, told = batch.ids.device, {}
+    if batch.positions is not None and model.config._attn_implementation == attention.NAME:
+        told["cu_seq_lens_q"] = batch.boundaries(batch.documents)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
+        out = model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **told)
+    return out.last_hidden_state
 
 
 @torch.no_grad()

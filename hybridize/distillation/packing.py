@@ -37,22 +37,38 @@ class Batch:
         """How many positions count: asked of the host's copy where there was one, since a device must be waited for."""
         return int(self.keep.sum())
 
+    @cached_property
+    def documents(self) -> int:
+        """At least as many as any row holds, what is padded at its end among them; the host's count like `kept`."""
+        return 1 if self.positions is None else int((self.positions == 0).sum(1).max())
+
+    def boundaries(self, documents: int) -> Tensor:
+        """int32 [B * documents + 1]: where each document begins among all B * T positions, in order; the rest is B * T.
+
+        documents: no fewer than `self.documents`. Asks nothing of the device, so a CUDA graph can hold it.
+        """
+        assert self.positions is not None
+        index = (self.positions == 0).flatten().cumsum(0) - 1
+        wanted = torch.arange(len(self.ids) * documents + 1, device=index.device)
+        return torch.searchsorted(index, wanted, out_int32=True)
+
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most `rows` sequences."""
-        ids, labels, keep = (t.split(rows) for t in (self.ids, self.labels, self.keep))
-        positions = [None] * len(ids) if self.positions is None else self.positions.split(rows)
-        return [Batch(*part) for part in zip(ids, positions, labels, keep, strict=True)]
+        return [self.rows(slice(begin, begin + rows)) for begin in range(0, len(self.ids), rows)]
 
     def rows(self, which: slice) -> Batch:
         """Some of the sequences."""
-        positions = None if self.positions is None else self.positions[which]
-        return Batch(self.ids[which], positions, self.labels[which], self.keep[which])
+        return self._each(lambda t: t[which], "documents")
 
     def to(self, device: torch.device) -> Batch:
+        return self._each(lambda t: t.to(device, non_blocking=True), "documents", "kept")
+
+    def _each(self, change: Callable[[Tensor], Tensor], *counts: str) -> Batch:
+        """All tensors changed; counts that still hold, made before they go to a device."""
         fields = (self.ids, self.positions, self.labels, self.keep)
-        moved = Batch(*(None if t is None else t.to(device, non_blocking=True) for t in fields))  # type: ignore[arg-type]
-        moved.__dict__["kept"] = self.kept
-        return moved
+        made = Batch(*(None if t is None else change(t) for t in fields))  # type: ignore[arg-type]
+        made.__dict__.update({name: getattr(self, name) for name in counts})
+        return made
 
 
 Line = tuple[list[int], list[int] | None, list[int], list[bool]]  # ids, positions, labels, keep, each of one length

@@ -26,6 +26,7 @@ class DistillSettings:
     assistant's tokens, `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
     checkpoint_layers: which layers gradient_checkpointing is for, all unless given, and then it need not be.
     checkpoint_merge: the result is the mean of the last so many saved states, 0: the last one.
+    deterministic: the same bits every time on one machine, see runtime.be_deterministic.
     stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
     """
 
@@ -50,6 +51,7 @@ class DistillSettings:
     checkpoint_layers: str = ""
     compile: bool = False
     cuda_graph: bool = False
+    deterministic: bool = False
     eval_every: int = 100
     eval_windows: int = 24
     stop_when_flat: int = 0
@@ -86,8 +88,8 @@ class DistillSettings:
             raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
-        if self.cuda_graph and (self.mask != "none" or self.stage != "distill" or self.recomputed(1)):
-            raise InputError("--cuda-graph needs --mask none, --stage distill and no gradient checkpointing")
+        if self.cuda_graph and (self.stage != "distill" or self.recomputed(1)):
+            raise InputError("--cuda-graph needs --stage distill and no gradient checkpointing")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
         self.recomputed(0)

@@ -5,21 +5,18 @@ Knows nothing of optimizers, data or files.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hybridize.distillation import attention
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.ranks import Ranks, average_gradients
 
-CAUSAL = "hybridize_causal"
 WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
 
 
@@ -44,8 +41,8 @@ class Accumulator:
     """Adds the gradient of the mean loss over all kept tokens of a batch to the student's, micro-batch by micro-batch.
 
     Under several ranks each has its own rows; gradients are then averages over ranks of sums that `ranks.size` scaled up,
-    the gradient of the mean over all ranks' tokens again. graph: replay micro-batches of full size as a CUDA graph where
-    `can_graph` and the batch allow it; from the first batch on, gradients must then be zeroed in place and never set to None.
+    the gradient of the mean over all ranks' tokens again. graph: replay micro-batches of full size as a CUDA graph, where
+    `can_graph` says so; from the first batch on, gradients must then be zeroed in place and never set to None.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class Accumulator:
 
     def one(self, part: Batch, count: int) -> Tensor:
         """Adds the gradient of one micro-batch; returns its part of the mean over `count` tokens, times the number of ranks."""
-        if self.wanted and self.graph is None and part.positions is None:
+        if self.wanted and self.graph is None:
             self.graph = _StepGraph(self.student, self.teacher, part)
         if self.graph is not None and self.graph.fits(part):
             return self.graph(part, count)
@@ -106,65 +103,46 @@ def backward(student: Student, teacher: nn.Module | None, part: Batch, scale: fl
 class _StepGraph:
     """Forward and backward of a micro-batch of one shape, captured once and replayed: no Python and no launches in between.
 
-    Small models wait for their launches most of the time. Only for rows of one document each (Batch.positions None): packing
-    decides on the host. Holds the activations of a micro-batch for as long as it lives. `like` gives shape and device.
+    Small models wait for their launches most of the time. Holds the activations of a micro-batch for as long as it lives. Rows
+    are packed, or not, as in `like`, with room for twice as many documents a row; packed rows only without `mamba` layers,
+    which look for documents on the host.
     """
 
     def __init__(self, student: Student, teacher: nn.Module | None, like: Batch) -> None:
-        self.batch = Batch(like.ids.clone(), None, like.labels.clone(), like.keep.clone())
+        positions = None if like.positions is None else like.positions.clone()
+        self.batch = Batch(like.ids.clone(), positions, like.labels.clone(), like.keep.clone())
+        self.batch.__dict__["documents"] = 2 * like.documents
         self.scale = torch.zeros(like.ids.numel(), device=like.ids.device)  # the warm-up adds gradients of zero
 
         def run() -> Tensor:
             return backward(student, teacher, self.batch, self.scale, None)
 
-        with _causal_attention(student.model, teacher):
-            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    run()
-            here.wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.value = run()
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                run()
+        here.wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.value = run()
 
     def fits(self, part: Batch) -> bool:
-        return part.positions is None and part.ids.shape == self.batch.ids.shape
+        packed = part.positions is not None, self.batch.positions is not None
+        return packed[0] == packed[1] and part.ids.shape == self.batch.ids.shape and part.documents <= self.batch.documents
 
     def __call__(self, part: Batch, count: int) -> Tensor:
         self.batch.ids.copy_(part.ids)
         self.batch.labels.copy_(part.labels)
+        if self.batch.positions is not None and part.positions is not None:
+            self.batch.positions.copy_(part.positions)
         self.scale.copy_(part.keep.flatten())
         self.scale.div_(count)
         self.graph.replay()
         return self.value.clone()
 
 
-def can_graph(student: Any, teacher: Any, length: int) -> bool:
-    """Whether a graph computes what the models compute on rows of `length`: plain causal attention by SDPA, on CUDA."""
-    models = [model for model in (student, teacher) if model is not None]
-    windows = [getattr(model.config, "sliding_window", None) for model in models]
-    return (
-        next(student.parameters()).device.type == "cuda"
-        and all(model.config._attn_implementation == "sdpa" for model in models)
-        and all(window is None or window >= length for window in windows)
-    )
-
-
-def _causal(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": True})
-
-
-@contextlib.contextmanager
-def _causal_attention(*models: Any) -> Iterator[None]:
-    """SDPA without a mask. During a capture transformers cannot look at positions, and makes a mask in case they restart."""
-    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, _causal)  # no mask is made for a name that masks do not know
-    configs = {id(model.config): model.config for model in models if model is not None}.values()
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = CAUSAL
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+def can_graph(*models: Any) -> bool:
+    """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing on the host."""
+    given = [model for model in models if model is not None]
+    return all(m.device.type == "cuda" and m.config._attn_implementation == attention.NAME for m in given)

@@ -18,6 +18,7 @@ import torch
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.distillation.align import Aligner
+from hybridize.distillation.attention import can_attend, use_packed_attention
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
@@ -30,7 +31,7 @@ from hybridize.distillation.step import Accumulator, Student, can_graph
 from hybridize.distillation.watch import model_flops, peak_flops
 from hybridize.distillation.watchdog import first_bad
 from hybridize.errors import InputError, WorkError
-from hybridize.runtime import compile_layers
+from hybridize.runtime import be_deterministic, compile_layers
 
 Report = Callable[[dict[str, Any]], None]
 FLAT = 0.005  # a measure counts as better from this share on
@@ -61,6 +62,8 @@ class Training:
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
         self.rows = self.ranks.share(settings.batch_size, "--batch-size")
+        if settings.deterministic:
+            be_deterministic()
         loss = Loss.parse(settings.loss, settings.temperature)
         choose_trained(student, settings)
         layers = student.base_model.layers
@@ -71,8 +74,11 @@ class Training:
             student.gradient_checkpointing_enable({"use_reentrant": False})
             for index, layer in enumerate(layers):
                 layer.gradient_checkpointing = index in again
-        alone = self.ranks.size == 1 and settings.stage == "distill"
-        if settings.cuda_graph and not (alone and can_graph(student, teacher, settings.seq_len)):
+        models = [model for model in (student, teacher) if model is not None]
+        if device.type == "cuda" and all(can_attend(model, settings.seq_len) for model in models):
+            for model in models:
+                use_packed_attention(model)
+        if settings.cuda_graph and not (self.ranks.size == 1 and can_graph(*models)):
             raise InputError("--cuda-graph needs one CUDA device and SDPA attention without a window")
         flops = model_flops(student, teacher)
         root = Student(student, loss, dtype)

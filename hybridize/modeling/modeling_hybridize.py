@@ -117,7 +117,8 @@ class HybridModel(HybridPreTrainedModel):
         """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T].
 
         Without a mask and a cache, positions that restart mark packed documents (transformers' convention): attention,
-        convolution and state then stay within each. Returns last_hidden_state [B, T, D].
+        convolution and state then stay within each. cu_seq_lens_q says that they do restart, which nobody then has to look up.
+        Returns last_hidden_state [B, T, D].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -166,7 +167,7 @@ class HybridModel(HybridPreTrainedModel):
         masks = attention_mask if isinstance(attention_mask, dict) else {}
         plain = None if isinstance(attention_mask, dict) else attention_mask
         packed = packed and attention_mask is None and past_key_values is None
-        seq_idx = document_index(position_ids, hidden) if packed else None
+        seq_idx = document_index(position_ids, hidden, known="cu_seq_lens_q" in kwargs) if packed else None
         extra: dict[str, dict[str, Any]] = {}
         for kind in set(self.config.layer_types):
             if kind == MIXER_LAYER:
@@ -233,10 +234,11 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def document_index(position_ids: Tensor, hidden: Tensor) -> Tensor | None:
-    """[B, T] number of the packed document each token belongs to, or None where no position restarts."""
+def document_index(position_ids: Tensor, hidden: Tensor, known: bool = False) -> Tensor | None:
+    """[B, T] number of the packed document each token belongs to, or None where no position restarts, unless it is known
+    that some do."""
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not bool(breaks.any()):
+    if not known and not bool(breaks.any()):
         return None
     index = nn.functional.pad(breaks.long().cumsum(1), (1, 0))
     return index.expand(hidden.shape[0], -1)

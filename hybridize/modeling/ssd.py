@@ -7,6 +7,8 @@ Shape legend: B batch, T time, H heads (each its own group of B and C), P head s
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,8 @@ def ssd_scan(
         if (engine or engine_for(x.device)) == "kernel" and x.shape[1] > 1:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+            if x.dtype == torch.float32:  # Triton's own way with float32 products is TF32, good for three digits
+                os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
             documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
             y, last = mamba_chunk_scan_combined(
                 x.contiguous(), delta, A, B.to(x.dtype).contiguous(), C.to(x.dtype).contiguous(), KERNEL_CHUNK, D=D,

@@ -1,8 +1,9 @@
 """Distillation speed on one GPU: tokens a second, memory, and where the time goes. Random weights: speed does not read them.
 
-python tests/benchmarks/distill.py step --ways eager compiled-graph naive            # one optimizer step, ways interleaved
-python tests/benchmarks/distill.py parts --shape smollm2                           # each part of a step alone
-python tests/benchmarks/distill.py loss --tokens 4096 --hidden 5120 --vocab 131072 # projection, reverse KL and gradient alone
+python -m tests.benchmarks.distill step --ways eager compiled-graph naive liger trl-gkd   # one optimizer step, ways interleaved
+python -m tests.benchmarks.distill step --ways eager                               # one way: its peak beside the plan's
+python -m tests.benchmarks.distill parts --shape smollm2                           # each part of a step alone, as a graph
+python -m tests.benchmarks.distill loss --tokens 4096 --hidden 5120 --vocab 131072 # projection, reverse KL and gradient alone
 
 Model FLOPs are those of hybridize.distillation.watch.model_flops; MFU is of --peak TFLOP/s.
 """
@@ -10,10 +11,12 @@ Model FLOPs are those of hybridize.distillation.watch.model_flops; MFU is of --p
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,16 +24,20 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hybridize.distillation.attention import use_packed_attention
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.plan import GIB, plan
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator, Student
+from hybridize.distillation.step import WARM_UP, Accumulator, Student
 from hybridize.distillation.watch import model_flops
 from hybridize.modeling import HybridConfig, HybridForCausalLM
 from hybridize.runtime import compile_layers
+from tests.benchmarks.rivals import CHUNKED, Gkd, chunked, reverse_kl
 
+OURS = ["eager", "compiled", "graph", "compiled-graph"]
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": dict(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -74,9 +81,9 @@ def naive(student: Any, teacher: Any, batch: Batch, micro: int, dtype: torch.dty
     """What one writes first: whole logits, float32 softmax, autograd."""
     for part in batch.split(micro):
         with torch.autocast(batch.ids.device.type, dtype):
-            ours = student(input_ids=part.ids, use_cache=False).logits
+            ours = student(input_ids=part.ids, position_ids=part.positions, use_cache=False).logits
             with torch.no_grad():
-                theirs = teacher(input_ids=part.ids, use_cache=False).logits
+                theirs = teacher(input_ids=part.ids, position_ids=part.positions, use_cache=False).logits
         log_q, log_p = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
         value = (log_q.exp() * (log_q - log_p)).sum(-1)[part.keep].sum() / batch.kept
         value.backward()
@@ -118,10 +125,15 @@ def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, cuda: bool) ->
     return {name: (statistics.median(t), max(t) - min(t), peaks[name]) for name, t in times.items()}
 
 
+def _told(loop: Callable[..., None], student: Any, teacher: Any, micro: int, dtype: torch.dtype, batch: Batch) -> None:
+    loop(student, teacher, batch, micro, dtype)
+
+
 def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     loss = Loss()
     flops = 0
     ways: dict[str, Callable[[], Any]] = {}
+    sizes = {"batch_size": args.rows, "micro_batch_size": args.micro, "seq_len": args.length}
     for name in args.ways:
         student, teacher = models(args.shape, args.mixer, device, dtype)
         batch = random_batch(args.rows, args.length, student.config.vocab_size, args.documents, device)
@@ -131,16 +143,24 @@ def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> 
         if args.checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(student, settings)
-        accumulate = Accumulator(Student(student, loss, dtype), teacher, args.micro, graph="graph" in name)
+        if name in OURS and device.type == "cuda":
+            use_packed_attention(student)
+            use_packed_attention(teacher)
         if "compiled" in name:
             compile_layers(student)
             compile_layers(teacher)
+        if name in OURS:
+            gradient: Callable[..., Any] = Accumulator(
+                Student(student, loss, dtype), teacher, args.micro, graph="graph" in name
+            )
+        elif name == "trl-gkd":
+            gradient = Gkd(student, teacher, args.micro)
+        else:
+            loop = naive if name == "naive" else functools.partial(chunked, name)
+            gradient = functools.partial(_told, loop, student, teacher, args.micro, dtype)
 
-        def way(name=name, student=student, teacher=teacher, batch=batch, optimizer=optimizer, accumulate=accumulate) -> None:  # type: ignore[no-untyped-def]
-            if name == "naive":
-                naive(student, teacher, batch, args.micro, dtype)
-            else:
-                accumulate(batch)
+        def way(name=name, student=student, batch=batch, optimizer=optimizer, gradient=gradient) -> None:  # type: ignore[no-untyped-def]
+            gradient(batch)
             stepped(student, optimizer, keep="graph" in name)
 
         ways[name] = way
@@ -151,9 +171,27 @@ def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> 
         rate = tokens / ms
         mfu = flops * tokens / (ms / 1e3) / (args.peak * 1e12)
         print(
-            f"{name:8} {ms:8.1f} ms (spread {spread:.1f})  {rate:7.1f} k tokens/s  MFU {mfu:.1%}  peak +{peak:.2f} GiB",
+            f"{name:14} {ms:8.1f} ms (spread {spread:.1f})  {rate:7.1f} k tokens/s  MFU {mfu:.1%}  peak +{peak:.2f} GiB",
             flush=True,
         )
+    if len(args.ways) == 1 and device.type == "cuda":
+        planned = plan(student, teacher, replace(settings, **sizes), 1, dtype).total / GIB
+        measured = torch.cuda.max_memory_allocated() / GIB
+        print(f"peak of all: {measured:.2f} GiB, planned {planned:.2f} GiB ({planned / measured - 1:+.1%})")
+
+
+def captured(way: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as a CUDA graph: what a small part costs the GPU, without its launches."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            way()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        way()
+    return graph.replay
 
 
 def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
@@ -162,13 +200,17 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     settings = DistillSettings(steps=1, train=args.train)
     choose_trained(student, settings)
     optimizer = make_optimizer(student, settings)
+    if device.type == "cuda":
+        use_packed_attention(student)
+        use_packed_attention(teacher)
     if args.compiled:
         compile_layers(student)
         compile_layers(teacher)
     batch = random_batch(args.micro, args.length, config.vocab_size, args.documents, device)
     hidden = torch.randn(args.micro, args.length, config.hidden_size, device=device)
     at = torch.arange(args.length, device=device).unsqueeze(0) if batch.positions is None else batch.positions
-    extra = student.model.layer_inputs(hidden, None, at)
+    told = {} if batch.positions is None else {"cu_seq_lens_q": batch.boundaries(batch.documents)}
+    extra = student.model.layer_inputs(hidden, None, at, packed=batch.positions is not None, **told)
     extra = {kind: {**given, "position_ids": at} for kind, given in extra.items()}
     kinds = {kind: config.layer_types.index(kind) for kind in set(config.layer_types)}
 
@@ -187,13 +229,13 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     counts: dict[str, float] = {}
 
     def add(name: str, way: Callable[[], Any], count: float) -> None:
-        ways[name], counts[name] = way, count
+        ways[name], counts[name] = captured(way) if device.type == "cuda" else way, count
 
     per_step = args.rows / args.micro
     layers = student.model.layers
     add(
         "student, forward and backward",
-        both(lambda x: student.model(inputs_embeds=x, position_ids=batch.positions).last_hidden_state),
+        both(lambda x: student.model(inputs_embeds=x, position_ids=batch.positions, **told).last_hidden_state),
         per_step,
     )
     for kind, index in kinds.items():
@@ -222,11 +264,9 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     def of_optimizer() -> None:
-        stepped(student, optimizer)
-        for parameter in student.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        stepped(student, optimizer, keep=True)
 
-    add("optimizer and clipping", of_optimizer, 1)
+    ways["optimizer and clipping"], counts["optimizer and clipping"] = of_optimizer, 1  # looks at the host, fills no GPU
     print(f"{args.shape}, {args.mixer}, micro-batch {args.micro} x {args.length}, {per_step:g} a step; each part alone")
     for name, (ms, _, _) in interleaved(ways, args.repeats, device.type == "cuda").items():
         print(f"{name:40} {ms:8.2f} ms x {counts[name]:5.1f} = {ms * counts[name]:8.1f} ms a step", flush=True)
@@ -266,7 +306,14 @@ def loss_alone(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         _ = logits @ weight.detach()
         _ = logits.t() @ hidden.detach()
 
-    offered = {"ours": ours, "naive": whole, "checkpointed": chunks, "products": products}
+    def rival(way: str) -> Callable[[], None]:
+        def run() -> None:
+            reverse_kl(way, hidden, weight, theirs, teacher_weight, labels, n).backward()
+            clear()
+
+        return run
+
+    offered = {"ours": ours, "naive": whole, "checkpointed": chunks, "products": products, **{w: rival(w) for w in CHUNKED}}
     gradients = (weight.numel() + hidden.numel()) * dtype.itemsize / 2**30
     print(f"{n} tokens x {width} x {vocabulary}, {dtype}; peaks include gradients of {gradients:.2f} GiB")
     for name, (ms, spread, peak) in interleaved(
@@ -279,14 +326,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, ways in (
-        ("step", ["eager", "compiled", "graph", "compiled-graph", "naive"]),
+        ("step", [*OURS, "naive", *CHUNKED, "trl-gkd"]),
         ("parts", []),
-        ("loss", ["ours", "naive", "checkpointed", "products"]),
+        ("loss", ["ours", "naive", "checkpointed", "products", *CHUNKED]),
     ):
         sub = commands.add_parser(name)
         sub.add_argument("--repeats", type=int, default=5)
         if ways:
-            sub.add_argument("--ways", nargs="+", choices=ways, default=ways)
+            own = [way for way in ways if way not in CHUNKED and way != "trl-gkd"]
+            sub.add_argument("--ways", nargs="+", choices=ways, default=own)
         if name == "loss":
             for flag, default in (("--tokens", 4096), ("--hidden", 5120), ("--vocab", 131072)):
                 sub.add_argument(flag, type=int, default=default)
