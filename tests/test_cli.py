@@ -253,6 +253,7 @@ def test_the_gate(place: Path, cli: Runner) -> None:
 BAD = [
     (("distill", "--loss", "ce", "--steps", 1, "--cuda-graph"), "--cuda-graph needs one CUDA device"),
     (("distill", "--steps", 1, "--stage", "align", "--cuda-graph"), "--cuda-graph needs --stage distill"),
+    (("distill", "--steps", 1, "--stage", "align", "--compile"), "--compile needs --stage distill"),
     (("distill", "--loss", "ce", "--steps", 1, "--checkpoint-layers", "4"), "the model has layers 0 to 3"),
     (("distill", "--loss", "ce", "--steps", 1, "--train", "nothing.*"), "has no tensor of such a name"),
     (("distill", "--loss", "ce", "--steps", 1, "--track", "mlflow"), "--track mlflow is unknown"),

@@ -80,7 +80,8 @@ def test_packed_documents_are_separate_documents(kind: str, layout: str, device:
         (logits * weight).sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
-        assert worst(gradient, gradients[1][name]) <= 1e-4, name
+        # on CUDA the row of one token alone runs the torch engine, packed with others the kernel
+        assert worst(gradient, gradients[1][name]) <= BOUND[device], name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

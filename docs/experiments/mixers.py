@@ -119,7 +119,7 @@ def one(
         return found
     if share:
         aligned, tokens = args.out / f"{name}-aligned", int(args.tokens * share)
-        first = dataclasses.replace(settings, stage="align", tokens=tokens, cuda_graph=False)
+        first = dataclasses.replace(settings, stage="align", tokens=tokens, cuda_graph=False, compile=False)
         spent = time.perf_counter()
         distill(
             CheckpointReader(start), str(start), source, corpus, first, aligned, device=device, dtype=dtype, overwrite=True,

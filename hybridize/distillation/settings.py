@@ -90,6 +90,8 @@ class DistillSettings:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
         if self.cuda_graph and (self.stage != "distill" or self.recomputed(1)):
             raise InputError("--cuda-graph needs --stage distill and no gradient checkpointing")
+        if self.compile and self.stage != "distill":
+            raise InputError("--compile needs --stage distill: alignment runs no whole layer of the student")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
         self.recomputed(0)
