@@ -213,9 +213,7 @@ def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
         raise InputError("--cuda-graph with documents side by side needs mamba2 layers; --mask none has no documents")
     if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":
         raise InputError("--deterministic needs mamba2 layers: the CUDA scan of mamba layers adds in no fixed order")
-    layers = source.config.get("num_hidden_layers", 0)
-    if max(settings.recomputed(layers), default=-1) >= layers:
-        raise InputError(f"--checkpoint-layers {settings.checkpoint_layers}: the model has layers 0 to {layers - 1}")
+    settings.recomputed(source.config.get("num_hidden_layers", 0))
 
 
 def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str, trust_remote_code: bool) -> None:

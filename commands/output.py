@@ -17,6 +17,10 @@ from hybridize.errors import InputError, WorkError
 
 F = TypeVar("F", bound=Callable[..., None])
 EXIT_FAILED, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 1, 2, 3, 130
+LESS_MEMORY = (
+    "a smaller --micro-batch-size, --batch-size or --seq-len helps (distill: --gradient-checkpointing, --train mixers and more "
+    "GPUs under torchrun too, --dry-run says what is needed; export: --no-verify)"
+)
 EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -85,18 +89,12 @@ def guarded(function: F) -> F:
         except WorkError as error:
             _fail(str(error), EXIT_FAILED)
         except MemoryError:
-            _fail(
-                "out of memory; a smaller --batch-size, --micro-batch-size or --seq-len helps (export: --no-verify)",
-                EXIT_FAILED,
-            )
+            _fail(f"out of memory; {LESS_MEMORY}", EXIT_FAILED)
         except OSError as error:
             _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), EXIT_FAILED)
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":
-                _fail(
-                    "out of GPU memory; a smaller --batch-size, --micro-batch-size or --seq-len helps (export: --no-verify)",
-                    EXIT_FAILED,
-                )
+                _fail(f"out of GPU memory; {LESS_MEMORY}", EXIT_FAILED)
             first = (str(error).strip().splitlines() or [""])[0]
             _fail(f"{type(error).__name__}: {first} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
         finally:

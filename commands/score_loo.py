@@ -51,7 +51,7 @@ def command(
 
     settings = LooSettings(metric, ablate)
     source, path = check_score_output(checkpoint, revision, output, "loo", overwrite)
-    from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime import load_hybrid, load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
     from hybridize.scoring.loo import loo_kl, loo_tasks
 
     quiet_transformers()
@@ -59,8 +59,8 @@ def command(
     tokenizer = load_tokenizer(source.path, trust_remote_code)
     started = time.time()
 
-    def progress(layer: int, score: float) -> None:
-        out.progress(f"layer {layer}: {score:.5f} after {time.time() - started:.0f} s")
+    def progress(done: int, count: int) -> None:
+        out.progress(f"{done} of {count} texts after {time.time() - started:.0f} s", last=done == count)
 
     ran: dict[str, Any] = {**ran_on(where, compute), "seed": seed}
     if metric == "kl":
@@ -80,9 +80,9 @@ def command(
         batches = [batch.to(where) for batch in corpus.measuring(plan)]
         if not batches:
             raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
-        model = load_model(source.path, where, compute, trust_remote_code)
-        other = model if origin.path == source.path else load_model(origin.path, where, compute, trust_remote_code)
-        found = loo_kl(_copy_if_same(model, other), other, settings, batches, compute, progress)
+        same = origin.path == source.path
+        other = None if same else load_model(origin.path, where, compute, trust_remote_code)
+        found = loo_kl(load_hybrid(source, where, compute), other, settings, batches, compute, progress)
         used = {"data": corpus.rows.name, "windows": windows, "seq_len": seq_len, "mask": mask}
     else:
         from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
@@ -91,19 +91,8 @@ def command(
             task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, None, include_path, seed
         )
         manager = open_tasks(evaluation)
-        model = load_model(source.path, where, compute, trust_remote_code)
-        found = loo_tasks(model, tokenizer, settings, evaluation, manager, progress)
+        found = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
         used = evaluation.to_json()
     label = f"{metric} lost, {ablate} removed"
     made = {"settings": asdict(settings) | used | ran, "seconds": round(time.time() - started, 2), "metric": metric}
     report_scores(out, source, path, "loo", label, None, None, found, made)
-
-
-def _copy_if_same(model: Any, other: Any) -> Any:
-    """A second skeleton over the same weights: ablating one must not ablate what it is compared with."""
-    if model is not other:
-        return model
-    import copy
-
-    memo = {id(p): p for p in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)

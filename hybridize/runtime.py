@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hybridize.errors import InputError
+
+if TYPE_CHECKING:
+    from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.modeling import HybridForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,6 +76,15 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remot
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
     )
+    return model.to(device).eval()
+
+
+def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
+    """A teacher or hybrid as our own class, whose layers can be run one by one; in eval mode, weights as `dtype`."""
+    from hybridize.modeling import HybridForCausalLM
+    from hybridize.surgery.teacher import hybrid_config
+
+    model = HybridForCausalLM.from_pretrained(source.path, config=hybrid_config(source.config), dtype=dtype)
     return model.to(device).eval()
 
 

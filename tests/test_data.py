@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from hybridize.distillation.distill import open_corpus
 from hybridize.distillation.encode import Document, Encoder
 from hybridize.distillation.packing import batched, epoch_order, mixed, pack_documents, pack_stream
-from hybridize.distillation.rows import find_data, read_mixture, read_rows
+from hybridize.distillation.rows import Rows, find_data, read_mixture, read_rows
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError
 from tests.conftest import make_tokenizer
@@ -250,3 +251,30 @@ def test_where_data_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HYBRIDIZE_DATA", "env.jsonl")
     assert find_data(None, None) == "env.jsonl"
     assert find_data("flag.jsonl", None) == "flag.jsonl"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=5), st.data())
+def test_parts_of_joined_rows_keep_their_rows_and_names(sizes: list[int], data: st.DataObject) -> None:
+    parts = [Rows(f"f{n}", [{"text": f"{n}-{i}"} for i in range(size)], "") for n, size in enumerate(sizes)]
+    named = [(row["text"], part.where(i)) for part in parts for i, row in enumerate(part)]
+    whole = Rows.joined(parts)
+    begin = data.draw(st.integers(0, len(named)))
+    end = data.draw(st.integers(begin, len(named)))
+    piece = whole.part(begin, end)
+    assert [(row["text"], piece.where(i)) for i, row in enumerate(piece)] == named[begin:end]
+    assert len(whole) == len(named)
+
+
+def test_a_file_larger_than_memory_would_hold_is_read_row_by_row(tmp_path: Path) -> None:
+    path, count = tmp_path / "a.jsonl", 4000
+    path.write_text("".join(json.dumps({"text": f"{i} " + "long " * 1000}) + "\n" for i in range(count)))
+    tracemalloc.start()
+    rows = read_rows(str(path))
+    first, last = rows[0]["text"][:6], rows[count - 1]["text"][:9]
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (first, last) == ("0 long", "3999 long")
+    assert path.stat().st_size > 20e6
+    assert held < 1e6
+    assert most < 2e6

@@ -18,8 +18,8 @@ from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.modeling import HybridForCausalLM
-from hybridize.runtime import load_model, load_tokenizer
-from hybridize.scoring.interface import ablated, attention_layers
+from hybridize.runtime import load_hybrid, load_model, load_tokenizer
+from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
 from hybridize.scoring.mmr import MmrSettings, mmr
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
@@ -49,34 +49,14 @@ def silence(model, layer: int, what: str):
 def test_loo_kl_is_the_kl_of_each_ablated_model(teacher: Path, traces: Path, what: str) -> None:
     model = load_model(teacher, CPU, torch.float32)
     batches = corpus_for(teacher, traces).measuring(MmrSettings(batch_size=2, seq_len=64).as_distill())
-    found = loo_kl(copy.deepcopy(model), model, LooSettings("kl", what), batches, torch.float32)
-    assert [s.layer for s in found] == [0, 1, 2, 3]
-    for score in found:
-        expected = fidelity(silence(model, score.layer, what), model, batches, torch.float32).forward_kl
-        assert score.score == pytest.approx(expected, rel=1e-5)
-        assert score.score > 0
-
-
-def test_ablation_is_undone(teacher: Path) -> None:
-    model, tokens = load_model(teacher, CPU, torch.float32), torch.randint(4, 260, (1, 8))
-    before = model(tokens).logits
-    for what in ("block", "mixer"):
-        with ablated(model, 1, what):
-            assert not torch.equal(model(tokens).logits, before)
-        assert torch.equal(model(tokens).logits, before)
-
-
-@pytest.mark.parametrize("what", ["block", "mixer"])
-@pytest.mark.parametrize("layer", [0, 2])
-def test_an_ablated_model_generates_the_same_with_and_without_a_cache(teacher: Path, layer: int, what: str) -> None:
-    """transformers reads positions off the first attention layer's cache, which must go on counting without it."""
-    model = load_model(teacher, CPU, torch.float32)
-    tokens, mask = torch.randint(4, 260, (2, 9)), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
-    with ablated(model, layer, what):
-        shared = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
-        outs = [model.generate(tokens, **shared, use_cache=use) for use in (True, False)]
-    assert torch.equal(*outs)
+    ours = load_hybrid(CheckpointReader(teacher), CPU, torch.float32)
+    for other in (None, model):
+        found = loo_kl(ours, other, LooSettings("kl", what), batches, torch.float32)
+        assert [s.layer for s in found] == [0, 1, 2, 3]
+        for score in found:
+            expected = fidelity(silence(model, score.layer, what), model, batches, torch.float32).forward_kl
+            assert score.score == pytest.approx(expected, rel=1e-5)
+            assert score.score > 0
 
 
 def test_attention_layers_of_teachers_and_hybrids(teacher: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_layers_that_run_again_in_backward_give_the_same_gradient(tmp_path: Path
     assert ran == [[1, 1, 1], [2, 2, 2], [2, 2, 1]]
     assert worst(gradients[1], gradients[0]) <= 1e-5
     assert worst(gradients[2], gradients[0]) <= 1e-5
-    with pytest.raises(InputError, match="--checkpoint-layers: there is no layer 3, only 0 to 2"):
+    with pytest.raises(InputError, match="--checkpoint-layers 3: the model has layers 0 to 2"):
         start(tmp_path, settings(checkpoint_layers="3"))
     with pytest.raises(InputError, match="--checkpoint-layers 'x' is not a list"):
         settings(checkpoint_layers="x")

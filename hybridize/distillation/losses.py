@@ -117,7 +117,9 @@ def _fused() -> Callable[..., Tensor]:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return chosen[0](loss, student, teacher, labels, scale)
-        except torch._dynamo.exc.TorchDynamoException as error:  # no C compiler, for one
+        except RuntimeError as error:
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException) and "C compiler" not in str(error):
+                raise  # Triton says of itself that it has no C compiler; all else is no matter of compiling
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(f"the loss could not be compiled and will be slow: {first}", stacklevel=2)
             chosen[0] = _replace

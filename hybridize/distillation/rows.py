@@ -5,8 +5,12 @@ A row has `messages` (chat), `prompt` and `response`, or `text`. Knows nothing o
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
+import mmap
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,33 +22,80 @@ Row = dict[str, Any]
 
 
 class Rows(Sequence[Row]):
-    """Rows with a name for each (`file:line`), so that an error can point at it."""
+    """Rows with a name for each (`file:line`), so that an error can point at it. Holds no more of them than `rows` does."""
 
-    def __init__(self, name: str, rows: Sequence[Row], unit: str, first: int = 1) -> None:
-        self.name, self._rows, self._unit, self._first = name, rows, unit, first
-        self._names: list[str] = []
+    def __init__(self, name: str, rows: Sequence[Row], unit: str, begin: int = 0, end: int | None = None) -> None:
+        self.name, self._rows, self._unit = name, rows, unit
+        self._at = range(begin, len(rows) if end is None else end)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._at)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
+        return self._rows[self._at[index]]
+
+    def where(self, index: int) -> str:
+        place = self._at[index]
+        return self._rows.where(place) if isinstance(self._rows, _Chain) else f"{self.name}:{self._unit}{place + 1}"
+
+    def part(self, begin: int, end: int) -> Rows:
+        """Rows begin..end - 1, still called by their places in the whole."""
+        return Rows(self.name, self._rows, self._unit, self._at.start + begin, self._at.start + end)
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
         """One after the other; each row keeps its name. One part is itself."""
-        if len(parts) == 1:
-            return parts[0]
-        whole = cls(", ".join(part.name for part in parts), [row for part in parts for row in part], "")
-        whole._names = [part.where(index) for part in parts for index in range(len(part))]
-        return whole
+        return parts[0] if len(parts) == 1 else cls(", ".join(part.name for part in parts), _Chain(parts), "")
+
+
+class _Chain(Sequence[Row]):
+    """Several rows, one after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts, self._ends = parts, [0, *itertools.accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        part, place = self._find(index)
+        return part[place]
 
     def where(self, index: int) -> str:
-        return self._names[index] if self._names else f"{self.name}:{self._unit}{index + self._first}"
+        part, place = self._find(index)
+        return part.where(place)
 
-    def part(self, begin: int, end: int) -> Rows:
-        """Rows begin..end - 1, still called by their places in the whole."""
-        return Rows(self.name, [self._rows[i] for i in range(begin, end)], self._unit, self._first + begin)
+    def _find(self, index: int) -> tuple[Rows, int]:
+        which = bisect.bisect_right(self._ends, index) - 1
+        return self._parts[which], index - self._ends[which]
+
+
+class _Lines(Sequence[Any]):
+    """The lines of a JSON-lines file, read off the disk one by one: eight bytes of memory a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, ends = path, array("q")
+        with path.open("rb") as file:
+            at = last = 0
+            for line in file:
+                at += len(line)
+                ends.append(at)
+                last = len(ends) if line.strip() else last
+            del ends[last:]
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if ends else b""
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        begin = self._ends[index - 1] if index else 0
+        try:
+            return json.loads(self._bytes[begin : self._ends[index]].decode())
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path}:{index + 1} is not UTF-8 text: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}:{index + 1} is not JSON: {error}") from error
 
 
 def find_data(flag: str | None, teacher: Path | None) -> str:
@@ -92,25 +143,24 @@ def read_rows(spec: str, limit: int | None = None, flag: str = "--data") -> Rows
 
 def _read_file(path: Path) -> Rows:
     if path.suffix == ".parquet":
-        import pyarrow.parquet
+        from datasets import Dataset, disable_progress_bars
 
+        disable_progress_bars()
         try:
-            return Rows(str(path), pyarrow.parquet.read_table(path).to_pylist(), "row ")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is not a readable parquet file: {error}") from error
+            return Rows(str(path), Dataset.from_parquet(str(path)), "row ")  # type: ignore[arg-type]
+        except Exception as error:  # datasets wraps what pyarrow raises
+            raise InputError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
+    if path.suffix != ".txt":
+        return Rows(str(path), _Lines(path), "")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".txt":
-        return Rows(str(path), [{"text": text}] if text.strip() else [], "")
-    rows: list[Row] = []
-    for number, line in enumerate(text.rstrip().split("\n") if text.strip() else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number} is not JSON: {error}") from error
-    return Rows(str(path), rows, "")
+    return Rows(str(path), [{"text": text}] if text.strip() else [], "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_hub(spec: str, flag: str) -> Rows:
@@ -120,8 +170,7 @@ def _read_hub(spec: str, flag: str) -> Rows:
     try:
         return Rows(spec, load_dataset(name, split=split or "train"), "row ")
     except Exception as error:  # datasets raises many kinds, all meaning: not to be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {first}") from error
+        raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {_first_line(error)}") from error
 
 
 def check_row(row: Any, where: str) -> None:

@@ -88,13 +88,13 @@ class DistillSettings:
             raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
-        if self.cuda_graph and (self.stage != "distill" or self.recomputed(1)):
+        if self.cuda_graph and (self.stage != "distill" or self.gradient_checkpointing or self.checkpoint_layers):
             raise InputError("--cuda-graph needs --stage distill and no gradient checkpointing")
         if self.compile and self.stage != "distill":
             raise InputError("--compile needs --stage distill: alignment runs no whole layer of the student")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
-        self.recomputed(0)
+        self.recomputed(None)
         self.rates()
         if self.seq_len < 2:
             raise InputError("--seq-len must be at least 2")
@@ -106,11 +106,15 @@ class DistillSettings:
         merging = self.checkpoint_merge > 1  # which states there are is then part of it
         return {key: value for key, value in asdict(self).items() if merging or key not in UNDECISIVE}
 
-    def recomputed(self, layers: int) -> set[int]:
-        """Which of so many layers keep only their input and run again in backward."""
-        if self.checkpoint_layers:
-            return set(parse_indices(self.checkpoint_layers, "--checkpoint-layers"))
-        return set(range(layers)) if self.gradient_checkpointing else set()
+    def recomputed(self, layers: int | None) -> set[int]:
+        """Which of so many layers keep only their input and run again in backward. InputError for one that is not there; with
+        None it is not known how many there are."""
+        if not self.checkpoint_layers:
+            return set(range(layers or 0)) if self.gradient_checkpointing else set()
+        chosen = set(parse_indices(self.checkpoint_layers, "--checkpoint-layers"))
+        if layers is not None and max(chosen) >= layers:
+            raise InputError(f"--checkpoint-layers {self.checkpoint_layers}: the model has layers 0 to {layers - 1}")
+        return chosen
 
     def rates(self) -> list[tuple[str, float]]:
         """`lr_groups` as patterns and rates."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hybridize.errors import InputError, WorkError
+
+# read, and what its last positions should predict -> log-probability, and whether each token was the most likely
+Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,38 @@ def open_tasks(settings: EvalSettings) -> Any:
     return manager
 
 
-def evaluate(model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any) -> dict[str, Any]:
-    """lm-eval's results with per-document samples. WorkError where lm-eval fails (its data cannot be had)."""
+def repeatable(manager: Any) -> Any:
+    """The same task manager for several runs in a row: tasks, and their data, are loaded in the first."""
+
+    load = functools.cache(lambda names: manager.load(list(names)))
+    return SimpleNamespace(load=lambda names: load(tuple(names)))
+
+
+def evaluate(
+    model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None
+) -> dict[str, Any]:
+    """lm-eval's results with per-document samples. WorkError where lm-eval fails (its data cannot be had).
+
+    answer: takes the model's place; it is told all that is to be read and predicted, and gives log-probability and whether that
+    was the most likely answer, for each. InputError for tasks that ask for anything else, then.
+    """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    class Answering(HFLM):
+        def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> Any:
+            assert answer is not None
+            longest = self.max_length + 1  # what does not fit is cut off at the left, as lm-eval does
+            return answer([((context + wanted)[-longest:][:-1], wanted) for _, context, wanted in requests])
+
+        def _refuse(self, *_: Any, **__: Any) -> Any:
+            raise InputError("only tasks of choices can be scored: these ask for more than log-likelihoods")
+
+        loglikelihood_rolling = generate_until = _refuse
+
     with _hushed():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
+        kind = HFLM if answer is None else Answering
+        wrapped = kind(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
         try:
             found = simple_evaluate(
                 model=wrapped, tasks=list(settings.tasks), num_fewshot=settings.num_fewshot, limit=settings.limit,
@@ -86,7 +117,7 @@ def evaluate(model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: 
                 log_samples=True, bootstrap_iters=0, random_seed=settings.seed, numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
             )  # fmt: skip
-        except (KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError, InputError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
