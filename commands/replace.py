@@ -145,7 +145,7 @@ def _choose(
     """The layers to convert, and the ranking that chose them, if one did."""
     from hybridize.checkpoint.scores import find_scores, read_scores
     from hybridize.errors import InputError
-    from hybridize.surgery.select import check_indices, lowest, needed, parse_indices
+    from hybridize.surgery.select import astride, check_indices, lowest, needed, parse_indices
 
     if indices is not None:
         if scores is not None:
@@ -162,7 +162,11 @@ def _choose(
     if ranking.checkpoint != source.hash:
         raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
     out.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
-    return lowest(contract, ranking, count), ranking
+    chosen, tied = lowest(contract, ranking, count), astride(ranking.layers, count)
+    if tied:
+        names = ", ".join(map(str, tied))
+        out.warn(f"the cut after {count} layers falls inside a tie: {names} could be on either side of it (90% of resamples)")
+    return chosen, ranking
 
 
 def _check_donor(donor: CheckpointReader, name: str, contract: Teacher, chosen: list[int]) -> None:

@@ -12,6 +12,8 @@ from . import options as opt
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
+VAGUE = 0.5  # of all ranks, in the median
+
 
 @guarded
 def command(
@@ -91,8 +93,25 @@ def command(
             task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, None, include_path, seed
         )
         manager = open_tasks(evaluation)
-        found = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
+        by_metric = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
+        found = by_metric[metric]
+        _doubt(out, metric, found, by_metric.get("margin"))
         used = evaluation.to_json()
     label = f"{metric} lost, {ablate} removed"
     made = {"settings": asdict(settings) | used | ran, "seconds": round(time.time() - started, 2), "metric": metric}
     report_scores(out, source, path, "loo", label, None, None, found, made)
+
+
+def _doubt(out: Output, metric: str, found: Any, margin: Any) -> None:
+    """Says so when a metric ranks hardly anything, and which one would."""
+    from hybridize.scoring.belief import vagueness
+
+    vague, sharper = vagueness(found), vagueness(margin) if metric == "accuracy" and margin else None
+    if vague is None or vague <= VAGUE:
+        return
+    other = "--metric kl on your data may do better"
+    if sharper is not None and sharper < vague:
+        other = f"--metric margin does better (a rank is uncertain by {sharper:.0%} of all ranks)"
+    out.warn(
+        f"{metric} can hardly tell these layers apart: a rank is uncertain by {vague:.0%} of all ranks in the median; {other}"
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import asdict
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +26,10 @@ def command(
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per sequence.")] = 512,
     lr_mixer: Annotated[float, typer.Option("--lr-mixer", help="Peak learning rate of the new mixer.")] = 1e-3,
     loss: Annotated[str, typer.Option("--loss", help="As in distill.")] = "reverse-kl",
+    train: Annotated[
+        str, typer.Option("--train", help="mixers, or all: the whole student, one candidate at a time.")
+    ] = "mixers",
+    repeats: Annotated[int, typer.Option("--repeats", help="How often, each time on another order of the data.")] = 1,
     mask: opt.Mask = "assistant",
     chat_template: opt.ChatTemplate = None,
     limit: opt.Limit = None,
@@ -42,37 +47,50 @@ def command(
     trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside the scores.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes in memory, and do nothing.")] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Reads a checkpoint and traces; writes CHECKPOINT/scores/mmr.json: how badly each attention layer converts.
 
     Each remaining attention layer alone becomes a Mamba layer and is trained for a few steps on the same batches; its score
-    is the loss that is left (MIL-Mamba-Replacement). Higher means convert later.
+    is the loss that is left (MIL-Mamba-Replacement). Higher means convert later. All train side by side; under torchrun each
+    process has its share of them.
     """
     out = Output(as_json, quiet)
     from hybridize.distillation.losses import Loss
     from hybridize.scoring.mmr import MmrSettings
 
-    settings = MmrSettings(steps, batch_size, seq_len, lr_mixer, loss, mask, seed)
+    settings = MmrSettings(steps, batch_size, seq_len, lr_mixer, loss, mask, train, repeats, seed)
     Loss.parse(loss)
     source, path = check_score_output(checkpoint, revision, output, "mmr", overwrite)
     origin = teacher_of(source, checkpoint, teacher)
+    import torch
+
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.encode import Encoder
-    from hybridize.modeling import HybridForCausalLM
-    from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
-    from hybridize.scoring.mmr import mmr
+    from hybridize.distillation.ranks import join, leave
+    from hybridize.distillation.run_dir import RunDir
+    from hybridize.errors import InputError
+    from hybridize.runtime import load_hybrid, load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.scoring.mmr import measure
     from hybridize.surgery.replace import MixerSettings, plan, starting_values
-    from hybridize.surgery.teacher import hybrid_config, read_teacher
+    from hybridize.surgery.teacher import read_teacher
 
     quiet_transformers()
     check_vocabularies(source, origin)
-    contract = read_teacher(source)
-    surgery = plan(contract, contract.attention_layers, MixerSettings(mixer, d_state, d_conv, dt_rank, expand))
+    contract, shaped = read_teacher(source), MixerSettings(mixer, d_state, d_conv, dt_rank, expand)
+    surgery = plan(contract, contract.attention_layers, shaped)
     shape = surgery.mixer
     assert shape is not None
     where, compute = pick_compute(device, dtype, training=True)
+    if dry_run:
+        _dry_run(out, source, origin, shape, settings, compute)
+        return
+    ranks, where = join(where)
+    if not ranks.main:
+        out = Output(quiet=True)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
     text = data_for(data, origin)
     fit = calibration_for(
@@ -80,22 +98,55 @@ def command(
         trust_remote_code,
     )  # fmt: skip
     corpus = open_corpus(text, None, encoder, limit)
-    batches = [batch.to(where) for batch in itertools.islice(corpus.training(settings.as_distill()), steps)]
-    import torch
-
-    student = HybridForCausalLM.from_pretrained(source.path, config=hybrid_config(source.config), dtype=torch.float32)
+    density = corpus.density(settings.as_distill())
+    if density is None:
+        raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
+    ran = {"data": corpus.rows.name, **ran_on(where, compute)}
+    used = {"settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()}}
+    identity = {
+        **used, "checkpoint": source.hash, "teacher": origin.hash, "data": corpus.hash, "template": encoder.template,
+        "ranks": ranks.size,
+    }  # fmt: skip
+    run = RunDir(path, identity, ranks)
+    run.check(resume, overwrite)
+    ranks.wait()  # before the first one changes what the others look at
+    run.start(resume)
+    mine = contract.attention_layers[ranks.rank :: ranks.size]
+    starts = starting_values(source, plan(contract, mine, shaped), source, seed, fit, together=False)
+    student = load_hybrid(source, where, torch.float32)
     model = load_model(origin.path, where, compute, trust_remote_code)
     started = time.time()
 
-    def progress(layer: int, score: float) -> None:
-        out.progress(f"layer {layer}: {score:.5f} after {time.time() - started:.0f} s")
+    def batches(repeat: int) -> Iterator[Any]:
+        order = replace(settings.as_distill(), seed=seed + repeat)
+        return (batch.to(where) for batch in itertools.islice(corpus.training(order), steps))
 
-    starts = starting_values(source, surgery, source, seed, fit, together=False)
-    found = mmr(student.to(where), model, shape, starts, batches, settings, compute, progress)
-    ran = {"data": corpus.rows.name, **ran_on(where, compute)}
+    def progress(done: int, count: int) -> None:
+        out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
+
+    found = measure(
+        student, model, shape, starts, batches, settings, compute, states=run.path, ranks=ranks, progress=progress, note=out.note
+    )  # fmt: skip
+    leave()
+    if not ranks.main:
+        return
+    made = {**used, "seconds": round(time.time() - started, 2), "metric": loss}
     init = "mil" if fit is None else "calibrated"
-    made = {
-        "settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()},
-        "seconds": round(time.time() - started, 2), "metric": loss,
-    }  # fmt: skip
     report_scores(out, source, path, "mmr", f"{loss} after {steps} steps", shape["kind"], init, found, made)
+    run.remove()
+
+
+def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, compute: Any) -> None:
+    from hybridize.distillation.ranks import world_size
+    from hybridize.runtime import empty_hybrid, load_empty
+    from hybridize.scoring.mmr import memory
+
+    found = memory(empty_hybrid(source), load_empty(origin.path, compute), mixer, settings, world_size(), compute)
+    total = sum(found.values())
+
+    def human() -> None:
+        for name, size in {**found, "at the peak": total}.items():
+            print(f"{name:42} {size / 2**30:9.2f} GiB")
+
+    gib = {name: round(size / 2**30, 3) for name, size in found.items()}
+    out.result({"gib": gib, "total_gib": round(total / 2**30, 3)}, human)

@@ -63,7 +63,10 @@ def report_scores(
             score = by_layer[layer]
             share = (score.score - low) / (high - low) if high > low else 0.0
             spread = "" if score.stderr is None else f"{score.stderr:.5f}"
-            rows.append([str(layer), str(rank), f"{score.score:.5f}", spread, ("#" * max(1, round(BAR * share))).ljust(BAR)])
-        out.table(f"{path}: {label} (lower: convert first)", ["layer", "rank", "score", "stderr", ""], rows)
+            could = "" if score.ranks is None else f"{score.ranks[0]}-{score.ranks[1]}"
+            bar = ("#" * max(1, round(BAR * share))).ljust(BAR)
+            rows.append([str(layer), str(rank), could, f"{score.score:.5f}", spread, bar])
+        columns = ["layer", "rank", "could be", "score", "stderr", ""]
+        out.table(f"{path}: {label} (lower: convert first; could be: in 90% of resamples)", columns, rows)
 
     out.result({"scores": str(path), "ranking": scores.ranking(), "layers": [asdict(s) for s in found]}, human)

@@ -88,6 +88,17 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
     return model.to(device).eval()
 
 
+def empty_hybrid(source: CheckpointReader) -> HybridForCausalLM:
+    """The same without weights, for what can be said from its shapes."""
+    from accelerate import init_empty_weights
+
+    from hybridize.modeling import HybridForCausalLM
+    from hybridize.surgery.teacher import hybrid_config
+
+    with init_empty_weights(include_buffers=False):
+        return HybridForCausalLM(hybrid_config(source.config))
+
+
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
     import transformers

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +19,13 @@ from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.step import Accumulator, Student
-from hybridize.modeling import HybridForCausalLM
+from hybridize.errors import WorkError
 from hybridize.runtime import load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
-from hybridize.scoring.mmr import MmrSettings, mmr
+from hybridize.scoring.mmr import MmrSettings, alone, measure
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
-from hybridize.surgery.teacher import hybrid_config, read_teacher
+from hybridize.surgery.teacher import read_teacher
 from tests.conftest import Runner, make_teacher, write_traces
 from tests.test_surgery import convert
 
@@ -65,37 +67,100 @@ def test_attention_layers_of_teachers_and_hybrids(teacher: Path, tmp_path: Path)
     assert attention_layers(load_model(tmp_path / "h", CPU, torch.float32)) == [0, 2]
 
 
-@pytest.mark.parametrize("converted", [[], [1]])
-def test_mmr_is_replacing_each_layer_and_training_it(
-    teacher: Path, traces: Path, tmp_path: Path, converted: list[int], kind: str
-) -> None:
-    """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the plain loop."""
-    convert(teacher, converted, tmp_path / "start", kind=kind)
-    source = CheckpointReader(tmp_path / "start")
-    settings = MmrSettings(steps=5, batch_size=2, seq_len=48, lr_mixer=1e-2)
-    order = corpus_for(teacher, traces).training(settings.as_distill())
-    batches = [next(order) for _ in range(5)]
-    contract = read_teacher(source)
+def start(teacher: Path, traces: Path, path: Path, converted: list[int], kind: str, **changes: Any):
+    """What `measure` takes, for a teacher of which some layers are mixers already."""
+    convert(teacher, converted, path, kind=kind)
+    source = CheckpointReader(path)
+    settings = MmrSettings(**{"steps": 5, "batch_size": 2, "seq_len": 48, "lr_mixer": 1e-2, **changes})
+    corpus, contract = corpus_for(teacher, traces), read_teacher(source)
     surgery = plan(contract, contract.attention_layers, MixerSettings(kind))
-    origin = load_model(teacher, CPU, torch.float32)
-    student = HybridForCausalLM.from_pretrained(source.path, config=hybrid_config(source.config), dtype=torch.float32)
-    before = {name: p.clone() for name, p in student.named_parameters()}
-    starts = starting_values(source, surgery, source, seed=0, calibration=None, together=False)
-    found = mmr(student, origin, surgery.mixer, starts, batches, settings, torch.float32)
+
+    def batches(repeat: int):
+        order = corpus.training(dataclasses.replace(settings.as_distill(), seed=repeat))
+        return [next(order) for _ in range(settings.steps)]
+
+    origin, student = load_model(teacher, CPU, torch.float32), load_hybrid(source, CPU, torch.float32)
+    starts = list(starting_values(source, surgery, source, seed=0, calibration=None, together=False))
+    return student, origin, surgery.mixer, starts, batches, settings
+
+
+@pytest.mark.parametrize("converted", [[], [1]])
+@pytest.mark.parametrize("room", [None, 1])
+def test_mmr_is_replacing_each_layer_and_training_it(
+    teacher: Path, traces: Path, tmp_path: Path, converted: list[int], kind: str, room: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the plain loop; room 1: one
+    candidate at a time."""
+    if room is not None:
+        monkeypatch.setattr("hybridize.scoring.mmr.CPU_BYTES", room)
+    student, origin, mixer, starts, batches, settings = start(teacher, traces, tmp_path / "start", converted, kind)
+    before, notes = {name: p.clone() for name, p in student.named_parameters()}, []
+    found = measure(student, origin, mixer, starts, batches, settings, torch.float32, note=notes.append)
+    assert len(notes) == (room is not None)
     assert [s.layer for s in found] == [i for i in range(4) if i not in converted]
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
     for score in found:
-        convert(source.path, [score.layer], tmp_path / f"h{score.layer}", kind=kind)
+        convert(tmp_path / "start", [score.layer], tmp_path / f"h{score.layer}", kind=kind)
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / f"h{score.layer}", dtype=torch.float32).train()
         for name, parameter in alone.named_parameters():
             parameter.requires_grad_(f"layers.{score.layer}.mixer." in name)
         optimizer, losses = make_optimizer(alone, settings.as_distill()), []
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(batches(0)):
             losses.append(float(Accumulator(Student(alone, Loss(), torch.float32), origin, 2)(batch)))
             clip_gradients(alone, 1.0)
             update(optimizer, [0.5, 1.0, 1.0, 0.775, 0.325][step])
             optimizer.zero_grad()
         assert score.score == pytest.approx(sum(losses) / 5, rel=1e-3)
+
+
+def test_training_all_weights_is_each_candidate_alone(teacher: Path, traces: Path, tmp_path: Path) -> None:
+    given = start(teacher, traces, tmp_path / "start", [2], "mamba2", steps=3, train="all")
+    student, origin, mixer, starts, batches, settings = given
+    layer, values = starts[1]
+    score = measure(*given, torch.float32, states=None)[1]
+    whole = alone(student, origin, mixer, layer, values, batches(0), settings, torch.float32)
+    assert (score.layer, score.score) == (layer, pytest.approx(float(whole.double().mean()), rel=1e-6))
+    few = alone(student, origin, mixer, layer, values, batches(0), dataclasses.replace(settings, train="mixers"), torch.float32)
+    assert float(few[0]) == pytest.approx(float(whole[0]), rel=1e-6)
+    assert abs(float(few[2]) - float(whole[2])) > 1e-5
+
+
+@pytest.mark.parametrize("trained", ["mixers", "all"])
+def test_a_killed_run_goes_on_to_the_same_scores(
+    teacher: Path, traces: Path, tmp_path: Path, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridize.scoring.mmr.SAVE_EVERY", 2)
+    states, asked = tmp_path / "states", []
+    states.mkdir()
+    given = start(teacher, traces, tmp_path / "start", [], "mamba2", repeats=2, train=trained)
+    whole = measure(*given, torch.float32)
+    student, origin, mixer, starts, batches, settings = given
+
+    def stopped(repeat: int):
+        for number, batch in enumerate(batches(repeat)):
+            asked.append(number)
+            if len(asked) == 9:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(student, origin, mixer, starts, stopped, settings, torch.float32, states=states)
+    assert list(states.iterdir())
+    assert (
+        measure(
+            *start(teacher, traces, tmp_path / "again", [], "mamba2", repeats=2, train=trained), torch.float32, states=states
+        )
+        == whole
+    )
+    spread = [s.stderr for s in whole]
+    assert all(value is not None and value > 0 for value in spread)
+
+
+def test_losses_that_are_not_finite_are_told(teacher: Path, traces: Path, tmp_path: Path) -> None:
+    given = start(teacher, traces, tmp_path / "start", [], "mamba2", steps=3, lr_mixer=1e30)
+    with pytest.raises(WorkError, match=r"layer \d: the loss is not finite"):
+        measure(*given, torch.float32)
 
 
 def test_score_files_and_what_replace_makes_of_them(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,9 @@ def without(model: HybridForCausalLM, layer: int, what: str) -> HybridForCausalL
 
 def alone(model: HybridForCausalLM, read: list[int], wanted: list[int]) -> tuple[float, bool]:
     """float64 answer from one plain forward pass over the whole text."""
-    logs = model(torch.tensor([read]), use_cache=False).logits[0, -len(wanted) :].double().log_softmax(-1)
+    with torch.no_grad():
+        logits = model(torch.tensor([read]), use_cache=False).logits[0, -len(wanted) :]
+    logs = logits.double().log_softmax(-1)
     target = torch.tensor(wanted)
     return float(logs.gather(1, target.unsqueeze(1)).sum()), bool((logs.argmax(-1) == target).all())
 

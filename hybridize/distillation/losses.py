@@ -140,15 +140,17 @@ class _Chunked(torch.autograd.Function):
         grad_weight: Tensor | None = None
         chunk = min(chunk or _rows(vocabulary, dtype), max(1, len(hidden)))
         ours = hidden.new_empty(chunk, vocabulary, dtype=dtype)
-        theirs = None if teacher_hidden is None else hidden.new_empty(chunk, vocabulary, dtype=teacher_weight.dtype)
+        project = teacher_weight is not None
+        theirs = hidden.new_empty(chunk, vocabulary, dtype=teacher_weight.dtype) if project else None
         replace = _fused() if hidden.is_cuda else _replace
         for begin in range(0, len(hidden), chunk):
             h = hidden[begin : begin + chunk].detach().to(dtype)
             logits = torch.mm(h, cast.t(), out=ours[: len(h)])
             other = None
-            if theirs is not None:
-                other = teacher_hidden[begin : begin + chunk].to(teacher_weight.dtype)
-                other = torch.mm(other, teacher_weight.t(), out=theirs[: len(h)])
+            if teacher_hidden is not None:
+                other = teacher_hidden[begin : begin + chunk]
+                if theirs is not None:
+                    other = torch.mm(other.to(teacher_weight.dtype), teacher_weight.t(), out=theirs[: len(h)])
             total += replace(loss, logits, other, labels[begin : begin + chunk], scale[begin : begin + chunk])
             if grad_hidden is not None:
                 grad_hidden[begin : begin + chunk] = logits @ cast
@@ -198,7 +200,8 @@ def chunked_loss(
 ) -> Tensor:
     """The summed loss of n tokens, each times its `scale`, with gradients to `hidden` and `weight`, once.
 
-    hidden [n, D], weight [V, D]; teacher_hidden [n, E], teacher_weight [V, E], or None for pure cross-entropy; labels [n].
+    hidden [n, D], weight [V, D]; teacher_hidden [n, E], teacher_weight [V, E], or both None for pure cross-entropy, or in place
+    of the hidden states the teacher's logits [n, V] and no weight; labels [n].
     scale: one, or [n] float32: over the kept tokens of the whole optimizer step, all micro-batches and ranks, so that any split
     has the same gradient. dtype: of the projections and of the logits' gradient; the divergence is float32. chunk: tokens at a
     time, by default what CHUNK_BYTES hold.

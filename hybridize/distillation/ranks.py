@@ -45,13 +45,16 @@ class Ranks:
             value = box[0]
         return value
 
+    def all(self, value: Any) -> list[Any]:
+        """What each rank has, in their order, on all."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def found(self, text: str) -> str:
         """The first rank's text that is not empty, on all."""
-        if self.size == 1:
-            return text
-        texts: list[Any] = [None] * self.size
-        dist.all_gather_object(texts, text)
-        return next(filter(None, texts), "")
+        return next(filter(None, self.all(text)), "")
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -160,7 +160,7 @@ class HybridModel(HybridPreTrainedModel):
     ) -> dict[str, dict[str, Any]]:
         """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its mask, packing boundaries.
 
-        packed: whether positions may restart.
+        packed: whether positions may restart. Always has what a mixer would be told, since any layer may become one.
         """
         length = hidden.shape[1]
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
@@ -169,7 +169,7 @@ class HybridModel(HybridPreTrainedModel):
         packed = packed and attention_mask is None and past_key_values is None
         seq_idx = document_index(position_ids, hidden, known="cu_seq_lens_q" in kwargs) if packed else None
         extra: dict[str, dict[str, Any]] = {}
-        for kind in set(self.config.layer_types):
+        for kind in {*self.config.layer_types, MIXER_LAYER}:
             if kind == MIXER_LAYER:
                 mask = masks.get(kind) if masks else padding_mask(plain, length)
                 extra[kind] = {"attention_mask": None if mask is None else mask.bool(), "seq_idx": seq_idx}

@@ -1,13 +1,10 @@
-"""What every scorer shares: which layers there are to score, and how it tells of them."""
+"""What every scorer shares: which layers there are to score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from hybridize.modeling import MIXER_LAYER
-
-Progress = Callable[[int, float], None]  # told (layer, score) as each is found
 
 
 def attention_layers(model: Any) -> list[int]:

@@ -5,6 +5,7 @@ Either the drop of a task's metric through lm-eval, or the rise of the KL to the
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from hybridize.distillation.packing import Batch
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins, repeatable
 from hybridize.modeling import HybridForCausalLM
+from hybridize.scoring.belief import scored
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.sweep import ABLATIONS, Node, portions, sweep, tree
 
@@ -72,10 +74,10 @@ def answers(
                 end = len(read) - leaf.offset
                 logs = F.log_softmax(model.lm_head(states[:, row, end - count : end]).float(), -1)
                 for number in asked[read]:
-                    wanted = torch.tensor(requests[number][1], device=device)
-                    last = logs[:, count - len(wanted) :]
-                    sums = last.gather(2, wanted.view(1, -1, 1).expand(len(last), -1, 1)).sum((1, 2)).tolist()
-                    greedy = (last.argmax(2) == wanted).all(1).tolist()
+                    target = torch.tensor(requests[number][1], device=device)
+                    last = logs[:, count - len(target) :]
+                    sums = last.gather(2, target.view(1, -1, 1).expand(len(last), -1, 1)).sum((1, 2)).tolist()
+                    greedy = (last.argmax(2) == target).all(1).tolist()
                     for variant, answer in enumerate(zip(sums, greedy, strict=True)):
                         found[variant][number] = answer
                 done += 1
@@ -97,12 +99,14 @@ def loo_tasks(
     tasks: EvalSettings,
     manager: Any,
     progress: Progress = lambda *_: None,
-) -> list[LayerScore]:
-    """Score = mean drop over all documents of all tasks, each task weighing the same; stderr from the paired differences.
+) -> dict[str, list[LayerScore]]:
+    """Scores by the metric asked for, and, where that is accuracy, by the margin too if the tasks have one: it is there anyway.
 
-    InputError for tasks that ask for more than log-likelihoods.
+    Score = mean drop over all documents of all tasks, each task weighing the same. InputError for tasks that ask for more than
+    log-likelihoods.
     """
-    layers, known, variant = attention_layers(model), {}, 0
+    layers, variant = attention_layers(model), 0
+    known: dict[Any, list[Answer]] = {}
 
     def answer(requests: Sequence[Request]) -> list[Answer]:
         keys = [(tuple(read), tuple(wanted)) for read, wanted in requests]
@@ -111,33 +115,40 @@ def loo_tasks(
             known.update({key: [row[number] for row in table] for number, key in enumerate(keys)})
         return [known[key][variant] for key in keys]
 
-    again, drops = repeatable(manager), []
+    again, found = repeatable(manager), []
     for variant in range(len(layers) + 1):  # noqa: B007 (`answer` reads it)
-        drops.append(_per_document(model, tokenizer, settings, tasks, again, answer))
-    scores = []
-    for layer, after in zip(layers, drops[1:], strict=True):
-        means, variances = [], []
-        for task, base in drops[0].items():
-            drop = torch.tensor([base[doc] - after[task][doc] for doc in base], dtype=torch.float64)
-            means.append(drop.mean())
-            variances.append(drop.var() / len(drop) if len(drop) > 1 else torch.tensor(float("nan"), dtype=torch.float64))
-        score, error = float(sum(means) / len(means)), float(sum(variances).sqrt() / len(variances))  # type: ignore[union-attr]
-        if not math.isfinite(score):
-            raise WorkError(f"layer {layer}: the score is {score}; try --dtype float32")
-        scores.append(LayerScore(layer, score, None if math.isnan(error) else error))
+        found.append(evaluate(model, tokenizer, tasks, again, answer))
+    scores = {settings.metric: _drops(layers, found, settings.metric)}
+    if settings.metric == "accuracy":
+        with contextlib.suppress(InputError):
+            scores["margin"] = _drops(layers, found, "margin")
     return scores
 
 
-def _per_document(
-    model: Any, tokenizer: Any, settings: LooSettings, tasks: EvalSettings, manager: Any, answer: Any
-) -> dict[str, dict[int, float]]:
-    found = evaluate(model, tokenizer, tasks, manager, answer)
+def _drops(layers: Sequence[int], found: Sequence[dict[str, Any]], metric: str) -> list[LayerScore]:
+    """found: lm-eval's results, of the untouched model first."""
+    before, *after = [_per_document(result, metric) for result in found]
+    measured = []
+    for task, base in before.items():
+        drops = [[base[doc] - other[task][doc] for doc in base] for other in after]
+        measured.append((torch.tensor(drops, dtype=torch.float64).t(), torch.ones(len(base), dtype=torch.float64)))
+    return _finite(scored(layers, measured))
+
+
+def _finite(scores: list[LayerScore]) -> list[LayerScore]:
+    for score in scores:
+        if not math.isfinite(score.score):
+            raise WorkError(f"layer {score.layer}: the score is {score.score}; try --dtype float32")
+    return scores
+
+
+def _per_document(found: dict[str, Any], metric: str) -> dict[str, dict[int, float]]:
     scores = {}
     for task, samples in found["samples"].items():
         key, _ = main_metric(found["results"][task])
-        rows = margins(samples) if settings.metric == "margin" else document_scores(samples, key)
-        sign = -1.0 if found["higher_is_better"].get(task, {}).get(key.split(",")[0]) is False else 1.0
-        scores[task] = {row["doc"]: sign * row["score"] for row in rows}
+        rows = margins(samples) if metric == "margin" else document_scores(samples, key)
+        worse = found["higher_is_better"].get(task, {}).get(key.split(",")[0]) is False and metric != "margin"
+        scores[task] = {row["doc"]: -row["score"] if worse else row["score"] for row in rows}
         if not rows:
             raise InputError(f"task {task} gives no score per document, so no layer can be ranked by it")
     return scores
@@ -152,7 +163,7 @@ def loo_kl(
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
-    """Score = rise of the forward KL from `teacher` on the kept tokens of `batches`; stderr over batches.
+    """Score = rise of the forward KL from `teacher` on the kept tokens of `batches`, which are drawn again for the spread.
 
     teacher: another model, or None where it is `model` untouched.
     """
@@ -165,14 +176,8 @@ def loo_kl(
         sums.append(torch.stack([_forward_kl(model, ours, teacher or model, theirs, dtype) for ours in states]))
         tokens.append(states.shape[1])
         progress(number, len(batches))
-    found, count = torch.stack(sums), torch.tensor(tokens, dtype=torch.float64)
-    rises, scores = found[:, 1:] - found[:, :1], []
-    for layer, rise in zip(layers, rises.unbind(1), strict=True):
-        score, each = float(rise.sum() / count.sum()), rise / count
-        if not math.isfinite(score):
-            raise WorkError(f"layer {layer}: the KL is {score}; try --dtype float32")
-        scores.append(LayerScore(layer, score, float(each.std() / len(each) ** 0.5) if len(each) > 1 else None))
-    return scores
+    found = torch.stack(sums)
+    return _finite(scored(layers, [(found[:, 1:] - found[:, :1], torch.tensor(tokens, dtype=torch.float64))]))
 
 
 def _forward_kl(model: Any, ours: Tensor, teacher: Any, theirs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,32 +1,49 @@
 """MIL-Mamba-Replacement: how far a few steps of distillation bring each attention layer once it is a mixer
-(Apriel-H1, 2511.02651, section 3). Each layer alone is converted, trained on the same batches, and put back."""
+(Apriel-H1, 2511.02651, section 3). Each layer alone is converted and trained on the same batches, all else as it was.
+
+All candidates train side by side. A batch goes through the teacher once and through the untouched student once; a candidate
+runs from its own layer on, and shares calls with the others: a layer takes all that have begun below it, as rows of one batch.
+Shapes: G candidates of a group, B sequences, T tokens, D hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
-from hybridize.distillation.losses import Loss
+from hybridize.distillation import attention
+from hybridize.distillation.losses import Loss, chunked_loss
+from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.plan import layer_bytes
+from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator, Student
+from hybridize.distillation.step import Accumulator, Student, chosen
 from hybridize.errors import InputError, WorkError
-from hybridize.modeling import HybridForCausalLM, converted_layer
-from hybridize.scoring.interface import Progress
+from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
+from hybridize.scoring.belief import scored
 
+TRAINED = ("mixers", "all")
 LAST = 10  # steps whose mean loss is the score
+SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
+CPU_BYTES = 4 << 30  # activations of a group on a CPU; a GPU spends 60% of what it has left
+
+Progress = Callable[[int, int], None]  # told how many of how many steps are done
 
 
 @dataclass(frozen=True)
 class MmrSettings:
-    """Each candidate: `steps` steps of `batch_size` sequences of `seq_len` tokens; only the new mixer is trained."""
+    """Each candidate: `steps` steps of `batch_size` sequences of `seq_len` tokens, on `repeats` orders of the data. train: the
+    new mixer alone (`mixers`), or the whole student with it (`all`), which no two candidates can share."""
 
     steps: int = 100
     batch_size: int = 8
@@ -34,83 +51,311 @@ class MmrSettings:
     lr_mixer: float = 1e-3
     loss: str = "reverse-kl"
     mask: str = "assistant"
+    train: str = "mixers"
+    repeats: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "lr_mixer"):
+        for name in ("steps", "batch_size", "seq_len", "lr_mixer", "repeats"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be positive")
+        if self.train not in TRAINED:
+            raise InputError(f"--train {self.train} is unknown; use {' or '.join(TRAINED)}")
 
     def as_distill(self) -> DistillSettings:
         """The same run in the trainer's terms, for data and optimizer."""
         return DistillSettings(
             loss=self.loss, mask=self.mask, steps=self.steps, batch_size=self.batch_size, seq_len=self.seq_len,
-            lr_mixer=self.lr_mixer, train="mixers", warmup_steps=min(10, self.steps // 2), seed=self.seed,
+            lr_mixer=self.lr_mixer, train=self.train, warmup_steps=min(10, self.steps // 2), seed=self.seed,
         )  # fmt: skip
 
 
-def mmr(
+def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, values: dict[str, Tensor]) -> nn.Module:
+    """A converted copy of one layer: a mixer with `values`, float32 and to be trained; all else shared with the original."""
+    original, before = student.model.layers[layer], student.config.mixer
+    student.config.mixer = mixer
+    try:
+        mixed: Any = converted_layer(type(original), student.config, layer)
+    finally:
+        student.config.mixer = before
+    mixed.mixer.load_state_dict({name: value.float() for name, value in values.items()})
+    for name, module in original.named_children():
+        if name != "self_attn":
+            setattr(mixed, name, module)
+    mixed.mixer.requires_grad_(True)
+    return mixed
+
+
+def alone(
+    student: HybridForCausalLM,
+    teacher: Any,
+    mixer: dict[str, Any],
+    layer: int,
+    values: dict[str, Tensor],
+    batches: Iterable[Batch],
+    settings: MmrSettings,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The losses [steps] of one candidate trained by itself, in a copy of the student: what `train` says, the plain way."""
+    model: Any = copy.deepcopy(student)
+    model.model.layers[layer] = converted(model, mixer, layer, values).to(output_weight(model).device)
+    kinds = list(model.config.layer_types)
+    model.config.mixer, model.config.layer_types = mixer, [*kinds[:layer], MIXER_LAYER, *kinds[layer + 1 :]]
+    plain = settings.as_distill()
+    model.train().requires_grad_(settings.train == "all")
+    model.model.layers[layer].mixer.requires_grad_(True)
+    optimizer, losses = make_optimizer(model, plain), []
+    accumulate = Accumulator(Student(model, Loss.parse(settings.loss), dtype), teacher, settings.batch_size)
+    for step, batch in enumerate(batches):
+        losses.append(accumulate(batch))
+        clip_gradients(model, plain.clip)
+        update(optimizer, factor(plain.schedule, step, settings.steps, plain.warmup_steps))
+        optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+class Candidates:
+    """The converted layers in training, with one optimizer, which treats each weight by itself."""
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: Any,
+        mixer: dict[str, Any],
+        starts: Iterable[tuple[int, dict[str, Tensor]]],
+        settings: MmrSettings,
+        dtype: torch.dtype,
+        room: int | None = None,
+    ) -> None:
+        """mixer: the new mixers' config entry; starts: for each candidate layer the parameters that its mixer starts with.
+
+        student, teacher: on one device, left as they are but for the type of the student's frozen projections, which becomes
+        `dtype`. room: bytes for the activations of a group.
+        """
+        self.student, self.teacher, self.settings, self.dtype = student, teacher, settings, dtype
+        self.plain, self.loss = settings.as_distill(), Loss.parse(settings.loss)
+        device = output_weight(student).device
+        student.requires_grad_(False).train()
+        self.mixed = nn.ModuleDict({str(layer): converted(student, mixer, layer, values) for layer, values in starts})
+        self.mixed.to(device)
+        self.layers = sorted(map(int, self.mixed))
+        if dtype != torch.float32:  # what autocast would do at every use
+            for part in student.model.layers.modules():
+                if isinstance(part, nn.Linear) and not part.weight.requires_grad:
+                    part.weight.data = part.weight.data.to(dtype)
+        for model in (student, teacher):
+            if device.type == "cuda" and attention.can_attend(model, settings.seq_len):
+                attention.use_packed_attention(model)
+        self.optimizer = make_optimizer(self.mixed, self.plain)
+        self.losses: list[Tensor] = []  # of each step, [candidates] in the order of `layers`
+        self.groups = self._groups(room)
+
+    def _groups(self, room: int | None) -> list[list[int]]:
+        """Neighbours whose activations fit side by side, by what `plan` says of a layer that is trained."""
+        config, tokens = self.student.config, self.settings.batch_size * self.settings.seq_len
+        if room is None:
+            device = output_weight(self.student).device
+            room = torch.cuda.mem_get_info(device)[0] * 6 // 10 if device.type == "cuda" else CPU_BYTES
+        sizes = [layer_bytes(config, kind) for kind in config.layer_types]
+        groups: list[list[int]] = []
+        left = 0
+        for layer in self.layers:
+            size = tokens * sum(sizes[layer:])
+            if not groups or size > left:
+                groups.append([])
+                left = room
+            groups[-1].append(layer)
+            left -= size
+        return groups
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step of every candidate."""
+        heard = self._untouched(batch)
+        kept, count = batch.keep.flatten(), max(1, batch.kept)
+        logits = None
+        if self.loss.needs_teacher:
+            with torch.no_grad():
+                theirs = chosen(hidden_states(self.teacher, batch, self.dtype).flatten(0, 1), kept).to(self.dtype)
+                logits = theirs @ output_weight(self.teacher).to(self.dtype).t()
+        labels, weight = chosen(batch.labels.flatten(), kept), output_weight(self.student).to(self.dtype)
+        found = []
+        for group in self.groups:
+            values = []
+            for states in self._forward(batch, group, heard):
+                ours = chosen(states.flatten(0, 1), kept)
+                values.append(chunked_loss(ours, weight, logits, None, labels, self.loss, scale=1 / count, dtype=self.dtype))
+            torch.stack(values).sum().backward()
+            found += [value.detach() for value in values]
+        self.losses.append(torch.stack(found))
+        for layer in self.layers:
+            clip_gradients(self.mixed[str(layer)], self.plain.clip)
+        rate = factor(self.plain.schedule, len(self.losses) - 1, self.settings.steps, self.plain.warmup_steps)
+        update(self.optimizer, rate)
+        self.optimizer.zero_grad()
+
+    def _autocast(self) -> Any:
+        device = output_weight(self.student).device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _told(self, batch: Batch, times: int, hidden: Tensor) -> dict[str, dict[str, Any]]:
+        """What layers are told of the batch, `times` over."""
+        if batch.positions is None:
+            at = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            told = self.student.model.layer_inputs(hidden, None, at, packed=False)
+            return {kind: {**given, "position_ids": at} for kind, given in told.items()}
+        at, more = batch.positions.repeat(times, 1), dict[str, Any]()
+        if self.student.config._attn_implementation == attention.NAME:
+            several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.keep)
+            more["cu_seq_lens_q"] = several.boundaries(batch.documents)
+        told = self.student.model.layer_inputs(hidden, None, at, **more)
+        return {kind: {**given, "position_ids": at} for kind, given in told.items()}
+
+    @torch.no_grad()
+    def _untouched(self, batch: Batch) -> dict[int, Tensor]:
+        """What each candidate's layer hears [B, T, D]: the student's own hidden states below it."""
+        with self._autocast():
+            hidden = self.student.model.embed_tokens(batch.ids)
+            told, heard = self._told(batch, 1, hidden), {}
+            for index, layer in enumerate(self.student.model.layers[: self.layers[-1] + 1]):
+                heard[index] = hidden
+                if index < self.layers[-1]:
+                    hidden = layer(hidden, **told[self.student.config.layer_types[index]])
+        return {layer: heard[layer] for layer in self.layers}
+
+    def _forward(self, batch: Batch, group: list[int], heard: dict[int, Tensor]) -> Sequence[Tensor]:
+        """Final hidden states [B, T, D] of each candidate of a group, which enter one by one as the layers go up."""
+        model, begun = self.student.model, []
+        hidden: Tensor | None = None
+        with self._autocast():
+            told: dict[str, dict[str, Any]] = {}
+            for index in range(group[0], len(model.layers)):
+                if hidden is not None:
+                    hidden = model.layers[index](hidden, **told[self.student.config.layer_types[index]])
+                if index in group:
+                    alone = self._told(batch, 1, heard[index])[MIXER_LAYER]
+                    fresh = self.mixed[str(index)](heard[index], **alone)
+                    begun.append(index)
+                    hidden = fresh if hidden is None else torch.cat([hidden, fresh])
+                    told = self._told(batch, len(begun), hidden)
+            assert hidden is not None
+            return model.norm(hidden).chunk(len(begun))
+
+    def save(self, path: Path) -> None:
+        """Everything that changes, whole or not at all."""
+        mixers = {name: p.detach().cpu() for name, p in self.mixed.named_parameters() if p.requires_grad}
+        state = {"mixers": mixers, "optimizer": self.optimizer.state_dict(), "losses": [x.cpu() for x in self.losses]}
+        _write(state, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.mixed.load_state_dict(state["mixers"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        device = output_weight(self.student).device
+        self.losses = [x.to(device) for x in state["losses"]]
+
+
+def train(
+    candidates: Candidates, batches: Iterable[Batch], state: Path | None = None, progress: Progress = lambda *_: None
+) -> Tensor:
+    """The losses [steps, candidates] of all steps, going on from `state` where that file is; it is written every SAVE_EVERY.
+
+    batches: one a step, from the first step on also when some are done; on the student's device.
+    """
+    if state is not None and state.exists():
+        candidates.load(state)
+    steps, done = candidates.settings.steps, len(candidates.losses)
+    for number, batch in enumerate(batches, start=1):
+        if number <= done:
+            continue
+        candidates.step(batch)
+        progress(number, steps)
+        if state is not None and (number % SAVE_EVERY == 0 or number == steps):
+            candidates.save(state)
+    return torch.stack(candidates.losses)
+
+
+def measure(
     student: HybridForCausalLM,
     teacher: Any,
     mixer: dict[str, Any],
     starts: Iterable[tuple[int, dict[str, Tensor]]],
-    batches: Sequence[Batch],
+    batches: Callable[[int], Iterable[Batch]],
     settings: MmrSettings,
     dtype: torch.dtype,
+    *,
+    states: Path | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[LayerScore]:
-    """Scores the attention layers of `starts`; score = mean loss of the last 10 steps, stderr over them.
+    """Scores of all ranks' candidates: the mean loss of the last steps over all repeats.
 
-    batches: one per step, the same for all candidates, on the student's device. mixer: the new mixers' config entry;
-    starts: for each layer the parameters its mixer starts with.
-    The student is left as it was.
+    starts: this rank's candidates, with the parameters that their mixers start with; batches: from a repeat's number to its
+    batches, one a step; states: a folder in which a killed run finds what it had.
     """
-    config, layers, device = student.config, student.model.layers, batches[0].ids.device
-    student.requires_grad_(False)
-    scores = []
-    kinds, shape = list(config.layer_types), config.mixer
-    config.mixer = mixer
-    try:
-        for layer, values in starts:
-            attention = layers[layer]
-            mixed = _convert(attention, student, layer, values).to(device)
-            layers[layer], config.layer_types = mixed, [*kinds[:layer], "linear_attention", *kinds[layer + 1 :]]
-            try:
-                losses = _train(student, mixed, teacher, batches, settings, dtype)
-            finally:
-                layers[layer], config.layer_types = attention, kinds
-            tail = torch.tensor(losses[-LAST:], dtype=torch.float64)
-            if not bool(torch.isfinite(tail).all()):
-                raise WorkError(f"layer {layer}: the loss is not finite; try a lower --lr-mixer")
-            error = float(tail.std() / len(tail) ** 0.5) if len(tail) > 1 else None
-            scores.append(LayerScore(layer, float(tail.mean()), error))
-            progress(layer, scores[-1].score)
-    finally:
-        config.mixer = shape
-    return scores
+    ranks, losses = ranks or Ranks(), []
+    kept = sorted(starts, key=lambda start: start[0])
+    layers = [layer for layer, _ in kept]
+    for repeat in range(settings.repeats):
+        if not layers:
+            continue
+        if settings.train == "all":
+            parts = []
+            for layer, values in kept:
+                place = None if states is None else states / f"{repeat}-{layer}.pt"
+                if place is None or not place.exists():
+                    part = alone(student, teacher, mixer, layer, values, batches(repeat), settings, dtype).cpu()
+                    if place is not None:
+                        _write(part, place)
+                parts.append(part if place is None else torch.load(place, weights_only=True))
+                progress((repeat * len(kept) + len(parts)) * settings.steps, settings.repeats * len(kept) * settings.steps)
+            losses.append(torch.stack(parts, 1))
+            continue
+        candidates = Candidates(student, teacher, mixer, kept, settings, dtype)
+        if repeat == 0 and len(candidates.groups) > 1:
+            note(f"{len(layers)} candidates in {len(candidates.groups)} groups, since no more fit into memory side by side")
+        place = None if states is None else states / f"{repeat}-rank{ranks.rank}.pt"
+        losses.append(train(candidates, batches(repeat), place, progress).cpu())
+    found: dict[int, list[Tensor]] = {}
+    for theirs, all_losses in ranks.all((layers, losses)):
+        for column, layer in enumerate(theirs):
+            found[layer] = [run[-LAST:, column].double() for run in all_losses]
+    for layer, tails in found.items():
+        if not all(bool(torch.isfinite(tail).all()) for tail in tails):
+            raise WorkError(f"layer {layer}: the loss is not finite; try a lower --lr-mixer")
+    order = sorted(found)
+    measured = [torch.stack([found[layer][repeat] for layer in order], 1) for repeat in range(settings.repeats)]
+    return scored(order, [(run, torch.ones(len(run), dtype=torch.float64)) for run in measured], seeds=settings.repeats > 1)
 
 
-def _convert(attention: nn.Module, student: Any, layer: int, values: dict[str, Tensor]) -> nn.Module:
-    """A converted copy of one layer: the mixer with `values`, everything else shared with the original."""
-    mixed = converted_layer(type(attention), student.config, layer)
-    mixed.mixer.load_state_dict({name: value.float() for name, value in values.items()})  # type: ignore[union-attr, operator]
-    for name, module in attention.named_children():
-        if name != "self_attn":
-            setattr(mixed, name, module)
-    mixed.mixer.requires_grad_(True)  # type: ignore[union-attr]
-    return mixed
+def _write(value: Any, path: Path) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f"{path.name}.new")
+    torch.save(value, beside)
+    beside.replace(path)
 
 
-def _train(
-    student: Any, mixed: nn.Module, teacher: Any, batches: Sequence[Batch], settings: MmrSettings, dtype: torch.dtype
-) -> list[float]:
-    student.train()
-    plain = settings.as_distill()
-    optimizer, losses = make_optimizer(mixed, plain), []
-    accumulate = Accumulator(Student(student, Loss.parse(settings.loss), dtype), teacher, settings.batch_size)
-    for step, batch in enumerate(batches):
-        losses.append(accumulate(batch))
-        clip_gradients(mixed, plain.clip)
-        update(optimizer, factor(plain.schedule, step, settings.steps, plain.warmup_steps))
-        optimizer.zero_grad()
-    return [float(value) for value in losses]
+def memory(
+    student: Any, teacher: Any, mixer: dict[str, Any], settings: MmrSettings, ranks: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes by part on the rank with most candidates, all of them side by side; models may be without storage."""
+    config, tokens = student.config, settings.batch_size * settings.seq_len
+    kinds, before = list(config.layer_types), config.mixer
+    layers = [index for index, kind in enumerate(kinds) if kind != MIXER_LAYER]
+    mine = layers[:: max(1, ranks)]
+    sizes = [layer_bytes(config, kind) for kind in kinds]
+    with torch.device("meta"):
+        config.mixer = mixer
+        made: Any = converted_layer(type(student.model.layers[layers[0]]), config, layers[0]).mixer
+        config.mixer = before
+    new = sum(p.numel() for p in made.parameters())
+    linear = sum(m.weight.numel() for m in student.model.layers.modules() if isinstance(m, nn.Linear))
+    count, wide = sum(p.numel() for p in student.parameters()), dtype.itemsize
+    return {
+        "student's weights": 4 * (count - linear) + wide * linear,
+        "teacher's weights": wide * sum(p.numel() for p in teacher.parameters()),
+        "mixers, gradients and AdamW's moments": 16 * new * len(mine),
+        "teacher's logits": wide * tokens * config.vocab_size,
+        "layers' inputs": 4 * tokens * config.hidden_size * len(layers),
+        "activations, all candidates side by side": tokens * sum(sum(sizes[layer:]) for layer in mine),
+    }

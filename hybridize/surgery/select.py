@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hybridize.checkpoint.scores import Scores
+from collections.abc import Sequence
+
+from hybridize.checkpoint.scores import LayerScore, Scores
 from hybridize.errors import InputError
 from hybridize.surgery.teacher import Teacher
 
@@ -47,3 +49,8 @@ def lowest(teacher: Teacher, scores: Scores, count: int) -> list[int]:
     if sorted(s.layer for s in scores.layers) != teacher.attention_layers:
         raise InputError("the scores do not cover exactly the attention layers of this checkpoint; score it again")
     return sorted(scores.ranking()[:count])
+
+
+def astride(scores: Sequence[LayerScore], count: int) -> list[int]:
+    """Layers that may well be on either side of a cut after the `count` lowest."""
+    return sorted(s.layer for s in scores if s.ranks is not None and s.ranks[0] <= count < s.ranks[1])

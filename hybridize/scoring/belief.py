@@ -1,0 +1,49 @@
+"""How far a ranking can be believed: the bootstrap over what was measured, for scores and for ranks (Efron, 1979)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybridize.checkpoint.scores import LayerScore
+
+RESAMPLES = 1000
+SURE = 0.9  # share of resamples in which a layer's rank lies in its interval
+
+Measured = tuple[Tensor, Tensor]  # values [units, layers], each a sum over `weights` [units]; both float64
+
+
+def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = False) -> list[LayerScore]:
+    """Scores with standard errors and rank intervals. A score is the mean over parts of sum of values / sum of weights.
+
+    measured: parts, which weigh the same. Units (questions, batches, steps) are drawn again within each part, the same for all
+    layers; with `seeds` the parts are runs of other seeds and are drawn again themselves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    score = torch.stack([values.sum(0) / weights.sum() for values, weights in measured]).mean(0)
+    if max(len(weights) for _, weights in measured) < 2 and not (seeds and len(measured) > 1):
+        return [LayerScore(layer, value) for layer, value in zip(layers, score.tolist(), strict=True)]
+    parts = []
+    for values, weights in measured:
+        drawn = torch.randint(len(weights), (RESAMPLES, len(weights)), generator=generator)
+        counts = torch.zeros(RESAMPLES, len(weights), dtype=torch.float64)
+        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        parts.append((counts @ values) / (counts @ weights).unsqueeze(1))
+    found = torch.stack(parts)  # [parts, resamples, layers]
+    if seeds:
+        which = torch.randint(len(parts), (len(parts), RESAMPLES), generator=generator)
+        found = found.gather(0, which.unsqueeze(2).expand(-1, -1, found.shape[2]))
+    again = found.mean(0)
+    ranks = again.argsort(dim=1, stable=True).argsort(dim=1, stable=True).double() + 1
+    low, high = (torch.quantile(ranks, q, dim=0, interpolation="nearest") for q in ((1 - SURE) / 2, (1 + SURE) / 2))
+    rows = zip(layers, score.tolist(), again.std(0).tolist(), low.int().tolist(), high.int().tolist(), strict=True)
+    return [LayerScore(layer, value, error, (first, last)) for layer, value, error, first, last in rows]
+
+
+def vagueness(scores: Sequence[LayerScore]) -> float | None:
+    """The median width of the rank intervals as a share of all ranks, 0 to 1; None where there are none."""
+    widths = [score.ranks[1] - score.ranks[0] for score in scores if score.ranks is not None]
+    return statistics.median(widths) / max(1, len(scores) - 1) if widths else None
