@@ -87,12 +87,13 @@ def command(
         found = loo_kl(load_hybrid(source, where, compute), other, settings, batches, compute, progress)
         used = {"data": corpus.rows.name, "windows": windows, "seq_len": seq_len, "mask": mask}
     else:
-        from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
+        from hybridize.evaluation.harness import EvalSettings, check_choices, open_tasks, repeatable, task_names
 
         evaluation = EvalSettings(
             task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, None, include_path, seed
         )
-        manager = open_tasks(evaluation)
+        manager = repeatable(open_tasks(evaluation))
+        check_choices(manager, evaluation)
         by_metric = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
         found = by_metric[metric]
         _doubt(out, metric, found, by_metric.get("margin"))

@@ -125,7 +125,8 @@ def command(
         out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
 
     found = measure(
-        student, model, shape, starts, batches, settings, compute, states=run.path, ranks=ranks, progress=progress, note=out.note
+        student, model, shape, starts, batches, settings, compute, states=run.path, ranks=ranks, progress=progress,
+        note=out.note,
     )  # fmt: skip
     leave()
     if not ranks.main:

@@ -46,6 +46,8 @@ def test_value_and_gradients(text: str, temperature: float, chunk: int) -> None:
     h, W, th, tW, labels = problem()
     ours = chunked_loss(h, W, th, tW, labels, Loss.parse(text, temperature), scale=1 / 20, chunk=chunk)
     grads = torch.autograd.grad(3 * ours, [h, W])
+    given = chunked_loss(h, W, th @ tW.t(), None, labels, Loss.parse(text, temperature), scale=1 / 20, chunk=chunk)
+    assert worst(given, ours) <= 1e-6  # the teacher's logits in place of its hidden states
     h64, W64 = (t.detach().double().requires_grad_() for t in (h, W))
     total = torch.zeros((), dtype=torch.float64)
     for part in text.split(","):

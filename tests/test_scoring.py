@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
-from hybridize.runtime import load_hybrid, load_model, load_tokenizer
+from hybridize.runtime import empty_hybrid, load_empty, load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
-from hybridize.scoring.mmr import MmrSettings, alone, measure
+from hybridize.scoring.mmr import Candidates, MmrSettings, alone, measure, memory
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import read_teacher
 from tests.conftest import Runner, make_teacher, write_traces
@@ -189,3 +192,85 @@ def test_score_files_and_what_replace_makes_of_them(tmp_path: Path, cli: Runner,
     assert sorted(s["layer"] for s in json.loads(Path("elsewhere.json").read_text())["layers"]) == [
         i for i, kind in enumerate(json.loads(Path("h2/config.json").read_text())["layer_types"]) if kind == "full_attention"
     ]
+
+
+def test_mmr_on_the_command_line(
+    tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch, teacher: Path, traces: Path
+) -> None:
+    """Killed and resumed, under torchrun, and as a plan: the same scores as in one go."""
+    monkeypatch.setattr("hybridize.scoring.mmr.SAVE_EVERY", 1)
+    run = (
+        "score-mmr",
+        teacher,
+        "--data",
+        traces,
+        "--steps",
+        4,
+        "--batch-size",
+        2,
+        "--seq-len",
+        32,
+        "--no-calibrate",
+        "--repeats",
+        2,
+    )
+
+    def layers(name: str) -> list[dict[str, Any]]:
+        return json.loads((tmp_path / name).read_text())["layers"]
+
+    cli(*run, "-o", tmp_path / "one.json")
+    assert [row["layer"] for row in layers("one.json")] == [0, 1, 2, 3]
+    assert all(1 <= row["ranks"][0] <= row["ranks"][1] <= 4 and row["stderr"] > 0 for row in layers("one.json"))
+    assert "could be" in cli.stdout
+    real, steps = Candidates.step, []
+
+    def interrupted(self: Candidates, batch: Any) -> None:
+        steps.append(batch)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        real(self, batch)
+
+    monkeypatch.setattr(Candidates, "step", interrupted)
+    cli(*run, "-o", tmp_path / "two.json", code=130)
+    assert "unfinished run" in cli.fails(*run, "-o", tmp_path / "two.json")
+    assert "--resume: settings was" in cli.fails(*run, "--lr-mixer", "0.1", "-o", tmp_path / "two.json", "--resume")
+    cli(*run, "-o", tmp_path / "two.json", "--resume")
+    assert len(steps) == 9
+    assert layers("two.json") == layers("one.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
+
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "hybridize.commands",
+    ]
+    calm = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [*map(str, run), "-o", str(tmp_path / "ranks.json")]
+    ran = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=300, env=calm, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for one, other in zip(layers("one.json"), layers("ranks.json"), strict=True):
+        assert other["score"] == pytest.approx(one["score"], rel=1e-5)
+        assert other["ranks"] == one["ranks"]
+
+    cli(*run, "--dry-run", "--json", "-o", tmp_path / "none.json")
+    planned = json.loads(cli.stdout)
+    assert planned["total_gib"] == pytest.approx(sum(planned["gib"].values()), abs=0.01)
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_memory_is_counted_from_shapes(teacher: Path) -> None:
+    source = CheckpointReader(teacher)
+    surgery = plan(read_teacher(source), [0, 1, 2, 3], MixerSettings("mamba2"))
+    student, origin = empty_hybrid(source), load_empty(teacher, torch.float32)
+    settings = MmrSettings(batch_size=2, seq_len=32)
+    found = memory(student, origin, surgery.mixer, settings, 1, torch.float32)
+    values = next(iter(starting_values(source, surgery, source, 0, None, together=False)))[1]
+    assert found["mixers, gradients and AdamW's moments"] == 16 * 4 * sum(v.numel() for v in values.values())
+    assert found["student's weights"] == 4 * sum(p.numel() for p in load_model(teacher, CPU, torch.float32).parameters())
+    shared = memory(student, origin, surgery.mixer, settings, 2, torch.float32)
+    assert shared["mixers, gradients and AdamW's moments"] * 2 == found["mixers, gradients and AdamW's moments"]

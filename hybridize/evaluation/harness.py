@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import logging
@@ -10,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,8 +81,25 @@ def open_tasks(settings: EvalSettings) -> Any:
 def repeatable(manager: Any) -> Any:
     """The same task manager for several runs in a row: tasks, and their data, are loaded in the first."""
 
-    load = functools.cache(lambda names: manager.load(list(names)))
-    return SimpleNamespace(load=lambda names: load(tuple(names)))
+    kept, load = copy.copy(manager), functools.cache(lambda names: manager.load(list(names)))
+    kept.load = lambda names: load(tuple(names))
+    return kept
+
+
+def check_choices(manager: Any, settings: EvalSettings) -> None:
+    """Loads the tasks; InputError naming the first that asks for more than the log-likelihoods of answers."""
+    try:
+        with _hushed():
+            tasks = manager.load(list(settings.tasks))["tasks"]
+    except Exception as error:
+        raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {_first_line(error)}") from error
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+            raise InputError(f"task {name} is of kind {task.OUTPUT_TYPE}; layers can be scored by tasks of choices only")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def evaluate(
@@ -91,7 +108,7 @@ def evaluate(
     """lm-eval's results with per-document samples. WorkError where lm-eval fails (its data cannot be had).
 
     answer: takes the model's place; it is told all that is to be read and predicted, and gives log-probability and whether that
-    was the most likely answer, for each. InputError for tasks that ask for anything else, then.
+    was the most likely answer, for each. For tasks that `check_choices` passes.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -101,11 +118,6 @@ def evaluate(
             assert answer is not None
             longest = self.max_length + 1  # what does not fit is cut off at the left, as lm-eval does
             return answer([((context + wanted)[-longest:][:-1], wanted) for _, context, wanted in requests])
-
-        def _refuse(self, *_: Any, **__: Any) -> Any:
-            raise InputError("only tasks of choices can be scored: these ask for more than log-likelihoods")
-
-        loglikelihood_rolling = generate_until = _refuse
 
     with _hushed():
         kind = HFLM if answer is None else Answering
@@ -117,11 +129,10 @@ def evaluate(
                 log_samples=True, bootstrap_iters=0, random_seed=settings.seed, numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
             )  # fmt: skip
-        except (KeyboardInterrupt, MemoryError, InputError, torch.cuda.OutOfMemoryError):
+        except (KeyboardInterrupt, MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {first}") from error
+            raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {_first_line(error)}") from error
     if found is None:
         raise WorkError("lm-eval gave no results")
     return found

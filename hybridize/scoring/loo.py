@@ -20,7 +20,7 @@ from hybridize.distillation.losses import divergence
 from hybridize.distillation.measure import hidden_states, token_logits
 from hybridize.distillation.packing import Batch
 from hybridize.errors import InputError, WorkError
-from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins, repeatable
+from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins
 from hybridize.modeling import HybridForCausalLM
 from hybridize.scoring.belief import scored
 from hybridize.scoring.interface import attention_layers
@@ -102,8 +102,8 @@ def loo_tasks(
 ) -> dict[str, list[LayerScore]]:
     """Scores by the metric asked for, and, where that is accuracy, by the margin too if the tasks have one: it is there anyway.
 
-    Score = mean drop over all documents of all tasks, each task weighing the same. InputError for tasks that ask for more than
-    log-likelihoods.
+    Score = mean drop over all documents of all tasks, each task weighing the same. manager: see `repeatable`, for tasks that
+    `check_choices` passes.
     """
     layers, variant = attention_layers(model), 0
     known: dict[Any, list[Answer]] = {}
@@ -115,9 +115,9 @@ def loo_tasks(
             known.update({key: [row[number] for row in table] for number, key in enumerate(keys)})
         return [known[key][variant] for key in keys]
 
-    again, found = repeatable(manager), []
+    found = []
     for variant in range(len(layers) + 1):  # noqa: B007 (`answer` reads it)
-        found.append(evaluate(model, tokenizer, tasks, again, answer))
+        found.append(evaluate(model, tokenizer, tasks, manager, answer))
     scores = {settings.metric: _drops(layers, found, settings.metric)}
     if settings.metric == "accuracy":
         with contextlib.suppress(InputError):

@@ -24,6 +24,7 @@ from hybridize.modeling import MIXER_LAYER, new_cache
 
 ABLATIONS = ("block", "mixer")
 SHARED = 32  # tokens that a node must spare its descendants, all of them together
+PADDED = 0.06  # share of a row that may be padding: variants fill a batch as well as rows do
 AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through a layer in one call, if a node is no larger
 
 
@@ -55,8 +56,11 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
 
     def finish(loose: list[int], offset: int, parent: Node | None) -> None:
         loose.sort(key=lambda text: -len(ids[text]))
-        for begin in range(0, len(loose), rows):
-            group = loose[begin : begin + rows]
+        while loose:
+            longest, count = len(ids[loose[0]]) - offset, 1
+            while count < min(rows, len(loose)) and longest - (len(ids[loose[count]]) - offset) <= PADDED * longest:
+                count += 1
+            group, loose = loose[:count], loose[count:]
             made = torch.zeros(len(group), len(ids[group[0]]) - offset, dtype=torch.long)
             for row, text in enumerate(group):
                 made[row, : len(ids[text]) - offset] = torch.tensor(ids[text][offset:])
