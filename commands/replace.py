@@ -157,7 +157,9 @@ def _choose(
         return [], None
     path = scores or find_scores(source.path, name)
     if path is None:
-        raise InputError(f"{name} has no scores; run score-loo or score-mmr first, or name layers with --indices")
+        raise InputError(
+            f"{name} has no scores; run score-loo, score-mmr or score-restore first, or name layers with --indices"
+        )
     ranking = read_scores(path)
     if ranking.checkpoint != source.hash:
         raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")

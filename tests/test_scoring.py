@@ -27,6 +27,7 @@ from hybridize.runtime import empty_hybrid, load_empty, load_hybrid, load_model,
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
 from hybridize.scoring.mmr import Candidates, MmrSettings, alone, measure, memory
+from hybridize.scoring.restore import RestoreSettings, restore
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import read_teacher
 from tests.conftest import Runner, make_teacher, write_traces
@@ -261,6 +262,50 @@ def test_mmr_on_the_command_line(
     planned = json.loads(cli.stdout)
     assert planned["total_gib"] == pytest.approx(sum(planned["gib"].values()), abs=0.01)
     assert not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.parametrize("converted", [[], [1]])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_restore_is_what_giving_a_layer_back_takes_off_the_kl(
+    teacher: Path, traces: Path, tmp_path: Path, converted: list[int], steps: int, kind: str
+) -> None:
+    student, origin, mixer, starts, batches, _ = start(teacher, traces, tmp_path / "start", converted, kind)
+    settings, attention = RestoreSettings(steps, 2, 48, 1e-2), [i for i in range(4) if i not in converted]
+    heldout = corpus_for(teacher, traces).measuring(settings.as_distill())
+    notes: list[str] = []
+    found = restore(student, origin, mixer, starts, batches(0), heldout, settings, torch.float32, note=notes.append)
+    assert [s.layer for s in found] == attention
+    convert(tmp_path / "start", attention, tmp_path / "all", kind=kind)
+    whole = load_model(tmp_path / "all", CPU, torch.float32)
+    moved = [not torch.equal(p, student.get_parameter(n)) for n, p in whole.named_parameters()]
+    assert any(moved) == (steps > 0)
+    whole.load_state_dict(student.state_dict())
+    worse = fidelity(whole, origin, heldout, torch.float32).forward_kl
+    for score in found:
+        rest = [layer for layer in attention if layer != score.layer]
+        convert(tmp_path / "start", rest, tmp_path / f"without{score.layer}", kind=kind)
+        back = load_model(tmp_path / f"without{score.layer}", CPU, torch.float32)
+        back.load_state_dict(student.state_dict(), strict=False)
+        assert score.score == pytest.approx(
+            worse - fidelity(back, origin, heldout, torch.float32).forward_kl, rel=1e-4, abs=1e-6
+        )
+
+
+def test_restore_on_the_command_line(tmp_path: Path, cli: Runner, teacher: Path, traces: Path) -> None:
+    run = ("score-restore", teacher, "--data", traces, "--batch-size", 2, "--seq-len", 32, "--windows", 8)
+    cli(*run, "--steps", 2, "-o", tmp_path / "a.json", "--calibration-tokens", 64)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["kind"], found["mixer"], found["init"], found["metric"]) == (
+        "restore",
+        "mamba2",
+        "calibrated",
+        "kl recovered",
+    )
+    assert "relative error" in cli.stderr
+    cli("replace", teacher, "--layers", 2, "--scores", tmp_path / "a.json", "--no-calibrate", "-o", tmp_path / "h2")
+    assert "restore, kl recovered" in cli.stderr
+    assert "--steps -1 must not be negative" in cli.fails(*run, "--steps", -1, "-o", tmp_path / "b.json")
+    assert "does not fill one sequence" in cli.fails(*run, "--seq-len", 99999, "--mask", "none", "-o", tmp_path / "b.json")
 
 
 def test_memory_is_counted_from_shapes(teacher: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hybridize.modeling import HybridForCausalLM
 from hybridize.scoring import sweep as under_test
 from hybridize.scoring.interface import attention_layers
-from hybridize.scoring.loo import answers
+from hybridize.scoring.loo import ABLATIONS, answers
 from hybridize.scoring.sweep import Node, portions, sweep, tree
 from tests.conftest import hybrid, worst
 
@@ -78,7 +78,7 @@ def test_packed_rows_and_windows() -> None:
     positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
     ids = torch.randint(2, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     model = hybrid("ama", "mamba2", seed=2)
-    states = sweep(model, [node := Node(ids, positions=positions)], [0, 2], "block")[node]
+    states = sweep(model, [node := Node(ids, positions=positions)], [0, 2], ABLATIONS["block"])[node]
     for got, variant in zip(states, [model, without(model, 0, "block"), without(model, 2, "block")], strict=True):
         assert worst(got, variant.model(ids, position_ids=positions, use_cache=False).last_hidden_state) <= 1e-5
 

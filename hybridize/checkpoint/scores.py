@@ -12,7 +12,7 @@ from hybridize.checkpoint.reader import read_json
 from hybridize.checkpoint.writer import write_json_atomic
 from hybridize.errors import InputError
 
-KINDS = ("mmr", "loo")  # in the order in which `replace` prefers them
+KINDS = ("mmr", "restore", "loo")  # in the order in which `replace` prefers them
 FORMAT = 1
 
 

@@ -7,6 +7,7 @@ boundaries, and a position count that does not come from a key/value cache. Know
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -156,11 +157,13 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor,
         past_key_values: Cache | None = None,
         packed: bool = True,
+        kinds: Iterable[str] = (),
         **kwargs: Any,
     ) -> dict[str, dict[str, Any]]:
         """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its mask, packing boundaries.
 
-        packed: whether positions may restart. Always has what a mixer would be told, since any layer may become one.
+        packed: whether positions may restart. kinds: more than the model has; a mixer's is always there, since any layer may
+        become one.
         """
         length = hidden.shape[1]
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
@@ -169,7 +172,7 @@ class HybridModel(HybridPreTrainedModel):
         packed = packed and attention_mask is None and past_key_values is None
         seq_idx = document_index(position_ids, hidden, known="cu_seq_lens_q" in kwargs) if packed else None
         extra: dict[str, dict[str, Any]] = {}
-        for kind in {*self.config.layer_types, MIXER_LAYER}:
+        for kind in {*self.config.layer_types, *kinds, MIXER_LAYER}:
             if kind == MIXER_LAYER:
                 mask = masks.get(kind) if masks else padding_mask(plain, length)
                 extra[kind] = {"attention_mask": None if mask is None else mask.bool(), "seq_idx": seq_idx}

@@ -24,9 +24,13 @@ from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate
 from hybridize.modeling import HybridForCausalLM
 from hybridize.scoring.belief import scored
 from hybridize.scoring.interface import attention_layers
-from hybridize.scoring.sweep import ABLATIONS, Node, portions, sweep, tree
+from hybridize.scoring.sweep import Instead, Node, portions, sweep, tree
 
 METRICS = ("accuracy", "margin", "kl")
+ABLATIONS: dict[str, Instead] = {
+    "block": lambda _, layer, hidden, told: hidden,
+    "mixer": lambda _, layer, hidden, told: hidden + layer.mlp(layer.post_attention_layernorm(hidden)),
+}
 LOGIT_BYTES = 256 << 20  # float32 logits at once
 STATE_BYTES = 1 << 30  # hidden states of all variants at once on a CPU; a GPU spends a quarter of what it has left
 
@@ -56,7 +60,7 @@ def answers(
 ) -> list[list[Answer]]:
     """Every request's answer: of the untouched model, then without each attention layer in turn.
 
-    what: see sweep; rows: texts side by side.
+    what: see ABLATIONS; rows: texts side by side.
     """
     layers, device = attention_layers(model), model.lm_head.weight.device
     needed: dict[tuple[int, ...], int] = {}
@@ -68,7 +72,7 @@ def answers(
     texts, found = list(needed.items()), [[(0.0, False)] * len(requests) for _ in range(len(layers) + 1)]
     done = 0
     for nodes in portions(tree(texts, rows, device), _room(model, len(layers) + 1)):
-        for leaf, states in sweep(model, nodes, layers, what).items():
+        for leaf, states in sweep(model, nodes, layers, ABLATIONS[what]).items():
             for row, text in enumerate(leaf.texts):
                 read, count = texts[text]
                 end = len(read) - leaf.offset
@@ -154,7 +158,6 @@ def _per_document(found: dict[str, Any], metric: str) -> dict[str, dict[int, flo
     return scores
 
 
-@torch.no_grad()
 def loo_kl(
     model: HybridForCausalLM,
     teacher: Any,
@@ -167,17 +170,35 @@ def loo_kl(
 
     teacher: another model, or None where it is `model` untouched.
     """
-    layers, sums, tokens = attention_layers(model), [], []
+    return kl_changes(model, teacher, attention_layers(model), ABLATIONS[settings.ablate], batches, dtype, progress=progress)
+
+
+@torch.no_grad()
+def kl_changes(
+    model: HybridForCausalLM,
+    teacher: Any,
+    layers: Sequence[int],
+    instead: Instead,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    *,
+    kinds: Sequence[str] = (),
+    sign: float = 1.0,
+    progress: Progress = lambda *_: None,
+) -> list[LayerScore]:
+    """Score = sign times what each change (see sweep) adds to the forward KL from `teacher`, or `model` where that is None."""
+    sums, tokens = [], []
     for number, batch in enumerate(batches, start=1):
-        node = Node(batch.ids, positions=batch.positions)
+        node, kept = Node(batch.ids, positions=batch.positions), batch.keep.flatten()
         with torch.autocast(batch.ids.device.type, dtype, enabled=dtype != torch.float32):
-            states = sweep(model, [node], layers, settings.ablate)[node].flatten(1, 2)[:, batch.keep.flatten()]
-        theirs = states[0] if teacher is None else hidden_states(teacher, batch, dtype).flatten(0, 1)[batch.keep.flatten()]
+            states = sweep(model, [node], layers, instead, kinds)[node].flatten(1, 2)[:, kept]
+        theirs = states[0] if teacher is None else hidden_states(teacher, batch, dtype).flatten(0, 1)[kept]
         sums.append(torch.stack([_forward_kl(model, ours, teacher or model, theirs, dtype) for ours in states]))
         tokens.append(states.shape[1])
         progress(number, len(batches))
     found = torch.stack(sums)
-    return _finite(scored(layers, [(found[:, 1:] - found[:, :1], torch.tensor(tokens, dtype=torch.float64))]))
+    changes = sign * (found[:, 1:] - found[:, :1])
+    return _finite(scored(layers, [(changes, torch.tensor(tokens, dtype=torch.float64))]))
 
 
 def _forward_kl(model: Any, ours: Tensor, teacher: Any, theirs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
-"""All ablations of a model in one pass: what lies below the ablated layer is computed once, and what texts share too.
+"""All variants of a model with one layer changed, in one pass: what lies below it, and what texts share, is computed once.
 
 Layer by layer, every variant that there is so far goes through the same layer side by side: the untouched model, and one more
-for each layer that was taken away. Of N layers that makes N (N + 1) / 2 layer passes, where N + 1 runs take N (N + 1). Texts
-form a tree in which a node is what all its descendants begin with: its keys, values and states are computed once.
+for each layer that something else has stood in for. Of N layers that makes N (N + 1) / 2 layer passes, where N + 1 runs take
+N (N + 1). Texts form a tree in which a node is what all its descendants begin with: its keys, values and states are computed
+once.
 Knows nothing of tasks or scores.
 
 Shapes: V variants, the untouched model first; R rows of a node, T tokens, D hidden size.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ from transformers.cache_utils import DynamicLayer
 
 from hybridize.modeling import MIXER_LAYER, new_cache
 
-ABLATIONS = ("block", "mixer")
+# layer number, the layer, what it hears [R, T, D], and what each kind of layer is told -> what comes out in its place
+Instead = Callable[[int, Any, Tensor, dict[str, dict[str, Any]]], Tensor]
 SHARED = 32  # tokens that a node must spare its descendants, all of them together
 PADDED = 0.06  # share of a row that may be padding: variants fill a batch as well as rows do
 AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through a layer in one call, if a node is no larger
@@ -106,18 +108,21 @@ def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
         yield list(portion)
 
 
-def layer_passes(model: Any, ablate: Sequence[int]) -> tuple[int, int]:
+def layer_passes(model: Any, layers: Sequence[int]) -> tuple[int, int]:
     """How many layers a token goes through in one sweep, and in as many separate runs; the larger part of the floor."""
     count = len(model.model.layers)
-    return count + sum(count - 1 - layer for layer in ablate), count * (len(ablate) + 1)
+    return count + sum(count - 1 - layer for layer in layers), count * (len(layers) + 1)
 
 
 @torch.no_grad()
-def sweep(model: Any, nodes: Sequence[Node], ablate: Sequence[int], what: str) -> dict[Node, Tensor]:
-    """The hidden states [V, R, T, D] after the last norm of each leaf: untouched, then for each layer of `ablate`, in order.
+def sweep(
+    model: Any, nodes: Sequence[Node], layers: Sequence[int], instead: Instead, kinds: Sequence[str] = ()
+) -> dict[Node, Tensor]:
+    """The hidden states [V, R, T, D] after the last norm of each leaf: untouched, then with each of `layers` changed, in order.
 
-    model: a HybridForCausalLM, with or without mixers. nodes: ancestors before descendants. what: `block` takes a layer away,
-    `mixer` its attention or mixer alone.
+    model: a HybridForCausalLM, with or without mixers. nodes: ancestors before descendants. instead: what is done in place of
+    a layer; where nodes have parents it must not look at other positions. kinds: of layers that `instead` runs and the model
+    lacks.
     """
     backbone = model.model
     parents = {node.parent for node in nodes}
@@ -125,22 +130,21 @@ def sweep(model: Any, nodes: Sequence[Node], ablate: Sequence[int], what: str) -
     told: dict[Node, tuple[Tensor, dict[str, dict[str, Any]]]] = {}
     for node in nodes:
         first = backbone.embed_tokens(node.ids)
-        hidden[node] = first.new_empty(len(ablate) + 1, *first.shape)
+        hidden[node] = first.new_empty(len(layers) + 1, *first.shape)
         hidden[node][0] = first
-        told[node] = _told(backbone, node, first)
+        told[node] = _told(backbone, node, first, kinds)
     largest = max(node.ids.numel() for node in nodes)
     device = nodes[0].ids.device.type
     together, variants = max(1, AT_ONCE.get(device, AT_ONCE["cpu"]) // largest), 1
     for index, layer in enumerate(backbone.layers):
-        if index in ablate:
+        if index in layers:
             for node in nodes:
-                without = hidden[node][0]
-                if what == "mixer":
-                    without = without + layer.mlp(layer.post_attention_layernorm(without))
-                hidden[node][variants] = without
+                positions, extra = told[node]
+                extra = {kind: {**given, "position_ids": positions} for kind, given in extra.items()}
+                hidden[node][variants] = instead(index, layer, hidden[node][0], extra)
         for begin in range(0, variants, together):
             _through(layer, index, backbone.config, hidden, told, slice(begin, min(begin + together, variants)), parents)
-        variants += index in ablate
+        variants += index in layers
     return {node: backbone.norm(states) for node, states in hidden.items() if node not in parents}
 
 
@@ -183,17 +187,17 @@ def _repeated(value: Any, times: int, rows: int) -> Any:
     return value.repeat(times, *[1] * (value.ndim - 1)) if several else value
 
 
-def _told(backbone: Any, node: Node, hidden: Tensor) -> tuple[Tensor, dict[str, dict[str, Any]]]:
+def _told(backbone: Any, node: Node, hidden: Tensor, kinds: Sequence[str]) -> tuple[Tensor, dict[str, dict[str, Any]]]:
     """Positions, and what each kind of layer is told beside the hidden states."""
     if node.positions is not None:
-        return node.positions, backbone.layer_inputs(hidden, None, node.positions)
+        return node.positions, backbone.layer_inputs(hidden, None, node.positions, kinds=kinds)
     length, before = node.ids.shape[1], node.offset
     positions = torch.arange(before, before + length, device=hidden.device).unsqueeze(0)
     window, masks = getattr(backbone.config, "sliding_window", None), {}
     past = positions[0].unsqueeze(1) - torch.arange(before + length, device=hidden.device)
-    for kind in set(backbone.config.layer_types) - {MIXER_LAYER}:
+    for kind in {*backbone.config.layer_types, *kinds} - {MIXER_LAYER}:
         mask = past >= 0
         if kind == "sliding_attention" and window is not None:
             mask = mask & (past < window)
         masks[kind] = None if before == 0 and mask.equal(past >= 0) else mask.view(1, 1, length, -1)
-    return positions, backbone.layer_inputs(hidden, masks or {MIXER_LAYER: None}, positions, packed=False)
+    return positions, backbone.layer_inputs(hidden, masks or {MIXER_LAYER: None}, positions, packed=False, kinds=kinds)
