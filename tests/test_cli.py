@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from hybridize.commands import COMMANDS, app
 from transformers import AutoModelForCausalLM
 
 import hybridize.modeling
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable
+from hybridize.runtime import load_hybrid, load_model, load_tokenizer
+from hybridize.scoring.loo import answers
 from tests.conftest import Runner, make_teacher, write_traces
+from tests.test_scoring import silence
 from tests.test_surgery import mamba_layers
 
 TASK = """
@@ -50,6 +56,35 @@ def write_tasks(folder: Path) -> Path:
     for task in (choice, exact):
         (folder / f"{task['kind']}.yaml").write_text(TASK.format(**task))
     return folder
+
+
+@pytest.mark.parametrize("what", ["block", "mixer"])
+def test_the_sweep_answers_as_stock_lm_eval_does_on_each_ablated_model(place: Path, what: str) -> None:
+    """The real HFLM on a model whose projections are zero there: the same log-likelihoods, the same answers."""
+    settings = EvalSettings(("tiny_choice",), batch_size=4, include_path="tasks")
+    tokenizer, source = load_tokenizer(place / "teacher"), CheckpointReader(place / "teacher")
+    cpu, manager, known = torch.device("cpu"), repeatable(open_tasks(settings)), {}
+    ours = load_hybrid(source, cpu, torch.float32)
+
+    def answer(requests: Any) -> list[tuple[float, bool]]:
+        keys = [(tuple(read), tuple(wanted)) for read, wanted in requests]
+        if not known:
+            table = answers(ours, requests, what, 4)
+            known.update({key: [row[n] for row in table] for n, key in enumerate(keys)})
+        return [known[key][variant] for key in keys]
+
+    def chosen(model: torch.nn.Module, *answerer: Any) -> list[list[float]]:
+        samples = evaluate(model, tokenizer, settings, manager, *answerer)["samples"]["tiny_choice"]
+        return [[float(value[0]) for value in sample["filtered_resps"]] for sample in samples]
+
+    for variant, layer in enumerate([None, *range(4)]):  # noqa: B007 (`answer` reads it)
+        model = load_model(place / "teacher", cpu, torch.float32)
+        stock = chosen(model if layer is None else silence(model, layer, what))
+        mine = chosen(ours, answer)
+        assert len(stock) == len(mine) == 12
+        for one, other in zip(mine, stock, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+            assert one.index(max(one)) == other.index(max(other))
 
 
 @pytest.fixture
