@@ -18,7 +18,7 @@ from hybridize.errors import InputError, WorkError
 F = TypeVar("F", bound=Callable[..., None])
 EXIT_FAILED, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 1, 2, 3, 130
 LESS_MEMORY = (
-    "a smaller --micro-batch-size, --batch-size or --seq-len helps (distill: --gradient-checkpointing, --train mixers and more "
+    "a smaller --batch-size or --seq-len helps (distill: --micro-batch-size: --gradient-checkpointing, --train mixers and more "
     "GPUs under torchrun too, --dry-run says what is needed; export: --no-verify)"
 )
 EVERY = 10.0  # seconds between progress lines where there is no terminal

@@ -24,7 +24,9 @@ def command(
     checkpoint: opt.Checkpoint = "./teacher",
     layers: Annotated[int | None, typer.Option("--layers", min=0, help="Mamba layers in the result, old and new.")] = None,
     indices: Annotated[str | None, typer.Option("--indices", help="Layers to convert, by index: 3,5-8.")] = None,
-    scores: Annotated[Path | None, typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else loo].")] = None,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else restore, else loo].")
+    ] = None,
     init_from: Annotated[
         str, typer.Option("--init-from", help="Whose attention weights: checkpoint (as they are now) or teacher.")
     ] = "checkpoint",

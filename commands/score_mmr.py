@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -74,7 +75,7 @@ def command(
     from hybridize.distillation.run_dir import RunDir
     from hybridize.errors import InputError
     from hybridize.runtime import load_hybrid, load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
-    from hybridize.scoring.mmr import measure
+    from hybridize.scoring.mmr import measure, share_of
     from hybridize.surgery.replace import MixerSettings, plan, starting_values
     from hybridize.surgery.teacher import read_teacher
 
@@ -88,7 +89,7 @@ def command(
     if dry_run:
         _dry_run(out, source, origin, shape, settings, compute)
         return
-    ranks, where = join(where)
+    ranks, where = join(where, timedelta(days=7))  # who has fewer layers waits for who has more
     if not ranks.main:
         out = Output(quiet=True)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
@@ -111,7 +112,7 @@ def command(
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
     run.start(resume)
-    mine = contract.attention_layers[ranks.rank :: ranks.size]
+    mine = share_of(contract.attention_layers, ranks.rank, ranks.size)
     starts = starting_values(source, plan(contract, mine, shaped), source, seed, fit, together=False)
     student = load_hybrid(source, where, torch.float32)
     model = load_model(origin.path, where, compute, trust_remote_code)
@@ -146,7 +147,8 @@ def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], setti
     total = sum(found.values())
 
     def human() -> None:
-        for name, size in {**found, "at the peak": total}.items():
+        together = "at the peak" if settings.train == "all" else "at the peak, or less in groups"
+        for name, size in {**found, together: total}.items():
             print(f"{name:42} {size / 2**30:9.2f} GiB")
 
     gib = {name: round(size / 2**30, 3) for name, size in found.items()}

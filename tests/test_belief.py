@@ -45,6 +45,17 @@ def test_ranks_are_sure_where_scores_are_and_wide_where_they_are_not() -> None:
     assert vagueness(found) == 1.0
 
 
+def test_equal_scores_are_no_order() -> None:
+    values = draws(40, [0.0, 0.0, 0.0, 9.0])
+    values[:, :3] = values[:, :1]
+    found = scored([0, 1, 2, 3], [(values, ones(values))])
+    assert [s.ranks for s in found] == [(1, 3), (1, 3), (1, 3), (4, 4)]
+    assert astride(found, 2) == [0, 1, 2]
+    assert astride(found, 3) == []
+    nothing = scored([0, 1, 2, 3], [(torch.zeros_like(values), ones(values))])
+    assert vagueness(nothing) == 1.0
+
+
 def test_what_layers_share_does_not_blur_their_order() -> None:
     """Questions differ a lot, layers by little, but always the same way: the resamples are the same for all layers."""
     hard = draws(50, [0.0]) * 100

@@ -266,6 +266,16 @@ def test_parts_of_joined_rows_keep_their_rows_and_names(sizes: list[int], data: 
     assert len(whole) == len(named)
 
 
+def test_a_file_that_changes_while_it_is_used_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    rows = read_rows(str(path))
+    assert rows[1] == {"text": "two"}
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(InputError, match="was changed while it was in use"):
+        rows[1]
+
+
 def test_a_file_larger_than_memory_would_hold_is_read_row_by_row(tmp_path: Path) -> None:
     path, count = tmp_path / "a.jsonl", 4000
     path.write_text("".join(json.dumps({"text": f"{i} " + "long " * 1000}) + "\n" for i in range(count)))

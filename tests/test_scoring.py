@@ -22,11 +22,12 @@ from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.step import Accumulator, Student
-from hybridize.errors import WorkError
+from hybridize.errors import InputError, WorkError
+from hybridize.evaluation.harness import margins
 from hybridize.runtime import empty_hybrid, load_empty, load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
-from hybridize.scoring.mmr import Candidates, MmrSettings, alone, measure, memory
+from hybridize.scoring.mmr import Candidates, MmrSettings, alone, measure, memory, share_of
 from hybridize.scoring.restore import RestoreSettings, restore
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import read_teacher
@@ -277,8 +278,9 @@ def test_restore_is_what_giving_a_layer_back_takes_off_the_kl(
     assert [s.layer for s in found] == attention
     convert(tmp_path / "start", attention, tmp_path / "all", kind=kind)
     whole = load_model(tmp_path / "all", CPU, torch.float32)
-    moved = [not torch.equal(p, student.get_parameter(n)) for n, p in whole.named_parameters()]
-    assert any(moved) == (steps > 0)
+    moved = {n for n, p in whole.named_parameters() if not torch.equal(p, student.get_parameter(n))}
+    assert {int(name.split(".")[2]) for name in moved} == (set(attention) if steps else set())
+    assert all(".mixer." in name for name in moved)
     whole.load_state_dict(student.state_dict())
     worse = fidelity(whole, origin, heldout, torch.float32).forward_kl
     for score in found:
@@ -308,6 +310,24 @@ def test_restore_on_the_command_line(tmp_path: Path, cli: Runner, teacher: Path,
     assert "does not fill one sequence" in cli.fails(*run, "--seq-len", 99999, "--mask", "none", "-o", tmp_path / "b.json")
 
 
+def test_candidates_are_dealt_to_and_fro() -> None:
+    """Every layer to one rank; what a candidate costs grows with the layers above it, and no rank has much more than another."""
+    for size in (1, 2, 3, 8):
+        shares = [share_of(range(32), rank, size) for rank in range(size)]
+        assert sorted(layer for share in shares for layer in share) == list(range(32))
+        costs = [sum(32 - layer for layer in share) for share in shares]
+        assert max(costs) <= 1.15 * min(costs)
+
+
+def test_a_margin_needs_answers_that_differ() -> None:
+    """Where the choice stands in the context, as in winogrande, every answer is the same text."""
+    sample = {"filtered_resps": [(-1.0, False), (-2.0, False)], "target": " the end", "doc_id": 0, "doc_hash": ""}
+    with pytest.raises(InputError, match="whose answers differ"):
+        margins([{**sample, "arguments": [("Ann", " the end"), ("Bob", " the end")]}])
+    (found,) = margins([{**sample, "arguments": [("Who", " the start"), ("Who", " the end")]}])
+    assert found["score"] == -1.0
+
+
 def test_memory_is_counted_from_shapes(teacher: Path) -> None:
     source = CheckpointReader(teacher)
     surgery = plan(read_teacher(source), [0, 1, 2, 3], MixerSettings("mamba2"))
@@ -317,5 +337,8 @@ def test_memory_is_counted_from_shapes(teacher: Path) -> None:
     values = next(iter(starting_values(source, surgery, source, 0, None, together=False)))[1]
     assert found["mixers, gradients and AdamW's moments"] == 16 * 4 * sum(v.numel() for v in values.values())
     assert found["student's weights"] == 4 * sum(p.numel() for p in load_model(teacher, CPU, torch.float32).parameters())
+    every = memory(student, origin, surgery.mixer, dataclasses.replace(settings, train="all"), 1, torch.float32)
+    whole = found["student's weights"] + 4 * sum(v.numel() for v in values.values())
+    assert every["a candidate's weights, gradients and moments"] == 4 * whole
     shared = memory(student, origin, surgery.mixer, settings, 2, torch.float32)
     assert shared["mixers, gradients and AdamW's moments"] * 2 == found["mixers, gradients and AdamW's moments"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridize.modeling import HybridForCausalLM
+from hybridize.modeling import HybridForCausalLM, mixer
 from hybridize.scoring import sweep as under_test
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import ABLATIONS, answers
@@ -74,10 +75,18 @@ def test_every_answer_is_that_of_a_model_without_the_layer(
             assert greedy == likely
 
 
-def test_packed_rows_and_windows() -> None:
-    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
-    ids = torch.randint(2, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])[:rows]
+    ids = torch.randint(2, 64, (rows, 12), generator=torch.Generator().manual_seed(1))
     model = hybrid("ama", "mamba2", seed=2)
+    real = mixer.causal_conv
+
+    def checked(x: torch.Tensor, *rest: Any, seq_idx: torch.Tensor) -> torch.Tensor:
+        assert seq_idx.shape == x.shape[:2]  # what the CUDA kernels ask for, while the torch engine broadcasts
+        return real(x, *rest, seq_idx=seq_idx)
+
+    monkeypatch.setattr(mixer, "causal_conv", checked)
     states = sweep(model, [node := Node(ids, positions=positions)], [0, 2], ABLATIONS["block"])[node]
     for got, variant in zip(states, [model, without(model, 0, "block"), without(model, 2, "block")], strict=True):
         assert worst(got, variant.model(ids, position_ids=positions, use_cache=False).last_hidden_state) <= 1e-5

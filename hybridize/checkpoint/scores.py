@@ -90,6 +90,6 @@ def scores_path(checkpoint: Path, name: str, kind: str) -> Path:
 
 
 def find_scores(checkpoint: Path, name: str) -> Path | None:
-    """The score file that `replace` would use: mmr before loo."""
+    """The score file that `replace` would use, by the order of KINDS."""
     candidates = (scores_path(checkpoint, name, kind) for kind in KINDS)
     return next((path for path in candidates if path.is_file()), None)

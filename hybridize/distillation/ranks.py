@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -78,8 +79,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: torch.device) -> tuple[Ranks, torch.device]:
-    """The process group that torchrun announces in the environment, and this rank's own device; one rank without it."""
+def join(device: torch.device, patience: timedelta | None = None) -> tuple[Ranks, torch.device]:
+    """The process group that torchrun announces in the environment, and this rank's own device; one rank without it.
+
+    patience: how long ranks wait for one another, torch's defaults (10 minutes on GPUs) unless given.
+    """
     size = world_size()
     if size == 1:
         return Ranks(), device
@@ -88,7 +92,7 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo beside NCCL: checkpoints are written from the CPU's copies
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Ranks(dist.get_rank(), size), device
 
 

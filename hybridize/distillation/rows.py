@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import mmap
 import os
 from array import array
 from collections.abc import Sequence
@@ -71,27 +70,33 @@ class _Chain(Sequence[Row]):
 
 
 class _Lines(Sequence[Any]):
-    """The lines of a JSON-lines file, read off the disk one by one: eight bytes of memory a line."""
+    """The lines of a JSON-lines file, read off the disk one by one: eight bytes of memory a line. InputError where the file
+    was changed meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        self.path, ends = path, array("q")
-        with path.open("rb") as file:
-            at = last = 0
-            for line in file:
-                at += len(line)
-                ends.append(at)
-                last = len(ends) if line.strip() else last
-            del ends[last:]
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if ends else b""
-        self._ends = ends
+        self.path, self._ends, self._file = path, array("q"), path.open("rb")
+        self._before = self._state()
+        at = last = 0
+        for line in self._file:
+            at += len(line)
+            self._ends.append(at)
+            last = len(self._ends) if line.strip() else last
+        del self._ends[last:]
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: Any) -> Any:
-        begin = self._ends[index - 1] if index else 0
+        begin, end = self._ends[index - 1] if index else 0, self._ends[index]
+        line = os.pread(self._file.fileno(), end - begin, begin)  # any thread may: there is no position to share
+        if self._state() != self._before:
+            raise InputError(f"{self.path} was changed while it was in use")
         try:
-            return json.loads(self._bytes[begin : self._ends[index]].decode())
+            return json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path}:{index + 1} is not UTF-8 text: {error}") from error
         except (ValueError, RecursionError) as error:

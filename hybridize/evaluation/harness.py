@@ -171,6 +171,10 @@ def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(sample["filtered_resps"][0], str):
             raise InputError("--metric margin needs a multiple-choice task; this one generates text")
         values = [float(answer[0]) for answer in sample["filtered_resps"]]
+        if len({arguments[1] for arguments in sample["arguments"]}) < len(
+            values
+        ):  # the choice is in the context, as in winogrande
+            raise InputError("--metric margin needs a multiple-choice task whose answers differ")
         target = sample["target"]
         if isinstance(target, str) and not target.isdecimal():
             choices = [arguments[1].strip() for arguments in sample["arguments"]]

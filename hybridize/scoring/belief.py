@@ -37,10 +37,18 @@ def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = Fa
         which = torch.randint(len(parts), (len(parts), RESAMPLES), generator=generator)
         found = found.gather(0, which.unsqueeze(2).expand(-1, -1, found.shape[2]))
     again = found.mean(0)
-    ranks = again.argsort(dim=1, stable=True).argsort(dim=1, stable=True).double() + 1
-    low, high = (torch.quantile(ranks, q, dim=0, interpolation="nearest") for q in ((1 - SURE) / 2, (1 + SURE) / 2))
+    first, last = _places(again)
+    low = torch.quantile(first, (1 - SURE) / 2, dim=0, interpolation="nearest")
+    high = torch.quantile(last, (1 + SURE) / 2, dim=0, interpolation="nearest")
     rows = zip(layers, score.tolist(), again.std(0).tolist(), low.int().tolist(), high.int().tolist(), strict=True)
-    return [LayerScore(layer, value, error, (first, last)) for layer, value, error, first, last in rows]
+    return [LayerScore(layer, value, error, (best, worst)) for layer, value, error, best, worst in rows]
+
+
+def _places(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """[resamples, layers] -> the first and the last rank that each layer may claim among its equals, from 1, float64."""
+    one, other = scores.unsqueeze(2), scores.unsqueeze(1)
+    near = 1e-9 * scores.abs().max().clamp(min=1e-300)
+    return (one > other + near).sum(2).double() + 1, (one >= other - near).sum(2).double()
 
 
 def vagueness(scores: Sequence[LayerScore]) -> float | None:

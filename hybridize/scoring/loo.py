@@ -119,6 +119,10 @@ def loo_tasks(
             known.update({key: [row[number] for row in table] for number, key in enumerate(keys)})
         return [known[key][variant] for key in keys]
 
+    def nothing(requests: Sequence[Request]) -> list[Answer]:
+        return [(-1.0, False)] * len(requests)
+
+    _per_document(evaluate(model, tokenizer, tasks, manager, nothing), settings.metric)  # whether there will be a score at all
     found = []
     for variant in range(len(layers) + 1):  # noqa: B007 (`answer` reads it)
         found.append(evaluate(model, tokenizer, tasks, manager, answer))

@@ -9,12 +9,13 @@ Shapes: G candidates of a group, B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
@@ -86,6 +87,13 @@ def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, val
     return mixed
 
 
+def narrow(student: HybridForCausalLM, dtype: torch.dtype) -> None:
+    """Frozen projections as `dtype`, which autocast would make of them at every use."""
+    for part in student.model.layers.modules():
+        if dtype != torch.float32 and isinstance(part, nn.Linear) and not part.weight.requires_grad:
+            part.weight.data = part.weight.data.to(dtype)
+
+
 def alone(
     student: HybridForCausalLM,
     teacher: Any,
@@ -104,6 +112,7 @@ def alone(
     plain = settings.as_distill()
     model.train().requires_grad_(settings.train == "all")
     model.model.layers[layer].mixer.requires_grad_(True)
+    narrow(model, dtype)
     optimizer, losses = make_optimizer(model, plain), []
     accumulate = Accumulator(Student(model, Loss.parse(settings.loss), dtype), teacher, settings.batch_size)
     for step, batch in enumerate(batches):
@@ -139,10 +148,7 @@ class Candidates:
         self.mixed = nn.ModuleDict({str(layer): converted(student, mixer, layer, values) for layer, values in starts})
         self.mixed.to(device)
         self.layers = sorted(map(int, self.mixed))
-        if dtype != torch.float32:  # what autocast would do at every use
-            for part in student.model.layers.modules():
-                if isinstance(part, nn.Linear) and not part.weight.requires_grad:
-                    part.weight.data = part.weight.data.to(dtype)
+        narrow(student, dtype)
         for model in (student, teacher):
             if device.type == "cuda" and attention.can_attend(model, settings.seq_len):
                 attention.use_packed_attention(model)
@@ -154,16 +160,23 @@ class Candidates:
         """Neighbours whose activations fit side by side, by what `plan` says of a layer that is trained."""
         config, tokens = self.student.config, self.settings.batch_size * self.settings.seq_len
         if room is None:
-            device = output_weight(self.student).device
-            room = torch.cuda.mem_get_info(device)[0] * 6 // 10 if device.type == "cuda" else CPU_BYTES
-        sizes = [layer_bytes(config, kind) for kind in config.layer_types]
+            weight = output_weight(self.student)
+            trained = sum(p.numel() for p in self.mixed.parameters() if p.requires_grad)
+            room = CPU_BYTES
+            if weight.is_cuda:
+                held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+                free = torch.cuda.mem_get_info(weight.device)[0] + held
+                # gradients and moments come with the first step; a share stays for what no plan knows
+                room = (free - 12 * trained - self.dtype.itemsize * tokens * len(weight)) * 7 // 10
+        self.room = max(1, room)
+        sizes = [layer_bytes(config, kind) * self.dtype.itemsize // 2 for kind in config.layer_types]
         groups: list[list[int]] = []
         left = 0
         for layer in self.layers:
             size = tokens * sum(sizes[layer:])
             if not groups or size > left:
                 groups.append([])
-                left = room
+                left = self.room
             groups[-1].append(layer)
             left -= size
         return groups
@@ -240,18 +253,28 @@ class Candidates:
             assert hidden is not None
             return model.norm(hidden).chunk(len(begun))
 
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.mixed.named_parameters() if p.requires_grad)
+
     def save(self, path: Path) -> None:
         """Everything that changes, whole or not at all."""
-        mixers = {name: p.detach().cpu() for name, p in self.mixed.named_parameters() if p.requires_grad}
-        state = {"mixers": mixers, "optimizer": self.optimizer.state_dict(), "losses": [x.cpu() for x in self.losses]}
+        state = {"losses": torch.stack(self.losses)}
+        for name, parameter in self._trained():
+            state[f"weight.{name}"] = parameter.detach()
+            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         _write(state, path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.mixed.load_state_dict(state["mixers"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        device = output_weight(self.student).device
-        self.losses = [x.to(device) for x in state["losses"]]
+        state, device = load_file(path), output_weight(self.student).device
+        for name, parameter in self._trained():
+            with torch.no_grad():
+                parameter.copy_(state[f"weight.{name}"])
+            # AdamW counts its steps on the device only where it is fused
+            places = {"step": device if self.optimizer.defaults["fused"] else torch.device("cpu")}
+            self.optimizer.state[parameter] = {
+                key: state[f"{key}.{name}"].to(places.get(key, device)) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.losses = list(state["losses"].to(device).unbind())
 
 
 def train(
@@ -274,6 +297,11 @@ def train(
     return torch.stack(candidates.losses)
 
 
+def share_of(layers: Sequence[int], rank: int, size: int) -> list[int]:
+    """One rank's candidates, dealt to and fro, since a low layer costs more than a high one."""
+    return [layer for place, layer in enumerate(layers) if min(place % (2 * size), 2 * size - 1 - place % (2 * size)) == rank]
+
+
 def measure(
     student: HybridForCausalLM,
     teacher: Any,
@@ -293,7 +321,7 @@ def measure(
     starts: this rank's candidates, with the parameters that their mixers start with; batches: from a repeat's number to its
     batches, one a step; states: a folder in which a killed run finds what it had.
     """
-    ranks, losses = ranks or Ranks(), []
+    ranks, losses, room = ranks or Ranks(), [], None
     kept = sorted(starts, key=lambda start: start[0])
     layers = [layer for layer, _ in kept]
     for repeat in range(settings.repeats):
@@ -302,19 +330,21 @@ def measure(
         if settings.train == "all":
             parts = []
             for layer, values in kept:
-                place = None if states is None else states / f"{repeat}-{layer}.pt"
+                place = None if states is None else states / f"{repeat}-{layer}.safetensors"
                 if place is None or not place.exists():
                     part = alone(student, teacher, mixer, layer, values, batches(repeat), settings, dtype).cpu()
                     if place is not None:
-                        _write(part, place)
-                parts.append(part if place is None else torch.load(place, weights_only=True))
+                        _write({"losses": part}, place)
+                parts.append(part if place is None else load_file(place)["losses"])
                 progress((repeat * len(kept) + len(parts)) * settings.steps, settings.repeats * len(kept) * settings.steps)
             losses.append(torch.stack(parts, 1))
             continue
-        candidates = Candidates(student, teacher, mixer, kept, settings, dtype)
+        candidates = None  # the last repeat's, whose memory the next one needs
+        candidates = Candidates(student, teacher, mixer, kept, settings, dtype, room)
+        room = candidates.room
         if repeat == 0 and len(candidates.groups) > 1:
             note(f"{len(layers)} candidates in {len(candidates.groups)} groups, since no more fit into memory side by side")
-        place = None if states is None else states / f"{repeat}-rank{ranks.rank}.pt"
+        place = None if states is None else states / f"{repeat}-rank{ranks.rank}.safetensors"
         losses.append(train(candidates, batches(repeat), place, progress).cpu())
     found: dict[int, list[Tensor]] = {}
     for theirs, all_losses in ranks.all((layers, losses)):
@@ -328,10 +358,10 @@ def measure(
     return scored(order, [(run, torch.ones(len(run), dtype=torch.float64)) for run in measured], seeds=settings.repeats > 1)
 
 
-def _write(value: Any, path: Path) -> None:
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
     """Whole or not at all."""
     beside = path.with_name(f"{path.name}.new")
-    torch.save(value, beside)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
     beside.replace(path)
 
 
@@ -342,7 +372,7 @@ def memory(
     config, tokens = student.config, settings.batch_size * settings.seq_len
     kinds, before = list(config.layer_types), config.mixer
     layers = [index for index, kind in enumerate(kinds) if kind != MIXER_LAYER]
-    mine = layers[:: max(1, ranks)]
+    mine = share_of(layers, 0, ranks)
     sizes = [layer_bytes(config, kind) for kind in kinds]
     with torch.device("meta"):
         config.mixer = mixer
@@ -351,11 +381,18 @@ def memory(
     new = sum(p.numel() for p in made.parameters())
     linear = sum(m.weight.numel() for m in student.model.layers.modules() if isinstance(m, nn.Linear))
     count, wide = sum(p.numel() for p in student.parameters()), dtype.itemsize
-    return {
-        "student's weights": 4 * (count - linear) + wide * linear,
+    shared = {
         "teacher's weights": wide * sum(p.numel() for p in teacher.parameters()),
-        "mixers, gradients and AdamW's moments": 16 * new * len(mine),
         "teacher's logits": wide * tokens * config.vocab_size,
+    }
+    sizes = [size * wide // 2 for size in sizes]
+    if settings.train == "all":
+        # the student that all start from, and the copy that one candidate trains
+        parts = {"student's weights": 4 * count, "a candidate's weights, gradients and moments": 16 * (count + new)}
+        return shared | parts | {"activations": tokens * sum(sizes)}
+    return shared | {
+        "student's weights": 4 * (count - linear) + wide * linear,
+        "mixers, gradients and AdamW's moments": 16 * new * len(mine),
         "layers' inputs": 4 * tokens * config.hidden_size * len(layers),
         "activations, all candidates side by side": tokens * sum(sum(sizes[layer:]) for layer in mine),
     }

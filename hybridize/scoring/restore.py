@@ -77,10 +77,12 @@ def restore(
         student.model.layers[layer] = converted(student, mixer, layer, values).to(student.lm_head.weight.device)
     config.mixer, config.layer_types = mixer, [MIXER_LAYER] * len(kinds)
     plain = settings.as_distill()
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(plain.trains(name))
+    student.requires_grad_(False)
+    for layer in originals:  # mixers that were there before stay as they are
+        student.model.layers[layer].mixer.requires_grad_(True)  # type: ignore[union-attr]
     optimizer = make_optimizer(student, plain)
     aligner = Aligner(Student(student, Loss(), dtype), teacher, settings.batch_size)
+    aligner.layers = sorted(originals)
     value = torch.zeros(())
     student.train()
     for step, batch in zip(range(settings.steps), training, strict=False):
@@ -91,7 +93,8 @@ def restore(
         progress(step + 1, settings.steps)
     if not bool(torch.isfinite(value)):
         raise WorkError("the alignment's loss is not finite; try a lower --lr-mixer")
-    note(f"all {len(originals)} attention layers converted and aligned: relative error {float(value):.3f}")
+    said = f", aligned to a relative error of {float(value):.3f}" if settings.steps else ""
+    note(f"{len(originals)} attention layers converted{said}")
     student.eval()
 
     def given_back(index: int, _: Any, hidden: Tensor, told: dict[str, dict[str, Any]]) -> Tensor:

@@ -170,7 +170,8 @@ def _through(
                 cache.layers[index] = copy.deepcopy(seen[node.parent].layers[index])
                 variant = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
                 cache.layers[index].reorder_cache(variant)
-            seen[node] = cache
+            if node in parents:
+                seen[node] = cache
         given = {name: _repeated(value, len(rows), rows.shape[1]) for name, value in extra[config.layer_types[index]].items()}
         out = layer(
             rows.flatten(0, 1), position_ids=_repeated(positions, len(rows), rows.shape[1]), past_key_values=cache,
@@ -183,8 +184,8 @@ def _repeated(value: Any, times: int, rows: int) -> Any:
     """What is told of each of several rows, once more for each variant."""
     if isinstance(value, tuple):
         return tuple(_repeated(part, times, rows) for part in value)
-    several = isinstance(value, Tensor) and rows > 1 and value.shape[0] == rows
-    return value.repeat(times, *[1] * (value.ndim - 1)) if several else value
+    each = isinstance(value, Tensor) and value.shape[0] == rows  # else one for all rows, which broadcasts
+    return value.repeat(times, *[1] * (value.ndim - 1)) if each else value
 
 
 def _told(backbone: Any, node: Node, hidden: Tensor, kinds: Sequence[str]) -> tuple[Tensor, dict[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hybridize.distillation.attention import use_packed_attention
 from hybridize.modeling import HybridConfig, HybridForCausalLM, converted_layer
 from hybridize.scoring.mmr import Candidates, MmrSettings, alone
 from tests.benchmarks.distill import SHAPES, models, random_batch
@@ -57,6 +58,9 @@ def main() -> None:
     del hybrid
     with torch.device(device):
         student = HybridForCausalLM(config).eval()
+    if device.type == "cuda":  # both sides attend by the same kernel
+        use_packed_attention(student)
+        use_packed_attention(teacher)
     layers = list(range(len(kinds)))
     sample = args.sample or [len(kinds) * part // 6 for part in (1, 3, 5)]
 
