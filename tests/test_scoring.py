@@ -311,7 +311,7 @@ def test_restore_on_the_command_line(tmp_path: Path, cli: Runner, teacher: Path,
 
 
 def test_candidates_are_dealt_to_and_fro() -> None:
-    """Every layer to one rank; what a candidate costs grows with the layers above it, and no rank has much more than another."""
+    """Every layer to one rank; a candidate costs the layers above it, and no rank has much more to do than another."""
     for size in (1, 2, 3, 8):
         shares = [share_of(range(32), rank, size) for rank in range(size)]
         assert sorted(layer for share in shares for layer in share) == list(range(32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -16,19 +15,9 @@ from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import ABLATIONS, answers
 from hybridize.scoring.sweep import Node, portions, sweep, tree
 from tests.conftest import hybrid, worst
+from tests.test_scoring import silence
 
 CPU = torch.device("cpu")
-
-
-def without(model: HybridForCausalLM, layer: int, what: str) -> HybridForCausalLM:
-    """The same model with output projections of zeros there."""
-    model = copy.deepcopy(model)
-    block = model.model.layers[layer]
-    with torch.no_grad():
-        block.self_attn.o_proj.weight.zero_()
-        if what == "block":
-            block.mlp.down_proj.weight.zero_()
-    return model
 
 
 def alone(model: HybridForCausalLM, read: list[int], wanted: list[int]) -> tuple[float, bool]:
@@ -68,7 +57,7 @@ def test_every_answer_is_that_of_a_model_without_the_layer(
     found = answers(model, asked, what, 4, lambda *done: told.append(done))
     layers = attention_layers(model)
     assert told[-1] == (len({tuple(read) for read, _ in asked}),) * 2
-    for variant, table in zip([model, *(without(model, layer, what) for layer in layers)], found, strict=True):
+    for variant, table in zip([model, *(silence(model, layer, what) for layer in layers)], found, strict=True):
         for (read, wanted), (value, greedy) in zip(asked, table, strict=True):
             expected, likely = alone(variant, read, wanted)
             assert value == pytest.approx(expected, abs=1e-4)
@@ -88,7 +77,7 @@ def test_packed_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mixer, "causal_conv", checked)
     states = sweep(model, [node := Node(ids, positions=positions)], [0, 2], ABLATIONS["block"])[node]
-    for got, variant in zip(states, [model, without(model, 0, "block"), without(model, 2, "block")], strict=True):
+    for got, variant in zip(states, [model, silence(model, 0, "block"), silence(model, 2, "block")], strict=True):
         assert worst(got, variant.model(ids, position_ids=positions, use_cache=False).last_hidden_state) <= 1e-5
 
 
