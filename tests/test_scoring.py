@@ -25,9 +25,10 @@ from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import margins
 from hybridize.runtime import empty_hybrid, load_empty, load_hybrid, load_model, load_tokenizer
+from hybridize.scoring.candidates import Candidates
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
-from hybridize.scoring.mmr import Candidates, MmrSettings, alone, measure, memory, share_of
+from hybridize.scoring.mmr import MmrSettings, alone, measure, memory, share_of
 from hybridize.scoring.restore import RestoreSettings, restore
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import read_teacher
@@ -98,7 +99,7 @@ def test_mmr_is_replacing_each_layer_and_training_it(
     """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the plain loop; room 1: one
     candidate at a time."""
     if room is not None:
-        monkeypatch.setattr("hybridize.scoring.mmr.CPU_BYTES", room)
+        monkeypatch.setattr("hybridize.scoring.candidates.CPU_BYTES", room)
     student, origin, mixer, starts, batches, settings = start(teacher, traces, tmp_path / "start", converted, kind)
     before, notes = {name: p.clone() for name, p in student.named_parameters()}, []
     found = measure(student, origin, mixer, starts, batches, settings, torch.float32, note=notes.append)
@@ -135,7 +136,7 @@ def test_training_all_weights_is_each_candidate_alone(teacher: Path, traces: Pat
 def test_a_killed_run_goes_on_to_the_same_scores(
     teacher: Path, traces: Path, tmp_path: Path, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hybridize.scoring.mmr.SAVE_EVERY", 2)
+    monkeypatch.setattr("hybridize.scoring.candidates.SAVE_EVERY", 2)
     states, asked = tmp_path / "states", []
     states.mkdir()
     given = start(teacher, traces, tmp_path / "start", [], "mamba2", repeats=2, train=trained)
@@ -200,7 +201,7 @@ def test_mmr_on_the_command_line(
     tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch, teacher: Path, traces: Path
 ) -> None:
     """Killed and resumed, under torchrun, and as a plan: the same scores as in one go."""
-    monkeypatch.setattr("hybridize.scoring.mmr.SAVE_EVERY", 1)
+    monkeypatch.setattr("hybridize.scoring.candidates.SAVE_EVERY", 1)
     run = (
         "score-mmr",
         teacher,

@@ -1,44 +1,36 @@
 """MIL-Mamba-Replacement: how far a few steps of distillation bring each attention layer once it is a mixer
 (Apriel-H1, 2511.02651, section 3). Each layer alone is converted and trained on the same batches, all else as it was.
-
-All candidates train side by side. A batch goes through the teacher once and through the untouched student once; a candidate
-runs from its own layer on, and shares calls with the others: a layer takes all that have begun below it, as rows of one batch.
-Shapes: G candidates of a group, B sequences, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
-from hybridize.distillation import attention
-from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import hidden_states, output_weight
+from hybridize.distillation.losses import Loss
+from hybridize.distillation.measure import output_weight
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import layer_bytes
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import Accumulator, Student, chosen
+from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
 from hybridize.scoring.belief import scored
+from hybridize.scoring.candidates import Candidates, Progress, converted, narrow, train, write_tensors
 
 TRAINED = ("mixers", "all")
 LAST = 10  # steps whose mean loss is the score
-SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
-CPU_BYTES = 4 << 30  # activations of a group on a CPU; a GPU spends 60% of what it has left
-
-Progress = Callable[[int, int], None]  # told how many of how many steps are done
 
 
 @dataclass(frozen=True)
@@ -71,29 +63,6 @@ class MmrSettings:
         )  # fmt: skip
 
 
-def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, values: dict[str, Tensor]) -> nn.Module:
-    """A converted copy of one layer: a mixer with `values`, float32 and to be trained; all else shared with the original."""
-    original, before = student.model.layers[layer], student.config.mixer
-    student.config.mixer = mixer
-    try:
-        mixed: Any = converted_layer(type(original), student.config, layer)
-    finally:
-        student.config.mixer = before
-    mixed.mixer.load_state_dict({name: value.float() for name, value in values.items()})
-    for name, module in original.named_children():
-        if name != "self_attn":
-            setattr(mixed, name, module)
-    mixed.mixer.requires_grad_(True)
-    return mixed
-
-
-def narrow(student: HybridForCausalLM, dtype: torch.dtype) -> None:
-    """Frozen projections as `dtype`, which autocast would make of them at every use."""
-    for part in student.model.layers.modules():
-        if dtype != torch.float32 and isinstance(part, nn.Linear) and not part.weight.requires_grad:
-            part.weight.data = part.weight.data.to(dtype)
-
-
 def alone(
     student: HybridForCausalLM,
     teacher: Any,
@@ -121,180 +90,6 @@ def alone(
         update(optimizer, factor(plain.schedule, step, settings.steps, plain.warmup_steps))
         optimizer.zero_grad()
     return torch.stack(losses)
-
-
-class Candidates:
-    """The converted layers in training, with one optimizer, which treats each weight by itself."""
-
-    def __init__(
-        self,
-        student: HybridForCausalLM,
-        teacher: Any,
-        mixer: dict[str, Any],
-        starts: Iterable[tuple[int, dict[str, Tensor]]],
-        settings: MmrSettings,
-        dtype: torch.dtype,
-        room: int | None = None,
-    ) -> None:
-        """mixer: the new mixers' config entry; starts: for each candidate layer the parameters that its mixer starts with.
-
-        student, teacher: on one device, left as they are but for the type of the student's frozen projections, which becomes
-        `dtype`. room: bytes for the activations of a group.
-        """
-        self.student, self.teacher, self.settings, self.dtype = student, teacher, settings, dtype
-        self.plain, self.loss = settings.as_distill(), Loss.parse(settings.loss)
-        device = output_weight(student).device
-        student.requires_grad_(False).train()
-        self.mixed = nn.ModuleDict({str(layer): converted(student, mixer, layer, values) for layer, values in starts})
-        self.mixed.to(device)
-        self.layers = sorted(map(int, self.mixed))
-        narrow(student, dtype)
-        for model in (student, teacher):
-            if device.type == "cuda" and attention.can_attend(model, settings.seq_len):
-                attention.use_packed_attention(model)
-        self.optimizer = make_optimizer(self.mixed, self.plain)
-        self.losses: list[Tensor] = []  # of each step, [candidates] in the order of `layers`
-        self.groups = self._groups(room)
-
-    def _groups(self, room: int | None) -> list[list[int]]:
-        """Neighbours whose activations fit side by side, by what `plan` says of a layer that is trained."""
-        config, tokens = self.student.config, self.settings.batch_size * self.settings.seq_len
-        if room is None:
-            weight = output_weight(self.student)
-            trained = sum(p.numel() for p in self.mixed.parameters() if p.requires_grad)
-            room = CPU_BYTES
-            if weight.is_cuda:
-                held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-                free = torch.cuda.mem_get_info(weight.device)[0] + held
-                # gradients and moments come with the first step; a share stays for what no plan knows
-                room = (free - 12 * trained - self.dtype.itemsize * tokens * len(weight)) * 7 // 10
-        self.room = max(1, room)
-        sizes = [layer_bytes(config, kind) * self.dtype.itemsize // 2 for kind in config.layer_types]
-        groups: list[list[int]] = []
-        left = 0
-        for layer in self.layers:
-            size = tokens * sum(sizes[layer:])
-            if not groups or size > left:
-                groups.append([])
-                left = self.room
-            groups[-1].append(layer)
-            left -= size
-        return groups
-
-    def step(self, batch: Batch) -> None:
-        """One optimizer step of every candidate."""
-        heard = self._untouched(batch)
-        kept, count = batch.keep.flatten(), max(1, batch.kept)
-        logits = None
-        if self.loss.needs_teacher:
-            with torch.no_grad():
-                theirs = chosen(hidden_states(self.teacher, batch, self.dtype).flatten(0, 1), kept).to(self.dtype)
-                logits = theirs @ output_weight(self.teacher).to(self.dtype).t()
-        labels, weight = chosen(batch.labels.flatten(), kept), output_weight(self.student).to(self.dtype)
-        found = []
-        for group in self.groups:
-            values = []
-            for states in self._forward(batch, group, heard):
-                ours = chosen(states.flatten(0, 1), kept)
-                values.append(chunked_loss(ours, weight, logits, None, labels, self.loss, scale=1 / count, dtype=self.dtype))
-            torch.stack(values).sum().backward()
-            found += [value.detach() for value in values]
-        self.losses.append(torch.stack(found))
-        for layer in self.layers:
-            clip_gradients(self.mixed[str(layer)], self.plain.clip)
-        rate = factor(self.plain.schedule, len(self.losses) - 1, self.settings.steps, self.plain.warmup_steps)
-        update(self.optimizer, rate)
-        self.optimizer.zero_grad()
-
-    def _autocast(self) -> Any:
-        device = output_weight(self.student).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
-
-    def _told(self, batch: Batch, times: int, hidden: Tensor) -> dict[str, dict[str, Any]]:
-        """What layers are told of the batch, `times` over."""
-        if batch.positions is None:
-            at = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            told = self.student.model.layer_inputs(hidden, None, at, packed=False)
-            return {kind: {**given, "position_ids": at} for kind, given in told.items()}
-        at, more = batch.positions.repeat(times, 1), dict[str, Any]()
-        if self.student.config._attn_implementation == attention.NAME:
-            several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.keep)
-            more["cu_seq_lens_q"] = several.boundaries(batch.documents)
-        told = self.student.model.layer_inputs(hidden, None, at, **more)
-        return {kind: {**given, "position_ids": at} for kind, given in told.items()}
-
-    @torch.no_grad()
-    def _untouched(self, batch: Batch) -> dict[int, Tensor]:
-        """What each candidate's layer hears [B, T, D]: the student's own hidden states below it."""
-        with self._autocast():
-            hidden = self.student.model.embed_tokens(batch.ids)
-            told, heard = self._told(batch, 1, hidden), {}
-            for index, layer in enumerate(self.student.model.layers[: self.layers[-1] + 1]):
-                heard[index] = hidden
-                if index < self.layers[-1]:
-                    hidden = layer(hidden, **told[self.student.config.layer_types[index]])
-        return {layer: heard[layer] for layer in self.layers}
-
-    def _forward(self, batch: Batch, group: list[int], heard: dict[int, Tensor]) -> Sequence[Tensor]:
-        """Final hidden states [B, T, D] of each candidate of a group, which enter one by one as the layers go up."""
-        model, begun = self.student.model, []
-        hidden: Tensor | None = None
-        with self._autocast():
-            told: dict[str, dict[str, Any]] = {}
-            for index in range(group[0], len(model.layers)):
-                if hidden is not None:
-                    hidden = model.layers[index](hidden, **told[self.student.config.layer_types[index]])
-                if index in group:
-                    alone = self._told(batch, 1, heard[index])[MIXER_LAYER]
-                    fresh = self.mixed[str(index)](heard[index], **alone)
-                    begun.append(index)
-                    hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                    told = self._told(batch, len(begun), hidden)
-            assert hidden is not None
-            return model.norm(hidden).chunk(len(begun))
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.mixed.named_parameters() if p.requires_grad)
-
-    def save(self, path: Path) -> None:
-        """Everything that changes, whole or not at all."""
-        state = {"losses": torch.stack(self.losses)}
-        for name, parameter in self._trained():
-            state[f"weight.{name}"] = parameter.detach()
-            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        _write(state, path)
-
-    def load(self, path: Path) -> None:
-        state, device = load_file(path), output_weight(self.student).device
-        for name, parameter in self._trained():
-            with torch.no_grad():
-                parameter.copy_(state[f"weight.{name}"])
-            # AdamW counts its steps on the device only where it is fused
-            places = {"step": device if self.optimizer.defaults["fused"] else torch.device("cpu")}
-            self.optimizer.state[parameter] = {
-                key: state[f"{key}.{name}"].to(places.get(key, device)) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self.losses = list(state["losses"].to(device).unbind())
-
-
-def train(
-    candidates: Candidates, batches: Iterable[Batch], state: Path | None = None, progress: Progress = lambda *_: None
-) -> Tensor:
-    """The losses [steps, candidates] of all steps, going on from `state` where that file is; it is written every SAVE_EVERY.
-
-    batches: one a step, from the first step on also when some are done; on the student's device.
-    """
-    if state is not None and state.exists():
-        candidates.load(state)
-    steps, done = candidates.settings.steps, len(candidates.losses)
-    for number, batch in enumerate(batches, start=1):
-        if number <= done:
-            continue
-        candidates.step(batch)
-        progress(number, steps)
-        if state is not None and (number % SAVE_EVERY == 0 or number == steps):
-            candidates.save(state)
-    return torch.stack(candidates.losses)
 
 
 def share_of(layers: Sequence[int], rank: int, size: int) -> list[int]:
@@ -334,13 +129,13 @@ def measure(
                 if place is None or not place.exists():
                     part = alone(student, teacher, mixer, layer, values, batches(repeat), settings, dtype).cpu()
                     if place is not None:
-                        _write({"losses": part}, place)
+                        write_tensors({"losses": part}, place)
                 parts.append(part if place is None else load_file(place)["losses"])
                 progress((repeat * len(kept) + len(parts)) * settings.steps, settings.repeats * len(kept) * settings.steps)
             losses.append(torch.stack(parts, 1))
             continue
         candidates = None  # the last repeat's, whose memory the next one needs
-        candidates = Candidates(student, teacher, mixer, kept, settings, dtype, room)
+        candidates = Candidates(student, teacher, mixer, kept, settings.as_distill(), dtype, room)
         room = candidates.room
         if repeat == 0 and len(candidates.groups) > 1:
             note(f"{len(layers)} candidates in {len(candidates.groups)} groups, since no more fit into memory side by side")
@@ -356,13 +151,6 @@ def measure(
     order = sorted(found)
     measured = [torch.stack([found[layer][repeat] for layer in order], 1) for repeat in range(settings.repeats)]
     return scored(order, [(run, torch.ones(len(run), dtype=torch.float64)) for run in measured], seeds=settings.repeats > 1)
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f"{path.name}.new")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-    beside.replace(path)
 
 
 def memory(

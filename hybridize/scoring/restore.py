@@ -24,8 +24,8 @@ from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
+from hybridize.scoring.candidates import converted
 from hybridize.scoring.loo import Progress, kl_changes
-from hybridize.scoring.mmr import converted
 
 
 @dataclass(frozen=True)

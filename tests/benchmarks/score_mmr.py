@@ -17,7 +17,8 @@ import torch
 
 from hybridize.distillation.attention import use_packed_attention
 from hybridize.modeling import HybridConfig, HybridForCausalLM, converted_layer
-from hybridize.scoring.mmr import Candidates, MmrSettings, alone
+from hybridize.scoring.candidates import Candidates
+from hybridize.scoring.mmr import MmrSettings, alone
 from tests.benchmarks.distill import SHAPES, models, random_batch
 
 
@@ -102,7 +103,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     side = Candidates(
-        student, teacher, mixer, [(layer, start(layer)) for layer in layers], settings("mixers", args.steps), dtype
+        student, teacher, mixer, [(layer, start(layer)) for layer in layers], settings("mixers", args.steps).as_distill(), dtype
     )
     times = []
     for batch in batches:
