@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import hybridize.modeling
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable
+from hybridize.modeling import HybridForCausalLM
 from hybridize.runtime import load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.loo import answers
 from tests.conftest import Runner, make_teacher, write_traces
@@ -372,14 +373,19 @@ def test_bad_input_is_one_sentence_and_exit_2_before_weights(
         make_teacher(place / "other", layers=2, vocab=300)
     (place / "empty.jsonl").write_text("\n")
     (place / "bad.jsonl").write_text('{"text": "a"}\n{"x": 1}\n')
-    before = sorted(str(p) for p in place.rglob("*"))
+
+    def files() -> list[str]:  # what Python keeps of a task's own module is no output
+        return sorted(str(p) for p in place.rglob("*") if "__pycache__" not in p.parts)
+
+    before = files()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    for kind in (AutoModelForCausalLM, HybridForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", never)
     assert says in cli.fails(*arguments)
-    assert sorted(str(p) for p in place.rglob("*")) == before
+    assert files() == before
 
 
 def test_unknown_flags_are_usage_errors(cli: Runner) -> None:
