@@ -51,6 +51,7 @@ def test_every_answer_is_that_of_a_model_without_the_layer(
     kind: str, layout: str, what: str, shared: int, at_once: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(under_test, "SHARED", shared)
+    monkeypatch.setattr(under_test, "PADDED", 1.0)  # leaves of several rows
     monkeypatch.setitem(under_test.AT_ONCE, "cpu", at_once)
     monkeypatch.setattr("hybridize.scoring.loo._room", lambda *_: room)
     model, asked, told = hybrid(layout, kind, seed=3), requests(), []
