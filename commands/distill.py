@@ -219,12 +219,11 @@ def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
 def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str, trust_remote_code: bool) -> None:
     from hybridize.distillation.plan import GIB, plan
     from hybridize.distillation.ranks import Ranks, world_size
-    from hybridize.runtime import DTYPES, load_empty, pick_device, pick_dtype
+    from hybridize.runtime import load_empty, planned_dtype
 
     ranks = world_size()
     Ranks(0, ranks).share(settings.batch_size, "--batch-size")
-    # what is planned is a GPU's run, wherever the planning is done
-    compute = DTYPES["bfloat16"] if dtype == "auto" else pick_dtype(dtype, pick_device("cpu"), training=True)
+    compute = planned_dtype(dtype)
     readers = (source, teacher)
     student, origin = (None if r is None else load_empty(r.path, compute, trust_remote_code) for r in readers)
     found = plan(student, origin, settings, ranks, compute)
@@ -262,7 +261,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     from hybridize.distillation.settings import DistillSettings
-    from hybridize.errors import InputError
+    from hybridize.errors import InputError, first_line
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -279,7 +278,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"--config {path} is not valid: {error}") from error
     except Exception as error:  # YAMLError is no ValueError
-        raise InputError(f"--config {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--config {path} is not valid YAML: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise InputError(f"--config {path} must be a table of settings")
     found = {str(key).replace("-", "_"): value for key, value in found.items()}

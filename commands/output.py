@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import typer
 
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, first_line
 
 F = TypeVar("F", bound=Callable[..., None])
 EXIT_FAILED, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 1, 2, 3, 130
 LESS_MEMORY = (
-    "a smaller --batch-size or --seq-len helps (distill: --micro-batch-size: --gradient-checkpointing, --train mixers and more "
-    "GPUs under torchrun too, --dry-run says what is needed; export: --no-verify)"
+    "a smaller --batch-size or --seq-len helps; distill has --micro-batch-size, --gradient-checkpointing, --train mixers and "
+    "more GPUs under torchrun, and its --dry-run says what is needed; export has --no-verify"
 )
 EVERY = 10.0  # seconds between progress lines where there is no terminal
 
@@ -95,8 +95,7 @@ def guarded(function: F) -> F:
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":
                 _fail(f"out of GPU memory; {LESS_MEMORY}", EXIT_FAILED)
-            first = (str(error).strip().splitlines() or [""])[0]
-            _fail(f"{type(error).__name__}: {first} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
+            _fail(f"{type(error).__name__}: {first_line(error)} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
         finally:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)

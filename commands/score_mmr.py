@@ -85,10 +85,10 @@ def command(
     surgery = plan(contract, contract.attention_layers, shaped)
     shape = surgery.mixer
     assert shape is not None
-    where, compute = pick_compute(device, dtype, training=True)
     if dry_run:
-        _dry_run(out, source, origin, shape, settings, compute)
+        _dry_run(out, source, origin, shape, settings, dtype)
         return
+    where, compute = pick_compute(device, dtype, training=True)
     ranks, where = join(where, timedelta(days=7))  # who has fewer layers waits for who has more
     if not ranks.main:
         out = Output(quiet=True)
@@ -138,11 +138,12 @@ def command(
     run.remove()
 
 
-def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, compute: Any) -> None:
+def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, dtype: str) -> None:
     from hybridize.distillation.ranks import world_size
-    from hybridize.runtime import empty_hybrid, load_empty
+    from hybridize.runtime import empty_hybrid, load_empty, planned_dtype
     from hybridize.scoring.mmr import memory
 
+    compute = planned_dtype(dtype)
     found = memory(empty_hybrid(source), load_empty(origin.path, compute), mixer, settings, world_size(), compute)
     total = sum(found.values())
 

@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class WorkError(RuntimeError):
     """The work failed after it had started (exit 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
@@ -57,6 +57,11 @@ def pick_compute(device: str, dtype: str, training: bool = False) -> tuple[torch
     """Both of the above."""
     where = pick_device(device)
     return where, pick_dtype(dtype, where, training)
+
+
+def planned_dtype(name: str) -> torch.dtype:
+    """What a --dry-run reckons with: a GPU's run, wherever the planning is done."""
+    return torch.bfloat16 if name == "auto" else pick_dtype(name, torch.device("cpu"), training=True)
 
 
 def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -130,7 +135,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
-        raise InputError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} has no usable tokenizer: {first_line(error)}") from error
 
 
 def quiet_transformers() -> None:

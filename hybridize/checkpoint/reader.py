@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NOT_HASHED = ("transformers_version", "_name_or_path")
@@ -40,8 +40,7 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub raises its own, httpx's and OSError, all meaning: not to be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name} is no local directory, and the hub did not give it: {first}") from error
+        raise InputError(f"{name} is no local directory, and the hub did not give it: {first_line(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

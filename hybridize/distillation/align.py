@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.distillation.measure import hidden_states
+from hybridize.distillation.measure import autocast, hidden_states
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.step import Accumulator, Student, chosen
@@ -50,7 +50,7 @@ class Aligner(Accumulator):
         kept, total = part.keep.flatten(), torch.zeros((), device=part.ids.device)
         for layer in self.layers:
             given, wanted = heard.pop(layer)
-            with torch.autocast(given.device.type, self.student.dtype, enabled=self.student.dtype != torch.float32):
+            with autocast(given.device, self.student.dtype):
                 made = model.layers[layer].mixer(given, **told)[0]
             made, wanted = (chosen(t.float().flatten(0, 1), kept) for t in (made, wanted))
             size = wanted.square().sum(-1) + TINY * wanted.shape[-1]

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, first_line
 
 MASKS = ("assistant", "none")
 REMEMBERED = 50_000_000  # tokens, five bytes each: rows are checked before training, which then need not tokenise them again
@@ -79,7 +79,7 @@ class Encoder:
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # Jinja's own errors and the template's raise_exception
-            raise InputError(f"{where}: the chat template rejects it: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{where}: the chat template rejects it: {first_line(error)}") from error
         return self._plain(text)
 
     def _chat(self, messages: list[dict[str, str]], where: str) -> Document:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridize.distillation.pairs import named_numbers
-from hybridize.errors import InputError
+from hybridize.errors import InputError, first_line
 
 CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
 Terms = tuple[Tensor, Tensor]  # f and u, [n, V]
@@ -120,8 +120,7 @@ def _fused() -> Callable[..., Tensor]:
         except RuntimeError as error:
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException) and "C compiler" not in str(error):
                 raise  # Triton says of itself that it has no C compiler; all else is no matter of compiling
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"the loss could not be compiled and will be slow: {first}", stacklevel=2)
+            warnings.warn(f"the loss could not be compiled and will be slow: {first_line(error)}", stacklevel=2)
             chosen[0] = _replace
             return _replace(loss, student, teacher, labels, scale)
 

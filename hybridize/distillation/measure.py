@@ -33,12 +33,17 @@ def output_weight(model: Any) -> Tensor:
     return model.get_output_embeddings().weight
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in `dtype`; off for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Final hidden states [B, T, D], after the last norm, computed in `dtype`."""
-    device, told = batch.ids.device, {}
+    told = {}
     if batch.positions is not None and model.config._attn_implementation == attention.NAME:
         told["cu_seq_lens_q"] = batch.boundaries(batch.documents)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(batch.ids.device, dtype):
         out = model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **told)
     return out.last_hidden_state
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.distillation.pairs import named_numbers
-from hybridize.errors import InputError
+from hybridize.errors import InputError, first_line
 
 Row = dict[str, Any]
 
@@ -154,7 +154,7 @@ def _read_file(path: Path) -> Rows:
         try:
             return Rows(str(path), Dataset.from_parquet(str(path)), "row ")  # type: ignore[arg-type]
         except Exception as error:  # datasets wraps what pyarrow raises
-            raise InputError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
+            raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     if path.suffix != ".txt":
         return Rows(str(path), _Lines(path), "")
     try:
@@ -164,10 +164,6 @@ def _read_file(path: Path) -> Rows:
     return Rows(str(path), [{"text": text}] if text.strip() else [], "")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _read_hub(spec: str, flag: str) -> Rows:
     from datasets import load_dataset
 
@@ -175,7 +171,7 @@ def _read_hub(spec: str, flag: str) -> Rows:
     try:
         return Rows(spec, load_dataset(name, split=split or "train"), "row ")
     except Exception as error:  # datasets raises many kinds, all meaning: not to be had
-        raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {_first_line(error)}") from error
+        raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {first_line(error)}") from error
 
 
 def check_row(row: Any, where: str) -> None:

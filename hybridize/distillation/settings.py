@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +14,14 @@ from hybridize.surgery.select import parse_indices
 
 STAGES = ("distill", "align")
 UNDECISIVE = ("save_every", "save_minutes", "keep_last")  # what a resumed run may have otherwise than the run before it
+
+
+def check_positive(settings: Any, names: Iterable[str]) -> None:
+    """InputError that names the flag of the first that is given and not above zero."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,7 @@ class DistillSettings:
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "micro_batch_size", "seq_len", "tokens", "steps", "eval_windows", "keep_last")
-        positive = (*sizes, "lr_mixer", "lr", "clip")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
+        check_positive(self, (*sizes, "lr_mixer", "lr", "clip"))
         naturals = (
             "warmup_steps",
             "weight_decay",

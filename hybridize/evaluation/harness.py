@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, first_line
 
 # read, and what its last positions should predict -> log-probability, and whether each token was the most likely
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
@@ -92,14 +92,10 @@ def check_choices(manager: Any, settings: EvalSettings) -> None:
         with _hushed():
             tasks = manager.load(list(settings.tasks))["tasks"]
     except Exception as error:
-        raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {_first_line(error)}") from error
+        raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {first_line(error)}") from error
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
             raise InputError(f"task {name} is of kind {task.OUTPUT_TYPE}; layers can be scored by tasks of choices only")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def evaluate(
@@ -132,7 +128,7 @@ def evaluate(
         except (KeyboardInterrupt, MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
-            raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {_first_line(error)}") from error
+            raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {first_line(error)}") from error
     if found is None:
         raise WorkError("lm-eval gave no results")
     return found

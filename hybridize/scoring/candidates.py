@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hybridize.distillation import attention
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import hidden_states, output_weight
+from hybridize.distillation.measure import autocast, hidden_states, output_weight
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import layer_bytes
@@ -25,11 +25,10 @@ from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import chosen
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
+from hybridize.scoring.interface import Progress
 
 SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
 CPU_BYTES = 4 << 30  # activations of a group on a CPU; on a GPU 70% of what weights, moments and logits leave
-
-Progress = Callable[[int, int], None]  # told how many of how many steps are done
 
 
 def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, values: dict[str, Tensor]) -> nn.Module:
@@ -139,27 +138,24 @@ class Candidates:
         update(self.optimizer, rate)
         self.optimizer.zero_grad()
 
-    def _autocast(self) -> Any:
-        device = output_weight(self.student).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
-
     def _told(self, batch: Batch, times: int, hidden: Tensor) -> dict[str, dict[str, Any]]:
         """What layers are told of the batch, `times` over."""
+        more: dict[str, Any] = {}
         if batch.positions is None:
             at = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            told = self.student.model.layer_inputs(hidden, None, at, packed=False)
-            return {kind: {**given, "position_ids": at} for kind, given in told.items()}
-        at, more = batch.positions.repeat(times, 1), dict[str, Any]()
-        if self.student.config._attn_implementation == attention.NAME:
-            several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.keep)
-            more["cu_seq_lens_q"] = several.boundaries(batch.documents)
+            more["packed"] = False
+        else:
+            at = batch.positions.repeat(times, 1)
+            if self.student.config._attn_implementation == attention.NAME:
+                several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.keep)
+                more["cu_seq_lens_q"] = several.boundaries(batch.documents)
         told = self.student.model.layer_inputs(hidden, None, at, **more)
         return {kind: {**given, "position_ids": at} for kind, given in told.items()}
 
     @torch.no_grad()
     def _untouched(self, batch: Batch) -> dict[int, Tensor]:
         """What each candidate's layer hears [B, T, D]: the student's own hidden states below it."""
-        with self._autocast():
+        with autocast(batch.ids.device, self.dtype):
             hidden = self.student.model.embed_tokens(batch.ids)
             told, heard = self._told(batch, 1, hidden), {}
             for index, layer in enumerate(self.student.model.layers[: self.layers[-1] + 1]):
@@ -172,7 +168,7 @@ class Candidates:
         """Final hidden states [B, T, D] of each candidate of a group, which enter one by one as the layers go up."""
         model, begun = self.student.model, []
         hidden: Tensor | None = None
-        with self._autocast():
+        with autocast(batch.ids.device, self.dtype):
             told: dict[str, dict[str, Any]] = {}
             for index in range(group[0], len(model.layers)):
                 if hidden is not None:

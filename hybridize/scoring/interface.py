@@ -1,10 +1,13 @@
-"""What every scorer shares: which layers there are to score."""
+"""What every scorer shares: which layers there are to score, and how it tells how far it is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hybridize.modeling import MIXER_LAYER
+
+Progress = Callable[[int, int], None]  # told how many of how many steps or texts are done
 
 
 def attention_layers(model: Any) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from hybridize.checkpoint.scores import LayerScore
 from hybridize.distillation.losses import divergence
-from hybridize.distillation.measure import hidden_states, token_logits
+from hybridize.distillation.measure import CHUNK_TOKENS, autocast, hidden_states, token_logits
 from hybridize.distillation.packing import Batch
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins
 from hybridize.modeling import HybridForCausalLM
 from hybridize.scoring.belief import scored
-from hybridize.scoring.interface import attention_layers
+from hybridize.scoring.interface import Progress, attention_layers
 from hybridize.scoring.sweep import Instead, Node, portions, sweep, tree
 
 METRICS = ("accuracy", "margin", "kl")
@@ -31,12 +31,10 @@ ABLATIONS: dict[str, Instead] = {
     "block": lambda _, layer, hidden, told: hidden,
     "mixer": lambda _, layer, hidden, told: hidden + layer.mlp(layer.post_attention_layernorm(hidden)),
 }
-LOGIT_BYTES = 256 << 20  # float32 logits at once
 STATE_BYTES = 1 << 30  # hidden states of all variants at once on a CPU; a GPU spends a quarter of what it has left
 
 Request = tuple[Sequence[int], Sequence[int]]  # what the model reads, and what its last positions should predict
 Answer = tuple[float, bool]  # log-probability of that, and whether each token was the most likely one
-Progress = Callable[[int, int], None]  # told how many of how many texts are done
 
 
 @dataclass(frozen=True)
@@ -194,10 +192,10 @@ def kl_changes(
     sums, tokens = [], []
     for number, batch in enumerate(batches, start=1):
         node, kept = Node(batch.ids, positions=batch.positions), batch.keep.flatten()
-        with torch.autocast(batch.ids.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(batch.ids.device, dtype):
             states = sweep(model, [node], layers, instead, kinds)[node].flatten(1, 2)[:, kept]
         theirs = states[0] if teacher is None else hidden_states(teacher, batch, dtype).flatten(0, 1)[kept]
-        sums.append(torch.stack([_forward_kl(model, ours, teacher or model, theirs, dtype) for ours in states]))
+        sums.append(_forward_kls(model, states, teacher or model, theirs, dtype))
         tokens.append(states.shape[1])
         progress(number, len(batches))
     found = torch.stack(sums)
@@ -205,11 +203,13 @@ def kl_changes(
     return _finite(scored(layers, [(changes, torch.tensor(tokens, dtype=torch.float64))]))
 
 
-def _forward_kl(model: Any, ours: Tensor, teacher: Any, theirs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over tokens, float64 on the CPU; ours, theirs [n, D]."""
-    total = torch.zeros((), dtype=torch.float64)
-    rows = max(1, LOGIT_BYTES // (8 * model.lm_head.weight.shape[0]))
-    for q, p in zip(ours.split(rows), theirs.split(rows), strict=True):
-        logs = (F.log_softmax(token_logits(m, h, dtype), -1) for m, h in ((model, q), (teacher, p)))
-        total += divergence("forward-kl", *logs).double().sum().cpu()
-    return total
+def _forward_kls(model: Any, variants: Tensor, teacher: Any, theirs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over tokens [V], float64 on the CPU; variants [V, n, D], theirs [n, D]."""
+    total = torch.zeros(len(variants), dtype=torch.float64, device=theirs.device)
+    for begin in range(0, len(theirs), CHUNK_TOKENS):
+        part = slice(begin, begin + CHUNK_TOKENS)
+        log_p = F.log_softmax(token_logits(teacher, theirs[part], dtype), -1)
+        for number, ours in enumerate(variants):
+            log_q = F.log_softmax(token_logits(model, ours[part], dtype), -1)
+            total[number] += divergence("forward-kl", log_q, log_p).double().sum()
+    return total.cpu()

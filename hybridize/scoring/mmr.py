@@ -22,12 +22,13 @@ from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import layer_bytes
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.schedule import factor
-from hybridize.distillation.settings import DistillSettings
+from hybridize.distillation.settings import DistillSettings, check_positive
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
 from hybridize.scoring.belief import scored
-from hybridize.scoring.candidates import Candidates, Progress, converted, narrow, train, write_tensors
+from hybridize.scoring.candidates import Candidates, converted, narrow, train, write_tensors
+from hybridize.scoring.interface import Progress, attention_layers
 
 TRAINED = ("mixers", "all")
 LAST = 10  # steps whose mean loss is the score
@@ -49,9 +50,7 @@ class MmrSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "lr_mixer", "repeats"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be positive")
+        check_positive(self, ("steps", "batch_size", "seq_len", "lr_mixer", "repeats"))
         if self.train not in TRAINED:
             raise InputError(f"--train {self.train} is unknown; use {' or '.join(TRAINED)}")
 
@@ -159,7 +158,7 @@ def memory(
     """Bytes by part on the rank with most candidates, all of them side by side; models may be without storage."""
     config, tokens = student.config, settings.batch_size * settings.seq_len
     kinds, before = list(config.layer_types), config.mixer
-    layers = [index for index, kind in enumerate(kinds) if kind != MIXER_LAYER]
+    layers = attention_layers(student)
     mine = share_of(layers, 0, ranks)
     sizes = [layer_bytes(config, kind) for kind in kinds]
     with torch.device("meta"):

@@ -20,12 +20,13 @@ from hybridize.distillation.losses import Loss
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.schedule import factor
-from hybridize.distillation.settings import DistillSettings
+from hybridize.distillation.settings import DistillSettings, check_positive
 from hybridize.distillation.step import Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
 from hybridize.scoring.candidates import converted
-from hybridize.scoring.loo import Progress, kl_changes
+from hybridize.scoring.interface import Progress
+from hybridize.scoring.loo import kl_changes
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class RestoreSettings:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
-        for name in ("batch_size", "seq_len", "lr_mixer"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be positive")
+        check_positive(self, ("batch_size", "seq_len", "lr_mixer"))
 
     def as_distill(self) -> DistillSettings:
         """The alignment in the trainer's terms."""
