@@ -1,11 +1,12 @@
-"""Which mixer, calibrated how: SmolLM2-135M, the same 15 of 30 layers, the same tokens, one line of JSON a run.
+"""Which mixer, calibrated how, in which layers: 15 of SmolLM2-135M's 30, the same tokens, one line of JSON a run.
 
 python docs/experiments/mixers.py TEACHER TRACES HELDOUT.txt GENERAL.txt MASKED.jsonl OUT --runs mamba:plain mamba2:all ...
 
 A run is KIND:PARTS, PARTS being plain, all, or some of z+conv+decay+scale+out; @NAME=VALUE,... after it sets constants of
 hybridize.surgery.calibrate, @name=value settings of the distillation (lr_mixer, lr), @align=SHARE spends that share of the
-tokens on --stage align first. The protocol is that of smollm2.sh; all runs share one process, because the Mamba-2 kernels spend
-100 seconds on tuning themselves when they are first used.
+tokens on --stage align first. Every run is made with every choice of layers, NAME=INDICES or NAME=SCORES.json. The protocol is
+that of smollm2.sh; all runs share one process, because the Mamba-2 kernels spend 100 seconds on tuning themselves when they are
+first used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import shutil
 import time
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.checkpoint.scores import read_scores
 from hybridize.distillation.distill import Corpus, distill, open_corpus
 from hybridize.distillation.encode import Encoder
 from hybridize.distillation.measure import fidelity
@@ -31,9 +34,9 @@ from hybridize.distillation.settings import DistillSettings
 from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers
 from hybridize.surgery import calibrate as constants
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
+from hybridize.surgery.select import lowest, parse_indices
 from hybridize.surgery.teacher import read_teacher
 
-LAYERS = [3, 4, 5, 6, 7, 8, 9, 10, 12, 22, 25, 26, 27, 28, 29]
 TEMPLATE = Path(__file__).with_name("chatml.jinja")
 
 
@@ -42,6 +45,8 @@ def main() -> None:
     for name in ("teacher", "traces", "heldout", "general", "masked", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--layers", nargs="+", default=["kl-mixer=3-10,12,22,25-29"])
+    parser.add_argument("--count", type=int, default=15, help="Layers taken of a score file.")
     parser.add_argument("--tokens", type=int, default=8_000_000, help="0: measure the starts, train nothing.")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -82,17 +87,20 @@ def main() -> None:
         found = {name: vars(fidelity(student, teacher, text, dtype)) for name, text in texts.items()}
         return {name: {key: round(value, 5) for key, value in figures.items()} for name, figures in found.items()}
 
-    for run in args.runs:
-        record = {"run": run, "tokens": args.tokens, "seed": args.seed}
-        record |= one(run, args, source, corpus, settings, windows, device, dtype, measure)
+    for run, choice in itertools.product(args.runs, args.layers):
+        name, _, where = choice.partition("=")
+        scored = where.endswith(".json")
+        layers = lowest(read_teacher(source), read_scores(Path(where)), args.count) if scored else parse_indices(where)
+        record = {"run": run, "choice": name, "layers": layers, "tokens": args.tokens, "seed": args.seed}
+        record |= one(run, name, layers, args, source, corpus, settings, windows, device, dtype, measure)
         print(json.dumps(record), flush=True)
         with (args.out / "mixers.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def one(
-    run: str, args: Any, source: CheckpointReader, corpus: Corpus, settings: DistillSettings, windows: torch.Tensor,
-    device: torch.device, dtype: torch.dtype, measure: Any,
+    run: str, choice: str, layers: list[int], args: Any, source: CheckpointReader, corpus: Corpus, settings: DistillSettings,
+    windows: torch.Tensor, device: torch.device, dtype: torch.dtype, measure: Any,
 ) -> dict[str, Any]:  # fmt: skip
     what, _, changes = run.partition("@")
     kind, _, parts = what.partition(":")
@@ -105,12 +113,13 @@ def one(
     before = {name: getattr(constants, name) for name in changed}
     vars(constants).update(changed)
     name = run.replace(":", "-").replace("+", ".").replace("@", "_").replace("=", "").replace(",", "_")
+    name = f"{name}-{choice}"
     start, end = args.out / name, args.out / f"{name}-kd"
     fit = Calibration(windows, chosen, device, args.traces.name) if chosen else None
     began = time.perf_counter()
     replace(
-        source, str(args.teacher), plan(read_teacher(source), LAYERS, MixerSettings(kind)), start, donor=source,
-        init_from="checkpoint", seed=args.seed, overwrite=True, settings={"layers": LAYERS}, calibration=fit,
+        source, str(args.teacher), plan(read_teacher(source), layers, MixerSettings(kind)), start, donor=source,
+        init_from="checkpoint", seed=args.seed, overwrite=True, settings={"layers": layers}, calibration=fit,
     )  # fmt: skip
     vars(constants).update(before)
     replaced = time.perf_counter()
