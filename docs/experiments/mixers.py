@@ -62,6 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
+    torch._dynamo.config.recompile_limit = 1000  # every run's student brings its own graphs
     device, dtype = pick_compute("auto", "auto", training=True)
     tokenizer, template = load_tokenizer(args.teacher), TEMPLATE.read_text()
     encoders = {mask: Encoder(tokenizer, mask, template) for mask in ("none", "assistant")}
