@@ -61,6 +61,11 @@ def open_tasks(settings: EvalSettings) -> Any:
     """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones."""
     quiet_lm_eval()
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import env
+
+    # lm-eval compiles a task's templates anew for every document, which takes longer than a small model's answers
+    if "from_string" not in vars(env):
+        env.from_string = functools.cache(env.from_string)
 
     unknown: list[str] = list(settings.tasks)
     for defaults in (False, True):  # lm-eval's own thousands of tasks take seconds to index: only when they are needed

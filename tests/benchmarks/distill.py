@@ -211,6 +211,8 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     if args.compiled:
         compile_layers(student)
         compile_layers(teacher)
+    for parameter in student.parameters():  # before any graph adds to them
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batch = random_batch(args.micro, args.length, config.vocab_size, args.documents, device)
     hidden = torch.randn(args.micro, args.length, config.hidden_size, device=device)
     at = torch.arange(args.length, device=device).unsqueeze(0) if batch.positions is None else batch.positions
@@ -265,9 +267,6 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
 
     add("teacher, forward", of_teacher, per_step)
     add("loss", of_loss, per_step)
-    for parameter in student.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-
     def of_optimizer() -> None:
         stepped(student, optimizer, keep=True)
 
