@@ -6,12 +6,12 @@ from .configuration_hybridize import MIXER_KEYS, MIXER_LAYER, HybridConfig
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .mixer import FLOAT32, Mixer, initial, inverse_softplus
-from .modeling_hybridize import LLAMA_SHAPED, MIXERS, HybridForCausalLM, HybridModel, converted_layer, new_cache
+from .modeling_hybridize import FAMILIES, MIXERS, HybridForCausalLM, HybridModel, converted_layer, new_cache
 from .scan import causal_conv, engine_for, kernels_missing
 from .ssd import gated_norm, ssd_scan
 
 __all__ = [
-    "FLOAT32", "LLAMA_SHAPED", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM", "HybridModel",
+    "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM", "HybridModel",
     "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "converted_layer", "engine_for", "gated_norm", "initial",
     "inverse_softplus", "kernels_missing", "new_cache", "ssd_scan",
 ]  # fmt: skip

@@ -11,6 +11,9 @@ MIXER_KEYS = {  # what the config's `mixer` has beside `kind`
     "mamba": ("d_inner", "d_state", "d_conv", "dt_rank", "expand"),
     "mamba2": ("d_inner", "d_state", "d_conv"),
 }
+# what it has beside where the teacher's attention has it: biases of in_proj and out_proj, RMSNorm of B and C as
+# {over: head|all, offset: what is added to the weight}
+CARRIED_KEYS = ("in_bias", "out_bias", "norm_bc")
 
 
 class HybridConfig(PreTrainedConfig):
@@ -44,7 +47,8 @@ class HybridConfig(PreTrainedConfig):
                 setattr(self, key, value)
         count = self.num_hidden_layers
         windowed = getattr(self, "sliding_window", None) is not None
-        self.layer_types = list(kinds or ["sliding_attention" if windowed else "full_attention"] * count)
+        every = ["sliding_attention" if windowed else "full_attention"] * count
+        self.layer_types = list(kinds or getattr(family, "layer_types", None) or every)
         self.base_model_type, self.mixer = base_model_type, mixer
         self._check_layout()
 

@@ -32,13 +32,14 @@ class MambaMixer(Mixer):
         if shape["expand"] not in ("head", "chunk") or self.inner % self.kv or head % self.d_state:
             raise ValueError(f"mixer {shape} does not fit {config.num_key_value_heads} key/value heads of {head}")
         rows = 2 * self.inner + 2 * self.kv + self.rank
-        self.in_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, rows, bias=shape.get("in_bias", False))
         self.conv1d = nn.Conv1d(self.inner, self.inner, self.d_conv, groups=self.inner, bias=True)
         self.dt_proj = nn.Linear(self.rank, self.inner, bias=False)
         self.dt_bias = nn.Parameter(torch.zeros(self.inner, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.zeros(self.inner, self.d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(self.inner, dtype=torch.float32))
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=shape.get("out_bias", False))
+        self._add_norms(shape, head, self.kv, self.inner, config.rms_norm_eps)
         self.reset_parameters()
 
     def forward(
@@ -56,7 +57,7 @@ class MambaMixer(Mixer):
         """
         sizes = [self.inner, self.kv, self.kv, self.inner, self.rank]
         z, x, B, C, dt = self.in_proj(hidden_states).split(sizes, dim=-1)
-        dt = self.dt_proj(dt)
+        dt, B, C = self.dt_proj(dt), self.B_norm(B), self.C_norm(C)
         x, state = self._convolve(self._expand(x), attention_mask, past_key_values, seq_idx)
         groups = (2, (-1, self.d_state))
         y, last = selective_scan(

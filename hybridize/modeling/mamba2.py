@@ -39,13 +39,15 @@ class Mamba2Mixer(Mixer):
         if self.inner % self.head:
             raise ValueError(f"mixer {shape}: d_inner must be a multiple of d_state")
         self.heads = self.inner // self.head
-        self.in_proj = nn.Linear(config.hidden_size, 4 * self.inner + self.heads, bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, 4 * self.inner + self.heads, bias=shape.get("in_bias", False))
         self.conv1d = nn.Conv1d(3 * self.inner, 3 * self.inner, shape["d_conv"], groups=3 * self.inner, bias=True)
         self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(self.heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(self.inner, self.head, config.rms_norm_eps)
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=shape.get("out_bias", False))
+        self.normed = "norm_bc" in shape
+        self._add_norms(shape, self.head, self.inner, self.inner, config.rms_norm_eps)
         self.reset_parameters()
 
     def forward(
@@ -58,6 +60,9 @@ class Mamba2Mixer(Mixer):
     ) -> tuple[Tensor, None]:
         """Arguments and result as MambaMixer.forward."""
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, 3 * self.inner, self.heads], dim=-1)
+        if self.normed:
+            x, B, C = xBC.split(self.inner, dim=-1)
+            xBC = torch.cat([x, self.B_norm(B), self.C_norm(C)], -1)
         xBC, state = self._convolve(xBC, attention_mask, past_key_values, seq_idx)
         x, B, C = (t.unflatten(-1, (-1, self.head)) for t in xBC.split(self.inner, dim=-1))
         y, last = ssd_scan(

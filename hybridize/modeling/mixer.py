@@ -27,8 +27,10 @@ def initial(name: str, shape: tuple[int, ...], fan_in: int | None = None, genera
         if len(shape) == 1:
             return torch.empty(shape).uniform_(1, 16, generator=generator).log()
         return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().repeat(shape[0], 1)
-    if name in ("D", "norm.weight"):
+    if name in ("D", "norm.weight", "B_norm.weight", "C_norm.weight"):
         return torch.ones(shape)
+    if name in ("in_proj.bias", "out_proj.bias"):
+        return torch.zeros(shape)
     if name == "dt_bias":
         return inverse_softplus(torch.empty(shape).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp())
     bound = (fan_in or shape[-1]) ** -0.5
@@ -40,11 +42,32 @@ def inverse_softplus(step: Tensor) -> Tensor:
     return step + torch.log(-torch.expm1(-step))
 
 
+class VectorNorm(nn.Module):
+    """RMSNorm of B or C as the teacher's attention has of keys or queries: over each head, or over all of them together."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight, self.eps, self.offset = nn.Parameter(torch.full((size,), 1.0 - offset)), eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n * size] -> the same, each run of `size` channels by itself."""
+        runs = x.float().unflatten(-1, (-1, self.weight.shape[0]))
+        runs = runs * torch.rsqrt(runs.square().mean(-1, keepdim=True) + self.eps)
+        return (runs * (self.offset + self.weight.float())).flatten(-2).to(x.dtype)
+
+
 class Mixer(nn.Module):
     """Base of all mixers. A subclass has `in_proj`, `conv1d`, `out_proj`, and the parameters named in FLOAT32."""
 
     layer_idx: int
     conv1d: nn.Conv1d
+
+    def _add_norms(self, shape: dict[str, Any], head: int, keys: int, queries: int, eps: float) -> None:
+        """B_norm and C_norm where the config has `norm_bc`, else nothing; keys, queries: channels of B and C."""
+        given = shape.get("norm_bc")
+        sizes = (head, head) if given and given["over"] == "head" else (keys, queries)
+        made = [VectorNorm(size, eps, given["offset"]) if given else nn.Identity() for size in sizes]
+        self.B_norm, self.C_norm = made
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -54,7 +77,9 @@ class Mixer(nn.Module):
                 if parameter.is_meta:
                     continue
                 fan_in = self.conv1d.kernel_size[0] if name == "conv1d.bias" else None
-                parameter.copy_(initial(name, tuple(parameter.shape), fan_in))
+                value = initial(name, tuple(parameter.shape), fan_in)
+                offset = getattr(getattr(self, name.split(".")[0]), "offset", 0.0)
+                parameter.copy_(value - offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mixer:
         """Moves with the module, but never changes the type of A_log, D and dt bias: bf16 loses small steps and decays."""

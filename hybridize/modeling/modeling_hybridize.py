@@ -1,4 +1,4 @@
-"""The hybrid causal LM: a Llama-shaped teacher's own layers, some with a mixer in place of attention.
+"""The hybrid causal LM: a teacher's own layers, some with a mixer in place of attention.
 
 The backbone's forward is ours, because mixers need what attention layers never see: the 2-D padding mask, the packing
 boundaries, and a position count that does not come from a key/value cache. Knows nothing of training or files.
@@ -7,6 +7,7 @@ boundaries, and a position count that does not come from a key/value cache. Know
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -23,7 +24,8 @@ from .mamba2 import Mamba2Mixer
 from .mixer import FLOAT32, Mixer
 
 MIXERS: dict[str, type[Mixer]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
-LLAMA_SHAPED = ("llama", "mistral")  # families whose backbone is embed -> layers -> norm, with nothing in between
+# families whose backbone is embedding, layers, norm, with nothing in between that this file does not do
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
 
 
 @functools.cache
@@ -72,16 +74,30 @@ class HybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = frozenset(FLOAT32)
-    _supports_sdpa = True
-    _supports_flash_attn = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, so generation must not crop the cache
     _can_compile_fullgraph = False
     _skip_keys_device_placement = "past_key_values"
 
+    @property
+    def _family(self) -> type[PreTrainedModel]:
+        return MODEL_MAPPING[CONFIG_MAPPING[self.config.base_model_type]]  # type: ignore[no-any-return]
+
+    @property
+    def _supports_sdpa(self) -> bool:  # type: ignore[override]
+        return self._family._supports_sdpa
+
+    @property
+    def _supports_flash_attn(self) -> bool:  # type: ignore[override]
+        return self._family._supports_flash_attn
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        # by the family's own rule, which also fills buffers that no checkpoint holds; it wants an instance of its class
+        family = self._family.__new__(self._family)
+        nn.Module.__init__(family)
+        family.config = self.config
+        family._init_weights(module)
         if isinstance(module, Mixer):
             module.reset_parameters()
 
@@ -92,11 +108,17 @@ class HybridModel(HybridPreTrainedModel):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         family = config.base_model_type
-        if family not in LLAMA_SHAPED:
-            raise ValueError(f"base_model_type {family!r} is not supported; these are: {', '.join(LLAMA_SHAPED)}")
-        # The family's parts are built on our config, which has all of its keys, so that one attention setting rules all.
-        teacher = MODEL_MAPPING[CONFIG_MAPPING[family]](config)
+        if family not in FAMILIES:
+            raise ValueError(f"base_model_type {family!r} is not supported; these are: {', '.join(FAMILIES)}")
+        # The family's parts are built on our config, which has all of its keys, so that one attention setting rules all; they
+        # are not told of mixers, which no family's rotary tables know.
+        kinds = config.layer_types
+        config.layer_types = ["full_attention" if kind == MIXER_LAYER else kind for kind in kinds]
+        teacher = self._family(config)
+        config.layer_types = kinds
         self.embed_tokens, self.norm, self.rotary_emb = teacher.embed_tokens, teacher.norm, teacher.rotary_emb
+        self.rotary_by_kind = "layer_type" in inspect.signature(type(self.rotary_emb).forward).parameters
+        self.embedding_multiplier = getattr(config, "embedding_multiplier", 1.0)
         self.layers = teacher.layers
         for index in config.mixer_layers:
             self.layers[index] = converted_layer(type(self.layers[index]), config, index)
@@ -123,7 +145,7 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embed(input_ids) if input_ids is not None else self._scaled(inputs_embeds)
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not checkpointing:
@@ -150,6 +172,13 @@ class HybridModel(HybridPreTrainedModel):
             hidden_states=(*trail[:-1], hidden) if output_hidden_states else None,
         )
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids [B, T] to what the first layer hears [B, T, D]."""
+        return self._scaled(self.embed_tokens(input_ids))
+
+    def _scaled(self, embeds: Tensor) -> Tensor:
+        return embeds if self.embedding_multiplier == 1 else embeds * self.embedding_multiplier
+
     def layer_inputs(
         self,
         hidden: Tensor,
@@ -166,7 +195,8 @@ class HybridModel(HybridPreTrainedModel):
         become one.
         """
         length = hidden.shape[1]
-        rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        rotary = functools.partial(self.rotary_emb, hidden, position_ids=position_ids)
+        shared_rotary = None if self.rotary_by_kind else rotary()
         masks = attention_mask if isinstance(attention_mask, dict) else {}
         plain = None if isinstance(attention_mask, dict) else attention_mask
         packed = packed and attention_mask is None and past_key_values is None
@@ -175,13 +205,15 @@ class HybridModel(HybridPreTrainedModel):
         for kind in {*self.config.layer_types, *kinds, MIXER_LAYER}:
             if kind == MIXER_LAYER:
                 mask = masks.get(kind) if masks else padding_mask(plain, length)
-                extra[kind] = {"attention_mask": None if mask is None else mask.bool(), "seq_idx": seq_idx}
+                mask = None if mask is None else mask.bool()
+                extra[kind] = {"attention_mask": mask, "seq_idx": seq_idx, "position_embeddings": None}
                 continue
             make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
             shared = {"past_key_values": past_key_values, "position_ids": position_ids}
             made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
-            extra[kind] = {"attention_mask": made, **kwargs}
-        return {kind: {"position_embeddings": rotary, **rest} for kind, rest in extra.items()}
+            turned = rotary(layer_type=kind) if shared_rotary is None else shared_rotary
+            extra[kind] = {"attention_mask": made, "position_embeddings": turned, **kwargs}
+        return extra
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
@@ -214,13 +246,20 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep]
-        logits = self.lm_head(hidden)
+        logits = self.logits(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., D] to logits [..., V], by the family's own scale and soft cap."""
+        logits, scaling = self.lm_head(hidden), getattr(self.config, "logits_scaling", 1.0)
+        logits = logits if scaling == 1 else logits / scaling
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         given = model_kwargs.get("past_key_values")

@@ -1,7 +1,8 @@
 """Surgery as data: each tensor of a new mixer is a list of row blocks, copied from a teacher tensor or drawn by a rule.
 
-The mapping is Mamba-in-Llama's (2408.15237, section 3): v -> x, k -> B, q -> C, o -> out_proj. RoPE and the softmax have no
-counterpart in a mixer and end here; the attention scale is head_dim^-1/2 in every supported family and needs no folding.
+The mapping is Mamba-in-Llama's (2408.15237, section 3): v -> x, k -> B, q -> C, o -> out_proj, their biases with them, and the
+normalisation of keys and queries as that of B and C. An attention scale other than head_dim^-1/2 is folded into C. RoPE,
+windows, the softmax and its soft cap have no counterpart in a mixer and end here.
 """
 
 from __future__ import annotations
@@ -22,13 +23,36 @@ DEFAULT_MIXER = "mamba2"
 
 
 @dataclass(frozen=True)
+class Source:
+    """Rows of a teacher's tensor, all of them or `rows` from `begin` on; times `scale`, as a norm's weight beside `offset`."""
+
+    name: str
+    begin: int = 0
+    rows: int | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def read(self, tensor: Callable[[str], Tensor]) -> Tensor:
+        found = tensor(self.name)
+        if self.rows is not None:
+            found = found[self.begin : self.begin + self.rows]
+        if self.scale == 1:
+            return found
+        return ((found.float() + self.offset) * self.scale - self.offset).to(found.dtype)
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f"[{self.begin}:{self.begin + self.rows}]"
+        return f"{self.name}{rows}" + ("" if self.scale == 1 else f" * {self.scale:g}")
+
+
+@dataclass(frozen=True)
 class Rows:
-    """`count` rows: those of tensor `source` (whole; or, where `head` is given, each `head` of them as often in a row as
-    gives `count`), or drawn by the mixer's rule when there is no source."""
+    """`count` rows: those of `source` (whole; or, where `head` is given, each `head` of them as often in a row as gives
+    `count`), or drawn by the mixer's rule when there is no source."""
 
     label: str
     count: int
-    source: str | None = None
+    source: Source | None = None
     head: int | None = None
 
 
@@ -50,7 +74,7 @@ class Target:
         begin, blocks = 0, []
         for part in self.parts:
             rows = f"{begin}:{begin + part.count}"
-            spread = f", each {part.head} rows repeated to {part.count}" if part.head else f"[0:{part.count}]"
+            spread = f", each {part.head} rows repeated to {part.count}" if part.head else ""
             origin = f"{part.source}{spread}" if part.source else f"init({self.seed_name(part)})"
             blocks.append(f"{part.label}[{rows}] = {origin}")
             begin += part.count
@@ -69,6 +93,12 @@ def mixer_shape(teacher: Teacher, kind: str, asked: Mapping[str, Any]) -> dict[s
         if key not in MIXER_KEYS[kind]:
             raise InputError(f"--{key.replace('_', '-')} has no use with --mixer {kind}")
     shape: dict[str, Any] = {"kind": kind, "d_inner": teacher.inner, "d_conv": 4} | dict(asked)
+    if any(name.endswith(".bias") and not name.startswith("o_proj") for name in teacher.tensors):
+        shape["in_bias"] = True
+    if "o_proj.bias" in teacher.tensors:
+        shape["out_bias"] = True
+    if teacher.norm_bc is not None:
+        shape["norm_bc"] = teacher.norm_bc
     if not 2 <= shape["d_conv"] <= 4:
         raise InputError(f"--d-conv {shape['d_conv']} is outside 2..4, which the kernels support")
     if kind == "mamba2":
@@ -86,41 +116,63 @@ def mixer_shape(teacher: Teacher, kind: str, asked: Mapping[str, Any]) -> dict[s
     return shape
 
 
+def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", scale: float = 1.0) -> Source | None:
+    """Where the rows of `part`, one of q k v o, are in the teacher; None where it has no such tensor (a bias)."""
+    base = f"model.layers.{layer}.self_attn."
+    if f"{part}_proj.{what}" in teacher.tensors:
+        return Source(f"{base}{part}_proj.{what}", scale=scale)
+    if f"qkv_proj.{what}" not in teacher.tensors or part == "o":
+        return None
+    begin = {"q": 0, "k": teacher.inner, "v": teacher.inner + teacher.kv}[part]
+    return Source(f"{base}qkv_proj.{what}", begin, teacher.inner if part == "q" else teacher.kv, scale)
+
+
 def plan_layer(teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
     """Every tensor of layer `layer`'s mixer, in the order they are written."""
-    attention, base = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mixer"
-    q, k, v, o = (f"{attention}.{name}_proj.weight" for name in "qkvo")
-    inner, kv, taps = mixer["d_inner"], teacher.kv, mixer["d_conv"]
-    out = Target(f"{base}.out_proj.weight", (teacher.hidden, inner), (Rows("o", teacher.hidden, o),))
-    whole = (Rows("all", inner),)
-    if mixer["kind"] == "mamba2":
-        heads, head = teacher.heads, teacher.head_dim
-        inputs = (
-            Rows("z", inner), Rows("x", inner, v, head), Rows("B", inner, k, head), Rows("C", inner, q), Rows("dt", heads),
-        )  # fmt: skip
-        each, channels = (Rows("all", heads),), (Rows("all", 3 * inner),)
-        return [
-            Target(f"{base}.A_log", (heads,), each),
-            Target(f"{base}.D", (heads,), each),
-            Target(f"{base}.conv1d.bias", (3 * inner,), channels, fan_in=taps),
-            Target(f"{base}.conv1d.weight", (3 * inner, 1, taps), channels),
-            Target(f"{base}.dt_bias", (heads,), each),
-            Target(f"{base}.in_proj.weight", (sum(part.count for part in inputs), teacher.hidden), inputs),
-            Target(f"{base}.norm.weight", (inner,), whole),
-            out,
-        ]
-    rank, states = mixer["dt_rank"], mixer["d_state"]
-    inputs = (Rows("z", inner), Rows("x", kv, v), Rows("B", kv, k), Rows("C", inner, q), Rows("dt", rank))
-    return [
-        Target(f"{base}.A_log", (inner, states), whole),
-        Target(f"{base}.D", (inner,), whole),
-        Target(f"{base}.conv1d.bias", (inner,), whole, fan_in=taps),
-        Target(f"{base}.conv1d.weight", (inner, 1, taps), whole),
-        Target(f"{base}.dt_bias", (inner,), whole),
-        Target(f"{base}.dt_proj.weight", (inner, rank), whole),
-        Target(f"{base}.in_proj.weight", (sum(part.count for part in inputs), teacher.hidden), inputs),
-        out,
+    base, scaled = f"model.layers.{layer}.mixer", teacher.norm_bc is None
+    inner, kv, taps, head = mixer["d_inner"], teacher.kv, mixer["d_conv"], teacher.head_dim
+    expanded = mixer["kind"] == "mamba2"  # keys and values stand once for every query head
+
+    def inputs(what: str) -> tuple[Rows, ...]:
+        """The rows of in_proj, those of the weight or of the bias."""
+        of = {part: source_of(teacher, layer, part, what, teacher.scale if part == "q" and scaled else 1.0) for part in "qkv"}
+        keys = (inner, head) if expanded else (kv, None)
+        x, B = (Rows(label, keys[0], of[part], keys[1] if of[part] else None) for label, part in (("x", "v"), ("B", "k")))
+        dt = Rows("dt", teacher.heads if expanded else mixer["dt_rank"])
+        return Rows("z", inner), x, B, Rows("C", inner, of["q"]), dt
+
+    rows = sum(part.count for part in inputs("weight"))
+    whole, channels = (Rows("all", inner),), 3 * inner if expanded else inner
+    targets = [
+        Target(f"{base}.conv1d.bias", (channels,), (Rows("all", channels),), fan_in=taps),
+        Target(f"{base}.conv1d.weight", (channels, 1, taps), (Rows("all", channels),)),
+        Target(f"{base}.in_proj.weight", (rows, teacher.hidden), inputs("weight")),
+        Target(
+            f"{base}.out_proj.weight", (teacher.hidden, inner), (Rows("o", teacher.hidden, source_of(teacher, layer, "o")),)
+        ),
     ]
+    if mixer.get("in_bias"):
+        targets.append(Target(f"{base}.in_proj.bias", (rows,), inputs("bias")))
+    if mixer.get("out_bias"):
+        o = Rows("o", teacher.hidden, source_of(teacher, layer, "o", "bias"))
+        targets.append(Target(f"{base}.out_proj.bias", (teacher.hidden,), (o,)))
+    if teacher.norm_bc is not None:
+        attention, offset = f"model.layers.{layer}.self_attn.", teacher.norm_bc["offset"]
+        repeated = teacher.norm_bc["over"] == "all" and expanded
+        k = Rows("k", inner if repeated else teacher.tensors["k_norm.weight"][0], Source(f"{attention}k_norm.weight"), head)
+        q = Rows(
+            "q", teacher.tensors["q_norm.weight"][0], Source(f"{attention}q_norm.weight", scale=teacher.scale, offset=offset)
+        )
+        targets += [Target(f"{base}.{name}_norm.weight", (part.count,), (part,)) for name, part in (("B", k), ("C", q))]
+    if expanded:
+        each = (Rows("all", teacher.heads),)
+        targets += [Target(f"{base}.{name}", (teacher.heads,), each) for name in FLOAT32]
+        targets.append(Target(f"{base}.norm.weight", (inner,), whole))
+    else:
+        targets.append(Target(f"{base}.A_log", (inner, mixer["d_state"]), whole))
+        targets += [Target(f"{base}.{name}", (inner,), whole) for name in ("D", "dt_bias")]
+        targets.append(Target(f"{base}.dt_proj.weight", (inner, mixer["dt_rank"]), whole))
+    return sorted(targets, key=lambda target: target.name)
 
 
 def build(target: Target, source: Callable[[str], Tensor], seed: int) -> Tensor:
@@ -128,7 +180,7 @@ def build(target: Target, source: Callable[[str], Tensor], seed: int) -> Tensor:
     blocks = []
     for part in target.parts:
         if part.source is not None:
-            rows = source(part.source)
+            rows = part.source.read(source)
             if part.head is not None:
                 units = rows.unflatten(0, (-1, part.head))
                 rows = units.repeat_interleave(part.count // len(rows), 0).flatten(0, 1)

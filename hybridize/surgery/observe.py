@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from hybridize.checkpoint.reader import CheckpointReader
@@ -17,7 +18,7 @@ from hybridize.surgery.teacher import hybrid_config
 @dataclass(frozen=True)
 class Seen:
     """One attention layer on [W, T] tokens. inputs [W, T, D]: what its mixer will read; heads [W, T, I]: the attention heads'
-    outputs before o_proj; drift [W, T, D]: by how much the residual stream has strayed because of the mixers below;
+    outputs before o_proj; drift [W, T, D]: what the mixer's output would have to be less by, to mend what those below did;
     distance [H]: how many tokens back each head looks on average, the first token, where idle heads look, left out."""
 
     inputs: Tensor
@@ -37,11 +38,13 @@ class Observer:
         self.source, self.donor, self.device = source, donor, device
         config = hybrid_config(source.config)
         config._attn_implementation = "eager"  # the only one that shows its weights
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             model = HybridModel(config)
-        model.rotary_emb = type(model.rotary_emb)(config).to(device)
-        embedding = source.tensor("model.embed_tokens.weight")
-        self.hidden = [embedding[row].to(device, torch.float32).unsqueeze(0) for row in ids]
+        model.rotary_emb.to(device)
+        used, places = ids.unique(return_inverse=True)
+        model.embed_tokens.weight = nn.Parameter(source.tensor("model.embed_tokens.weight")[used].float(), False)
+        model.embed_tokens.padding_idx = None
+        self.hidden = [model.embed(row.unsqueeze(0)).to(device) for row in places]
         self.student = self.hidden
         self.positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
         self.told = model.layer_inputs(self.hidden[0], None, self.positions)
@@ -60,8 +63,11 @@ class Observer:
         layer, kind = self._take(self.donor), self.kinds[index]
         with _Listener(layer.self_attn) as attention:  # type: ignore[arg-type]
             after = self._run(layer, kind, self.hidden)
-        inputs = [layer.input_layernorm(window) for window in self.student]  # type: ignore[operator]
-        drift = [ours - theirs for ours, theirs in zip(self.student, self.hidden, strict=True)]
+        before: Any = getattr(layer, "input_layernorm", nn.Identity())  # some families normalise behind the attention only
+        inputs = [before(window) for window in self.student]
+        # what the attention's output is multiplied by; where it is normalised, no output can take the drift back
+        share = 0.0 if hasattr(layer, "post_feedforward_layernorm") else 1 / getattr(layer, "residual_multiplier", 1.0)
+        drift = [(ours - theirs) * share for ours, theirs in zip(self.student, self.hidden, strict=True)]
         self.open = layer, after
         return Seen(torch.cat(inputs), torch.cat(attention.heads), torch.cat(drift), attention.distance())
 

@@ -124,7 +124,7 @@ def hybrid_tensors(
         if not name.startswith(gone):
             yield name, source.tensor(name)
     for layer, values in starting_values(source, surgery, donor, seed, calibration):
-        dtype = source.tensor(f"model.layers.{layer}.self_attn.q_proj.weight").dtype
+        dtype = source.tensor(f"model.layers.{layer}.self_attn.o_proj.weight").dtype
         for target in surgery.targets[layer]:
             yield target.name, stored(target, values[target.parameter], dtype)
 

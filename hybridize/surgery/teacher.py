@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
-from hybridize.modeling import LLAMA_SHAPED, MIXER_LAYER, HybridConfig
+from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridModel
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+SHIFTED_NORMS = ("gemma2", "gemma3_text")  # families whose RMSNorm multiplies by 1 + weight
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer as in its (hybrid) config."""
+    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer as in its (hybrid) config.
+
+    tensors: what an attention layer's `self_attn` has, name to shape. scale: the attention scale times head_dim^1/2, 1 in most
+    families. norm_bc: the normalisation of queries and keys as a mixer's config has it, None where there is none.
+    """
 
     family: str
     hidden: int
@@ -23,6 +29,9 @@ class Teacher:
     head_dim: int
     layer_types: tuple[str, ...]
     mixer: dict[str, Any] | None
+    tensors: dict[str, tuple[int, ...]]
+    scale: float
+    norm_bc: dict[str, Any] | None
 
     @property
     def inner(self) -> int:
@@ -45,8 +54,8 @@ def family_of(config: dict[str, Any], where: str) -> str:
     """The supported family of a config; InputError naming what it is instead."""
     kind = str(config.get("model_type"))
     family = str(config.get("base_model_type")) if kind == HybridConfig.model_type else kind
-    if family not in LLAMA_SHAPED:
-        raise InputError(f"{where} is a {family!r} model; supported families: {', '.join(LLAMA_SHAPED)}")
+    if family not in FAMILIES:
+        raise InputError(f"{where} is a {family!r} model; supported families: {', '.join(FAMILIES)}")
     classes = config.get("architectures") or ["ForCausalLM"]
     if not any(str(name).endswith("ForCausalLM") for name in classes):
         raise InputError(f"{where} is no causal language model but {classes[0]}")
@@ -66,30 +75,43 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
         config = hybrid_config(raw)
     except Exception as error:  # config classes raise their own kinds for a bad value
         raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        attention = _attention(raw)
+    except Exception as error:
+        raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
+    if not attention.is_causal:
+        raise InputError(f"{where}: its attention looks both ways, which a mixer cannot")
+    head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}
+    norm = None
+    if "q_norm.weight" in tensors:
+        over = "head" if tensors["q_norm.weight"] == (head,) else "all"
+        norm = {"over": over, "offset": int(family in SHIFTED_NORMS)}
     teacher = Teacher(
-        family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head,
-        tuple(config.layer_types), config.mixer,
+        family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
+        config.mixer, tensors, attention.scaling * head**0.5, norm,
     )  # fmt: skip
-    shapes = {
-        "q_proj": (teacher.inner, teacher.hidden), "k_proj": (teacher.kv, teacher.hidden),
-        "v_proj": (teacher.kv, teacher.hidden), "o_proj": (teacher.hidden, teacher.inner),
-    }  # fmt: skip
     for layer, kind in enumerate(teacher.layer_types):
         prefix = f"model.layers.{layer}."
         if kind == MIXER_LAYER:
             if f"{prefix}mixer.in_proj.weight" not in reader:
                 raise InputError(f"{where}: the config calls layer {layer} a mixer, but its tensors are missing")
             continue
-        for projection, shape in shapes.items():
-            name = f"{prefix}self_attn.{projection}.weight"
+        for short, shape in tensors.items():
+            name = f"{prefix}self_attn.{short}"
             if reader.shape(name) != shape:
                 raise InputError(f"{where}: {name} has shape {reader.shape(name)}, the config says {shape}")
-    known = tuple(f"self_attn.{p}.weight" for p in PROJECTIONS)
+    known = (*(f".self_attn.{short}" for short in tensors), "rotary_emb.inv_freq")
     for name in reader.names:
-        if ".self_attn." in name and not name.endswith(known) and not name.endswith("rotary_emb.inv_freq"):
-            raise InputError(f"{where}: {name} has no place in a mixer yet; models with it cannot be converted")
+        if ".self_attn." in name and not name.endswith(known):
+            raise InputError(f"{where}: {name} has no place in a mixer; models with it cannot be converted")
     return teacher
+
+
+def _attention(raw: dict[str, Any]) -> Any:
+    """One attention layer's self_attn as the family's own class builds it, without storage."""
+    one = {**raw, "num_hidden_layers": 1, "layer_types": ["full_attention"], "mixer": None}
+    with torch.device("meta"):
+        return HybridModel(hybrid_config(one)).layers[0].self_attn
 
 
 def hybrid_config(raw: dict[str, Any]) -> HybridConfig:
