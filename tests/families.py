@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 COMMON = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -49,8 +49,9 @@ def make_family(path: Path, name: str, seed: int = 0, **changes: Any) -> Path:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **own, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.15) + (parameter if parameter.ndim == 1 else 0)
-            )
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.4 * torch.randn_like(parameter))
     model.save_pretrained(path)
     return path

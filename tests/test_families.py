@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hybridize.modeling  # noqa: F401
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.distillation.losses import Loss
+from hybridize.distillation.measure import fidelity
+from hybridize.distillation.packing import Batch
+from hybridize.distillation.step import Accumulator, Student
+from hybridize.errors import WorkError
+from hybridize.surgery.prove import fates, prove
 from hybridize.surgery.replace import MixerSettings, plan, replace
 from hybridize.surgery.teacher import read_teacher
 from tests.conftest import worst
@@ -22,7 +30,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_family(root / name, name) for name in FAMILY}
 
 
-def load(path: Path, **kwargs: object) -> torch.nn.Module:
+def load(path: Path, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs).eval()
 
 
@@ -47,3 +55,135 @@ def test_no_layer_converted_is_the_teacher(name: str, homes: dict[str, Path], tm
     assert torch.equal(student(batch).logits, teacher(batch).logits)
     grown = [m.generate(batch, max_new_tokens=8, do_sample=False, min_new_tokens=8) for m in (student, teacher)]
     assert torch.equal(*grown)
+
+
+def heads_of(home: Path, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """q, k, v [B, T, H, P] of the teacher's layer on its normed input, float64, every head its own, and the attention scale:
+    each family's own formula, written down here once more."""
+    model = load(home).double()
+    attention, config = model.model.layers[layer].self_attn, model.config
+    size, queries = attention.head_dim, config.num_attention_heads
+    if hasattr(attention, "qkv_proj"):
+        inner, kv = queries * size, config.num_key_value_heads * size
+        q, k, v = torch.nn.functional.linear(hidden, attention.qkv_proj.weight).split([inner, kv, kv], -1)
+    else:
+        q, k, v = attention.q_proj(hidden), attention.k_proj(hidden), attention.v_proj(hidden)
+    over = {"olmo2": None, "qwen3": size, "gemma3_text": size}
+    if config.model_type in over:
+        run, shift = over[config.model_type], 1.0 if "gemma" in config.model_type else 0.0
+
+        def normed(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            runs = t.unflatten(-1, (-1, run or t.shape[-1]))
+            return (runs / (runs.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * (shift + weight)).flatten(-2)
+
+        q, k = normed(q, attention.q_norm.weight), normed(k, attention.k_norm.weight)
+    scale = {"granite": lambda: config.attention_multiplier, "gemma2": lambda: config.query_pre_attn_scalar**-0.5}
+    scale["gemma3_text"] = scale["gemma2"]
+    each = queries // config.num_key_value_heads
+    q, k, v = (t.unflatten(-1, (-1, size)) for t in (q, k, v))
+    return q, k.repeat_interleave(each, 2), v.repeat_interleave(each, 2), scale.get(config.model_type, lambda: size**-0.5)()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_head_is_carried_over(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -> None:
+    """x = v, B = k, C = q times what the attention scale is more than head_dim^-1/2."""
+    student = load(convert(homes[name], tmp_path / "h", [0, 3], kind)).double()
+    for layer in (0, 3):
+        hidden = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
+        q, k, v, scale = heads_of(homes[name], layer, hidden)
+        parts = student.model.layers[layer].self_attn.project(hidden)[1:-1]
+        x, B, C = parts if len(parts) == 3 else parts[0].chunk(3, -1)
+        for mine, theirs in ((x, v), (B, k), (C, q * scale * q.shape[-1] ** 0.5)):
+            assert worst(mine, theirs.flatten(2)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_proof_holds_and_finds_what_is_wrong(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -> None:
+    source, teacher = CheckpointReader(homes[name]), read_teacher(CheckpointReader(homes[name]))
+    surgery = plan(teacher, [1, 2], MixerSettings(kind))
+    result = convert(homes[name], tmp_path / "h", [1, 2], kind)
+    given = source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu")
+    proof = prove(*given)
+    assert proof.tokens == 48
+    assert max(proof.worst.values()) <= 1e-5
+    counted = fates(source, surgery, source)
+    assert set(counted) == set(source.names)
+    lost = {n for n, fate in counted.items() if ".self_attn." in n and ".layers.1." in n and ".mixer." not in fate}
+    assert not lost
+    file = result / "model.safetensors" if (result / "model.safetensors").exists() else next(result.glob("*.safetensors"))
+    tensors = load_file(file)
+    broken = "model.layers.2.mixer.in_proj.weight"
+    tensors[broken][tensors[broken].shape[0] // 2] *= 1.01  # a row of B
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(WorkError, match="layer 2"):
+        prove(source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_numbers(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -> None:
+    """Cached = full, in two chunks too; left-padded = alone; packed = separate; checkpointed = not, all with gradients."""
+    model = load(convert(homes[name], tmp_path / "h", [0, 3], kind))
+    tokens, lengths = ids(2, 20), [11, 1, 8]
+    full = model(tokens, use_cache=False).logits
+    for parts in ([13, 7], [17, 1, 1, 1]):
+        cache, outs = None, []
+        for part in tokens.split(parts, 1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            outs.append(out.logits)
+        assert worst(torch.cat(outs, 1), full) <= 1e-4
+    batch, mask = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
+    batch[0], mask[0] = tokens[0], 1
+    batch[1, 9:], mask[1, 9:] = tokens[1, :11], 1
+    padded = model(batch, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    assert worst(padded[0], full[0]) <= 1e-4
+    assert worst(padded[1, 9:], full[1, :11]) <= 1e-4
+    grown = model.generate(batch, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    alone = model.generate(tokens[1:, :11], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(grown[1, 20:], alone[0, 11:])
+    beams = model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False)
+    assert torch.equal(beams, model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=False))
+
+    rows = [ids(1, n, seed=n) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    weight = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for way in ("packed", "separate", "checkpointed"):
+        model.zero_grad()
+        if way == "checkpointed":
+            model.train()
+            model.gradient_checkpointing_enable()
+        packed = way != "separate"
+        whole = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits if packed else None
+        logits = torch.cat([model(row).logits for row in rows], 1) if whole is None else whole
+        (logits * weight).sum().backward()
+        found.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    for logits, gradients in found[1:]:
+        assert worst(logits, found[0][0]) <= 1e-4
+        assert gradients.keys() == found[0][1].keys()
+        for n, gradient in gradients.items():
+            assert worst(gradient, found[0][1][n]) <= 1e-4, n
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_distillation_sees_the_family_s_own_logits(name: str, homes: dict[str, Path]) -> None:
+    """Granite's divisor and Gemma 2's soft cap belong to the output, where the loss does without the model's own head."""
+    teacher = load(homes[name])
+    batch = Batch(ids(2, 16), None, ids(2, 16, seed=1), torch.ones(2, 16, dtype=torch.bool))
+    logits = teacher(batch.ids, use_cache=False).logits.double().flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten())
+    measured = fidelity(teacher, teacher, [batch], torch.float32)
+    assert abs(measured.perplexity / float(expected.exp()) - 1) <= 1e-5
+    assert measured.reverse_kl <= 1e-9
+
+    other = load(make_family(homes[name].parent / f"{name}-other", name, seed=1))
+    found = other(batch.ids, use_cache=False).logits.double().flatten(0, 1)
+    found.retain_grad()
+    log_q, log_p = found.log_softmax(-1), logits.log_softmax(-1)
+    reverse = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    reverse.backward()
+    wanted = other.lm_head.weight.grad.clone()
+    other.zero_grad()
+    value = Accumulator(Student(other, Loss(), torch.float32), teacher, 2)(batch)
+    assert abs(float(value) / float(reverse) - 1) <= 1e-5
+    assert worst(other.lm_head.weight.grad, wanted) <= 1e-4

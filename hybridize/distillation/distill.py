@@ -128,6 +128,9 @@ def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> 
     ours, theirs = student.config.get("vocab_size"), teacher.config.get("vocab_size")
     if ours != theirs:
         raise InputError(f"{student.path} has a vocabulary of {ours}, its teacher {teacher.path} of {theirs}")
+    ours, theirs = (reader.config.get("final_logit_softcapping") for reader in (student, teacher))
+    if ours != theirs:
+        raise InputError(f"{student.path} caps its logits at {ours}, its teacher {teacher.path} at {theirs}: they must agree")
 
 
 def distill(

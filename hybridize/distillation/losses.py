@@ -54,10 +54,12 @@ def divergence(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Loss:
     """A weighted sum of divergences and cross-entropy (`ce`). The temperature divides both sides' logits of the former
-    and multiplies them by T^2; cross-entropy takes labels and no temperature."""
+    and multiplies them by T^2; cross-entropy takes labels and no temperature. soft_cap: both sides' logits are
+    cap * tanh(logits / cap) before all else (Gemma 2)."""
 
     weights: tuple[tuple[str, float], ...] = (("reverse-kl", 1.0),)
     temperature: float = 1.0
+    soft_cap: float | None = None
 
     @classmethod
     def parse(cls, text: str, temperature: float = 1.0) -> Loss:
@@ -78,7 +80,10 @@ class Loss:
 
     def per_token(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [n, V] and label ids [n] to the loss [n], float32, and its gradient to the student's logits, float32."""
-        scale, student = self.temperature, student.float()
+        scale, cap, student = self.temperature, self.soft_cap, student.float()
+        if cap is not None:
+            student = cap * torch.tanh(student / cap)
+            teacher = None if teacher is None else cap * torch.tanh(teacher.float() / cap)
         value, grad = student.new_zeros(len(student)), torch.zeros_like(student)
         mixed = [(weight, DIVERGENCES[name]) for name, weight in self.weights if name != "ce"]
         if mixed:
@@ -94,7 +99,7 @@ class Loss:
                 value = value - weight * log_q.gather(1, labels.unsqueeze(1)).squeeze(1)
                 chosen = torch.arange(student.shape[1], device=student.device) == labels.unsqueeze(1)
                 grad = grad + weight * (log_q.exp() - chosen.float())
-        return value, grad
+        return value, grad if cap is None else grad * (1 - (student / cap).square())
 
 
 def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:

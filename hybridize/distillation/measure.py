@@ -39,18 +39,31 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Final hidden states [B, T, D], after the last norm, computed in `dtype`."""
+    """Final hidden states [B, T, D], after the last norm, as the output matrix wants them; computed in `dtype`."""
     told = {}
     if batch.positions is not None and model.config._attn_implementation == attention.NAME:
         told["cu_seq_lens_q"] = batch.boundaries(batch.documents)
     with autocast(batch.ids.device, dtype):
         out = model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **told)
-    return out.last_hidden_state
+    return before_output(model, out.last_hidden_state)
+
+
+def before_output(model: Any, hidden: Tensor) -> Tensor:
+    """Final hidden states as the output matrix alone makes logits of them: some families divide the logits (Granite)."""
+    scaling = getattr(model.config, "logits_scaling", 1.0)
+    return hidden if scaling == 1 else hidden / scaling
+
+
+def soft_cap(model: Any) -> float | None:
+    """What the family bends its logits with, cap * tanh(logits / cap) (Gemma 2), or None."""
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
 @torch.no_grad()
 def token_logits(model: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return (hidden.to(dtype) @ output_weight(model).to(dtype).t()).float()
+    """[n, V] float32 of `hidden_states` [n, D]."""
+    logits, cap = (hidden.to(dtype) @ output_weight(model).to(dtype).t()).float(), soft_cap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Knows nothing of optimizers, data or files.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hybridize.distillation import attention
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import hidden_states, output_weight
+from hybridize.distillation.measure import hidden_states, output_weight, soft_cap
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.ranks import Ranks, average_gradients
 
@@ -26,7 +27,7 @@ class Student(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.loss, self.dtype = model, loss, dtype
+        self.model, self.loss, self.dtype = model, dataclasses.replace(loss, soft_cap=soft_cap(model)), dtype
 
     def forward(self, do: Callable[[nn.Module], Any]) -> Any:
         """do(model)."""

@@ -224,9 +224,11 @@ def _add_settings(writer: Any, embedding: Embedding, name: str, outtype: str) ->
         add(embedding.attention_head)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_rope_scaling_finetuned(True)
-    writer.add_attention_scale(embedding.attention_head**-0.5)
-    for add in (writer.add_embedding_scale, writer.add_residual_scale, writer.add_logit_scale):
-        add(1.0)
+    factors = embedding.multipliers
+    writer.add_attention_scale(factors["attention_multiplier"])
+    writer.add_embedding_scale(factors["embedding_multiplier"])
+    writer.add_residual_scale(factors["residual_multiplier"])
+    writer.add_logit_scale(factors["logits_scaling"])
     writer.add_ssm_conv_kernel(mixer["d_conv"])
     writer.add_ssm_inner_size(embedding.width)
     writer.add_ssm_state_size(embedding.head)

@@ -1,6 +1,7 @@
 """The `granite` format: a Mamba-2 hybrid as GraniteMoeHybridForCausalLM, which transformers and vLLM have as it is.
 
-A Llama-shaped model is a special case of that class: no experts, all multipliers 1, the attention scale and RoPE written out.
+A Llama-shaped model is a special case of that class: no experts, all multipliers 1 (but a Granite's own), the attention scale
+and RoPE written out.
 The only thing that may not fit is the mixers' width, which the class wants as an integer times the hidden size: heads of zeros
 fill it up. A head of zeros gives zero after its own norm group, so the function stays the same.
 """
@@ -25,6 +26,7 @@ from hybridize.modeling import MIXER_LAYER, HybridConfig
 from hybridize.surgery.teacher import hybrid_config
 
 OLDEST = (5, 23)  # transformers before this computes another function where n_groups > 1
+SERVED = ("llama", "mistral", "granite")  # families whose attention layers and norms the class has as they are
 ENDS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -63,6 +65,13 @@ class Embedding:
         """The attention's head size is not hidden / heads and must be written out."""
         return bool(self.attention_head * self.config.num_attention_heads != self.config.hidden_size)
 
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """The class's four, which a Granite teacher has itself and no other."""
+        plain = {"attention": self.attention_head**-0.5, "embedding": 1.0, "residual": 1.0}
+        found = {f"{key}_multiplier": float(getattr(self.config, f"{key}_multiplier", value)) for key, value in plain.items()}
+        return found | {"logits_scaling": float(getattr(self.config, "logits_scaling", 1.0))}
+
     def pad(self, parameter: str, value: Tensor) -> Tensor:
         """A mixer's parameter (in_proj.weight ...) with heads of zeros added at the end of each block."""
         wide, each = (self.inner, self.width), (self.inner // self.head, self.heads)
@@ -83,6 +92,8 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
     config = hybrid_config(source.config)
     if not config.mixer_layers:
         raise InputError(f"{name} has no Mamba layer; replace comes before export")
+    if config.base_model_type not in SERVED:
+        raise InputError(f"{name} comes from a {config.base_model_type!r} model, whose layers no stock hybrid has; {instead}")
     kind = config.mixer["kind"]  # type: ignore[index]
     if kind != "mamba2":
         raise InputError(f"{name} has mixers of kind {kind!r}, which no stock class has; {instead}")
@@ -132,8 +143,7 @@ def granite_config(embedding: Embedding, raw: dict[str, Any], biased: bool) -> d
         made["head_dim"] = embedding.attention_head
     return made | {
         "shared_intermediate_size": config.intermediate_size, "num_local_experts": 0, "num_experts_per_tok": 0,
-        "attention_bias": biased, "attention_multiplier": embedding.attention_head**-0.5, "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0, "residual_multiplier": 1.0, "position_embedding_type": "rope",
+        "attention_bias": biased, **embedding.multipliers, "position_embedding_type": "rope",
         "layer_types": ["mamba" if kind == MIXER_LAYER else "attention" for kind in config.layer_types],
         "mamba_n_heads": embedding.heads, "mamba_n_groups": embedding.heads, "mamba_d_head": embedding.head,
         "mamba_d_state": embedding.head, "mamba_d_conv": mixer["d_conv"], "mamba_expand": embedding.expand,

@@ -55,17 +55,24 @@ class MambaMixer(Mixer):
         past_key_values: a transformers cache whose layer `layer_idx` is a linear-attention layer; read and updated in place.
         Returns ([B, T, D], None), the second in place of attention weights.
         """
-        sizes = [self.inner, self.kv, self.kv, self.inner, self.rank]
-        z, x, B, C, dt = self.in_proj(hidden_states).split(sizes, dim=-1)
-        dt, B, C = self.dt_proj(dt), self.B_norm(B), self.C_norm(C)
-        x, state = self._convolve(self._expand(x), attention_mask, past_key_values, seq_idx)
-        groups = (2, (-1, self.d_state))
-        y, last = selective_scan(
-            x, dt, -torch.exp(self.A_log.float()), self._expand(B).unflatten(*groups), C.unflatten(*groups),
-            self.D, self.dt_bias, keep=attention_mask, reset=document_starts(seq_idx), state=state,
-        )  # fmt: skip
+        z, x, B, C, dt = self.project(hidden_states)
+        x, state = self._convolve(x, attention_mask, past_key_values, seq_idx)
+        y, last = self.scan(x, B, C, dt, keep=attention_mask, reset=document_starts(seq_idx), state=state)
         self._store(past_key_values, last)
         return self.out_proj(y * nn.functional.silu(z)), None
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """[B, T, D] -> z, x, B, C and dt, all [B, T, I]."""
+        sizes = [self.inner, self.kv, self.kv, self.inner, self.rank]
+        z, x, B, C, dt = self.in_proj(hidden_states).split(sizes, dim=-1)
+        return z, self._expand(x), self._expand(self.B_norm(B)), self.C_norm(C), self.dt_proj(dt)
+
+    def scan(self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, **told: Any) -> tuple[Tensor, Tensor]:
+        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see selective_scan."""
+        groups = (2, (-1, self.d_state))
+        return selective_scan(
+            x, dt, -torch.exp(self.A_log.float()), B.unflatten(*groups), C.unflatten(*groups), self.D, self.dt_bias, **told
+        )
 
     def _expand(self, t: Tensor) -> Tensor:
         """[B, T, X] -> [B, T, I]: each unit (a head, or M1's chunk of N) stands once for every query head that shares it."""

@@ -59,15 +59,22 @@ class Mamba2Mixer(Mixer):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Arguments and result as MambaMixer.forward."""
+        z, xBC, dt = self.project(hidden_states)
+        xBC, state = self._convolve(xBC, attention_mask, past_key_values, seq_idx)
+        y, last = self.scan(xBC, dt, keep=attention_mask, reset=document_starts(seq_idx), state=state)
+        self._store(past_key_values, last)
+        return self.out_proj(self.norm(y, z)), None
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> z [B, T, I]; x, B and C side by side [B, T, 3 I]; dt [B, T, H]."""
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, 3 * self.inner, self.heads], dim=-1)
         if self.normed:
             x, B, C = xBC.split(self.inner, dim=-1)
             xBC = torch.cat([x, self.B_norm(B), self.C_norm(C)], -1)
-        xBC, state = self._convolve(xBC, attention_mask, past_key_values, seq_idx)
+        return z, xBC, dt
+
+    def scan(self, xBC: Tensor, dt: Tensor, **told: Any) -> tuple[Tensor, Tensor]:
+        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see ssd_scan."""
         x, B, C = (t.unflatten(-1, (-1, self.head)) for t in xBC.split(self.inner, dim=-1))
-        y, last = ssd_scan(
-            x, dt, -torch.exp(self.A_log.float()), B, C, self.D, self.dt_bias,
-            keep=attention_mask, reset=document_starts(seq_idx), state=state,
-        )  # fmt: skip
-        self._store(past_key_values, last)
-        return self.out_proj(self.norm(y.flatten(2), z)), None
+        y, last = ssd_scan(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, self.dt_bias, **told)
+        return y.flatten(2), last

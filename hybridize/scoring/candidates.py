@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridize.distillation import attention
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import autocast, hidden_states, output_weight
+from hybridize.distillation.measure import autocast, before_output, hidden_states, output_weight, soft_cap
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import layer_bytes
@@ -73,7 +74,7 @@ class Candidates:
         `dtype`. room: bytes for the activations of a group.
         """
         self.student, self.teacher, self.settings, self.dtype = student, teacher, settings, dtype
-        self.loss = Loss.parse(settings.loss)
+        self.loss = replace(Loss.parse(settings.loss), soft_cap=soft_cap(student))
         device = output_weight(student).device
         student.requires_grad_(False).train()
         self.mixed = nn.ModuleDict({str(layer): converted(student, mixer, layer, values) for layer, values in starts})
@@ -156,7 +157,7 @@ class Candidates:
     def _untouched(self, batch: Batch) -> dict[int, Tensor]:
         """What each candidate's layer hears [B, T, D]: the student's own hidden states below it."""
         with autocast(batch.ids.device, self.dtype):
-            hidden = self.student.model.embed_tokens(batch.ids)
+            hidden = self.student.model.embed(batch.ids)
             told, heard = self._told(batch, 1, hidden), {}
             for index, layer in enumerate(self.student.model.layers[: self.layers[-1] + 1]):
                 heard[index] = hidden
@@ -180,7 +181,7 @@ class Candidates:
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
                     told = self._told(batch, len(begun), hidden)
             assert hidden is not None
-            return model.norm(hidden).chunk(len(begun))
+            return before_output(self.student, model.norm(hidden)).chunk(len(begun))
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.mixed.named_parameters() if p.requires_grad)

@@ -6,6 +6,7 @@ Either the drop of a task's metric through lm-eval, or the rise of the KL to the
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
 from hybridize.distillation.losses import divergence
-from hybridize.distillation.measure import CHUNK_TOKENS, autocast, hidden_states, token_logits
+from hybridize.distillation.measure import CHUNK_TOKENS, autocast, before_output, hidden_states, token_logits
 from hybridize.distillation.packing import Batch
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins
@@ -29,10 +30,9 @@ from hybridize.scoring.sweep import Instead, Node, portions, sweep, tree
 METRICS = ("accuracy", "margin", "kl")
 ABLATIONS: dict[str, Instead] = {
     "block": lambda _, layer, hidden, told: hidden,
-    "mixer": lambda _, layer, hidden, told: hidden + layer.mlp(layer.post_attention_layernorm(hidden)),
+    "mixer": lambda _, layer, hidden, told: _silenced(layer)(hidden),
 }
 STATE_BYTES = 1 << 30  # hidden states of all variants at once on a CPU; a GPU spends a quarter of what it has left
-
 Request = tuple[Sequence[int], Sequence[int]]  # what the model reads, and what its last positions should predict
 Answer = tuple[float, bool]  # log-probability of that, and whether each token was the most likely one
 
@@ -50,6 +50,18 @@ class LooSettings:
             raise InputError(f"--metric {self.metric} is unknown; use {', '.join(METRICS)}")
         if self.ablate not in ABLATIONS:
             raise InputError(f"--ablate {self.ablate} is unknown; use {' or '.join(ABLATIONS)}")
+
+
+class _Silence(nn.Module):
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+def _silenced(layer: Any) -> Any:
+    """The layer with an attention that says nothing, whatever norms and factors its family has around it."""
+    other = copy.copy(layer)
+    other._modules = {**layer._modules, "self_attn": _Silence()}
+    return other
 
 
 @torch.no_grad()
@@ -74,7 +86,7 @@ def answers(
             for row, text in enumerate(leaf.texts):
                 read, count = texts[text]
                 end = len(read) - leaf.offset
-                logs = F.log_softmax(model.lm_head(states[:, row, end - count : end]).float(), -1)
+                logs = F.log_softmax(model.logits(states[:, row, end - count : end]).float(), -1)
                 for number in asked[read]:
                     target = torch.tensor(requests[number][1], device=device)
                     last = logs[:, count - len(target) :]
@@ -193,7 +205,7 @@ def kl_changes(
     for number, batch in enumerate(batches, start=1):
         node, kept = Node(batch.ids, positions=batch.positions), batch.keep.flatten()
         with autocast(batch.ids.device, dtype):
-            states = sweep(model, [node], layers, instead, kinds)[node].flatten(1, 2)[:, kept]
+            states = before_output(model, sweep(model, [node], layers, instead, kinds)[node].flatten(1, 2)[:, kept])
         theirs = states[0] if teacher is None else hidden_states(teacher, batch, dtype).flatten(0, 1)[kept]
         sums.append(_forward_kls(model, states, teacher or model, theirs, dtype))
         tokens.append(states.shape[1])

@@ -129,7 +129,7 @@ def sweep(
     hidden: dict[Node, Tensor] = {}
     told: dict[Node, tuple[Tensor, dict[str, dict[str, Any]]]] = {}
     for node in nodes:
-        first = backbone.embed_tokens(node.ids)
+        first = backbone.embed(node.ids)
         hidden[node] = first.new_empty(len(layers) + 1, *first.shape)
         hidden[node][0] = first
         told[node] = _told(backbone, node, first, kinds)

@@ -19,8 +19,10 @@ from hybridize.surgery.teacher import hybrid_config
 class Seen:
     """One attention layer on [W, T] tokens. inputs [W, T, D]: what its mixer will read; heads [W, T, I]: the attention heads'
     outputs before o_proj; drift [W, T, D]: what the mixer's output would have to be less by, to mend what those below did;
-    distance [H]: how many tokens back each head looks on average, the first token, where idle heads look, left out."""
+    distance [H]: how many tokens back each head looks on average, the first token, where idle heads look, left out;
+    attention: the layer's own module."""
 
+    attention: nn.Module
     inputs: Tensor
     heads: Tensor
     drift: Tensor
@@ -69,7 +71,11 @@ class Observer:
         share = 0.0 if hasattr(layer, "post_feedforward_layernorm") else 1 / getattr(layer, "residual_multiplier", 1.0)
         drift = [(ours - theirs) * share for ours, theirs in zip(self.student, self.hidden, strict=True)]
         self.open = layer, after
-        return Seen(torch.cat(inputs), torch.cat(attention.heads), torch.cat(drift), attention.distance())
+        return Seen(layer.self_attn, torch.cat(inputs), torch.cat(attention.heads), torch.cat(drift), attention.distance())
+
+    def rotary(self, index: int) -> tuple[Tensor, Tensor]:
+        """The tables [1, T, R] that layer `index` turns its queries and keys by."""
+        return self.told[self.kinds[index]]["position_embeddings"]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def convert(self, mixer: nn.Module | None) -> None:

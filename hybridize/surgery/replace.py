@@ -142,8 +142,10 @@ def replace(
     settings: dict[str, Any],
     calibration: Calibration | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest."""
+    """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest; check: looks at the
+    finished directory before it becomes the output, and raises what speaks against that."""
     settings = settings | {"calibration": None if calibration is None else calibration.settings()}
     manifest = descend(source, name, output, "replace", settings, seed)
     origin = "mil" if calibration is None else "calibrated"
@@ -155,3 +157,4 @@ def replace(
             writer.add(tensor_name, tensor)
             progress(tensor_name)
         writer.close(hybrid_json(source.config, surgery), manifest, carry_from=source.path)
+        check(path)

@@ -267,6 +267,7 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
 
     add("teacher, forward", of_teacher, per_step)
     add("loss", of_loss, per_step)
+
     def of_optimizer() -> None:
         stepped(student, optimizer, keep=True)
 
