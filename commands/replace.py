@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,11 @@ from .output import Output, guarded
 if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.checkpoint.scores import Scores
+    from hybridize.surgery.replace import Calibration, Surgery
     from hybridize.surgery.teacher import Teacher
 
+SMALL = 2 << 30  # bytes of weights up to which the result is verified unasked
+PROVE = (2, 128)  # rows and tokens
 ENOUGH = 8  # calibration tokens a dimension from which it was better than none, see docs/results.md
 
 
@@ -49,6 +52,10 @@ def command(
     trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Prove the result before it is kept [default: if it is below 2 GiB]."),
+    ] = None,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -62,6 +69,8 @@ def command(
     out = Output(as_json, quiet)
     from hybridize.checkpoint.writer import check_output
     from hybridize.errors import InputError
+    from hybridize.surgery.features import features
+    from hybridize.surgery.prove import fates
     from hybridize.surgery.replace import MixerSettings, plan, replace
     from hybridize.surgery.teacher import read_teacher
 
@@ -110,8 +119,13 @@ def command(
     summary = {
         "output": str(target), "converted": chosen, "mamba_layers": sorted([*chosen, *contract.mixer_layers]),
         "layers": len(contract.layer_types), "mixer": surgery.mixer, "init_from": init_from,
-        "calibration": None if fit is None else fit.settings(),
+        "calibration": None if fit is None else fit.settings(), "features": features(source),
+        "fates": fates(source, surgery, donor),
     }  # fmt: skip
+    if verify and surgery.mixer is not None and surgery.mixer.get("expand") == "chunk":
+        raise InputError(
+            "--verify has nothing to hold --expand chunk against: it pairs other parts of heads than attention does"
+        )
     if dry_run:
         plans = [
             {"target": t.name, "shape": list(t.shape), "rows": t.describe(fit is not None)}
@@ -123,21 +137,63 @@ def command(
             for entry in plans:
                 print(f"{entry['target']} {entry['shape']}: {entry['rows']}")
             print(f"{strip}   (N new Mamba, M Mamba, a attention); all other tensors are copied as they are")
+            _show_features(summary["features"])
 
         out.result({**summary, "dry_run": True, "plan": plans}, show)
         return
+    size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    proven: dict[str, Any] = {}
+
+    def check(path: Path) -> None:
+        if not chosen or verify is False or (verify is None and (size > SMALL or surgery.mixer.get("expand") == "chunk")):  # type: ignore[union-attr]
+            return
+        out.progress("verifying")
+        proven.update(_prove(source, donor, path, surgery, contract, fit, device, seed))
+
     settings = {"layers": layers, "indices": chosen, "mixer": surgery.mixer, "init_from": init_from}
     replace(
         source, checkpoint, surgery, target, donor=donor, init_from=init_from, seed=seed, overwrite=overwrite,
-        settings=settings, calibration=fit, progress=lambda name: out.progress(f"writing {name}"),
+        settings=settings, calibration=fit, progress=lambda name: out.progress(f"writing {name}"), check=check,
     )  # fmt: skip
     out.progress(f"wrote {target}", last=True)
+    summary["proof"] = proven or None
 
     def human() -> None:
         print(f"{target}: {total} of {len(contract.layer_types)} layers are Mamba, {len(chosen)} new: {chosen}")
         print(f"{strip}   (N new Mamba, M Mamba, a attention)")
+        if chosen:
+            _show_features(summary["features"])
+        if proven:
+            worst = ", ".join(f"{name} {value:.1e}" for name, value in proven["worst"].items())
+            print(f"verified on {proven['tokens']} tokens of {proven['text']}; largest deviations from the attention: {worst}")
 
     out.result(summary, human)
+
+
+def _show_features(found: dict[str, str]) -> None:
+    for has, becomes in found.items():
+        print(f"  {has}: {becomes}")
+
+
+def _prove(
+    source: CheckpointReader, donor: CheckpointReader, path: Path, surgery: Surgery, contract: Teacher, fit: Calibration | None,
+    device: str, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The proof as a dictionary; WorkError where it fails. On text where there is some, else on random tokens."""
+    from dataclasses import asdict
+
+    import torch
+
+    from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.runtime import pick_device
+    from hybridize.surgery.prove import prove
+
+    if fit is not None:
+        ids, text = fit.ids[: PROVE[0], : PROVE[1]], fit.data
+    else:
+        high, draw = min(source.config["vocab_size"], 1 << 15), torch.Generator().manual_seed(seed)
+        ids, text = torch.randint(0, high, PROVE, generator=draw), "no text, but random ones"
+    return {**asdict(prove(source, donor, CheckpointReader(path), surgery, contract, ids, pick_device(device))), "text": text}
 
 
 def _choose(
