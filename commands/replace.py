@@ -116,16 +116,13 @@ def command(
     strip = "".join(
         "N" if i in chosen else "M" if i in contract.mixer_layers else "a" for i in range(len(contract.layer_types))
     )
-    summary = {
+    summary: dict[str, Any] = {
         "output": str(target), "converted": chosen, "mamba_layers": sorted([*chosen, *contract.mixer_layers]),
         "layers": len(contract.layer_types), "mixer": surgery.mixer, "init_from": init_from,
         "calibration": None if fit is None else fit.settings(), "features": features(source),
         "fates": fates(source, surgery, donor),
     }  # fmt: skip
-    if verify and surgery.mixer is not None and surgery.mixer.get("expand") == "chunk":
-        raise InputError(
-            "--verify has nothing to hold --expand chunk against: it pairs other parts of heads than attention does"
-        )
+    _wanted(verify, source, surgery)
     if dry_run:
         plans = [
             {"target": t.name, "shape": list(t.shape), "rows": t.describe(fit is not None)}
@@ -141,14 +138,12 @@ def command(
 
         out.result({**summary, "dry_run": True, "plan": plans}, show)
         return
-    size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
     proven: dict[str, Any] = {}
 
     def check(path: Path) -> None:
-        if not chosen or verify is False or (verify is None and (size > SMALL or surgery.mixer.get("expand") == "chunk")):  # type: ignore[union-attr]
-            return
-        out.progress("verifying")
-        proven.update(_prove(source, donor, path, surgery, contract, fit, device, seed))
+        if chosen and _wanted(verify, source, surgery):
+            out.progress("verifying")
+            proven.update(_prove(source, donor, path, surgery, contract, fit, device, seed))
 
     settings = {"layers": layers, "indices": chosen, "mixer": surgery.mixer, "init_from": init_from}
     replace(
@@ -173,6 +168,17 @@ def command(
 def _show_features(found: dict[str, str]) -> None:
     for has, becomes in found.items():
         print(f"  {has}: {becomes}")
+
+
+def _wanted(verify: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
+    """Whether to prove the result; InputError where that is asked for and impossible."""
+    from hybridize.errors import InputError
+
+    other = surgery.mixer is not None and surgery.mixer.get("expand") == "chunk"
+    if verify and other:
+        raise InputError("--verify cannot be had with --expand chunk, which pairs other parts of heads than the attention does")
+    small = sum(file.stat().st_size for file in source.path.glob("*.safetensors")) <= SMALL
+    return bool(verify) or (verify is None and small and not other)
 
 
 def _prove(

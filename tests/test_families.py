@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from hybridize.distillation.measure import fidelity
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
+from hybridize.surgery.calibrate import PARTS
+from hybridize.surgery.observe import Observer
 from hybridize.surgery.prove import fates, prove
-from hybridize.surgery.replace import MixerSettings, plan, replace
+from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
 from hybridize.surgery.teacher import read_teacher
 from tests.conftest import worst
 from tests.families import FAMILY, make_family
@@ -187,3 +190,43 @@ def test_distillation_sees_the_family_s_own_logits(name: str, homes: dict[str, P
     value = Accumulator(Student(other, Loss(), torch.float32), teacher, 2)(batch)
     assert abs(float(value) / float(reverse) - 1) <= 1e-5
     assert worst(other.lm_head.weight.grad, wanted) <= 1e-4
+
+
+def test_the_table_in_the_docs_is_what_the_code_says() -> None:
+    path = Path(__file__).parents[1] / "docs" / "families.py"
+    spec = importlib.util.spec_from_file_location("families_table", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert path.with_suffix(".md").read_text() == module.table(), "run python docs/families.py"
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_calibrated_starts_exist_for_every_family(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -> None:
+    """Nearer to the attention's output than without, also on other text, and x, B and C as they were."""
+    source = CheckpointReader(homes[name])
+    surgery = plan(read_teacher(source), [1, 2], MixerSettings(kind))
+    fit = Calibration(ids(16, 128), frozenset(PARTS), torch.device("cpu"), "random")
+    result = tmp_path / "h"
+    replace(
+        source,
+        name,
+        surgery,
+        result,
+        donor=source,
+        init_from="checkpoint",
+        seed=0,
+        overwrite=True,
+        settings={},
+        calibration=fit,
+    )
+    given = source, source, CheckpointReader(result), surgery, read_teacher(source), ids(2, 24), torch.device("cpu")
+    assert max(prove(*given).worst.values()) <= 1e-5
+    far = {}
+    for way, path in (("plain", convert(homes[name], tmp_path / "p", [1, 2], kind)), ("calibrated", result)):
+        seen = Observer(source, source, ids(4, 32, seed=9), torch.device("cpu")).see(1)
+        with torch.no_grad():
+            wanted = seen.attention.o_proj(seen.heads)
+            made = load(path).model.layers[1].self_attn(seen.inputs)[0]
+        far[way] = float((made - wanted).square().mean() / wanted.square().mean())
+    assert far["calibrated"] < far["plain"]
+    assert far["calibrated"] < 1

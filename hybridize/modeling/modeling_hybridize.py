@@ -80,16 +80,17 @@ class HybridPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = "past_key_values"
 
     @property
-    def _family(self) -> type[PreTrainedModel]:
-        return MODEL_MAPPING[CONFIG_MAPPING[self.config.base_model_type]]  # type: ignore[no-any-return]
+    def _family(self) -> Any:
+        """The family's own backbone class."""
+        return MODEL_MAPPING[CONFIG_MAPPING[self.config.base_model_type]]
 
     @property
     def _supports_sdpa(self) -> bool:  # type: ignore[override]
-        return self._family._supports_sdpa
+        return bool(self._family._supports_sdpa)
 
     @property
     def _supports_flash_attn(self) -> bool:  # type: ignore[override]
-        return self._family._supports_flash_attn
+        return bool(self._family._supports_flash_attn)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,7 +146,7 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        hidden = self.embed(input_ids) if input_ids is not None else self._scaled(inputs_embeds)
+        hidden = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not checkpointing:

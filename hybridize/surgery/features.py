@@ -8,7 +8,8 @@ from typing import Any
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.surgery.teacher import hybrid_config, read_teacher
 
-BACKBONE = {  # keys of configs for what lies outside the attention and stays as it is -> (how to say it, what it is when absent)
+# keys of configs for what lies outside the attention and stays as it is: how to say it, and what it is when absent
+BACKBONE = {
     "embedding_multiplier": ("scaled embeddings", 1.0),
     "residual_multiplier": ("scaled residual branches", 1.0),
     "logits_scaling": ("divided logits", 1.0),

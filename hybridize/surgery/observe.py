@@ -22,7 +22,7 @@ class Seen:
     distance [H]: how many tokens back each head looks on average, the first token, where idle heads look, left out;
     attention: the layer's own module."""
 
-    attention: nn.Module
+    attention: Any
     inputs: Tensor
     heads: Tensor
     drift: Tensor
