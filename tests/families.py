@@ -30,7 +30,7 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3-bias": ("qwen3", {"head_dim": 16, "attention_bias": True}),
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8, "layer_types": LOCAL}),
-    "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8, "layer_types": LOCAL}),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8, "sliding_window_pattern": 2}),
     "phi3": ("phi3", {}),
     "phi3-window": ("phi3", {"sliding_window": 8}),
     "olmo2": ("olmo2", {}),

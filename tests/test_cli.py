@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from hybridize.commands import COMMANDS, app
 from transformers import AutoModelForCausalLM
 
@@ -300,7 +301,7 @@ BAD = [
     (("replace", "half", "--layers", 1), "is missing, though the index names it"),
     (("replace", "bert", "--layers", 1), "'bert' model; supported families: llama"),
     (("replace", "classifier", "--layers", 1), "no causal language model but LlamaForSequenceClassification"),
-    (("replace", "biased", "--layers", 1), "has no place in a mixer"),
+    (("replace", "sinking", "--layers", 1), "self_attn.sinks has no place in a mixer"),
     (("replace", "--layers", 1), "has no scores"),
     (("replace", "--layers", 9), "has only 4 layers"),
     (("replace", "--layers", 1, "--scores", "nothing.json"), "nothing.json is missing"),
@@ -367,8 +368,9 @@ def test_bad_input_is_one_sentence_and_exit_2_before_weights(
         copied("bert", model_type="bert")
     if "classifier" in wanted:
         copied("classifier", architectures=["LlamaForSequenceClassification"])
-    if "biased" in wanted:
-        make_teacher(place / "biased", layers=2, attention_bias=True)
+    if "sinking" in wanted:
+        file = make_teacher(place / "sinking", layers=2) / "model.safetensors"
+        save_file({**load_file(file), "model.layers.1.self_attn.sinks": torch.zeros(4)}, file, {"format": "pt"})
     if "other" in wanted:
         make_teacher(place / "other", layers=2, vocab=300)
     (place / "empty.jsonl").write_text("\n")

@@ -98,6 +98,12 @@ def test_every_head_is_carried_over(name: str, kind: str, homes: dict[str, Path]
         x, B, C = parts if len(parts) == 3 else parts[0].chunk(3, -1)
         for mine, theirs in ((x, v), (B, k), (C, q * scale * q.shape[-1] ** 0.5)):
             assert worst(mine, theirs.flatten(2)) <= 2e-6
+        if scale == q.shape[-1] ** -0.5 and name not in ("phi3", "phi3-window"):
+            at = student.model.layers[layer].self_attn.in_proj.weight.float()
+            inner = at.shape[0] - len(student.model.layers[layer].self_attn.dt_bias) if kind == "mamba2" else None
+            rows = load_file(homes[name] / "model.safetensors")[f"model.layers.{layer}.self_attn.q_proj.weight"]
+            begin = inner - len(rows) if inner else at.shape[0] - student.config.mixer["dt_rank"] - len(rows)
+            assert torch.equal(at[begin : begin + len(rows)], rows)
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,13 @@ from hybridize.errors import InputError, first_line
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NOT_HASHED = ("transformers_version", "_name_or_path")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
+def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES) -> Path:
     """The directory that `name` means: a path if it starts with . or /, else an existing directory, else a hub id.
 
-    Raises InputError where there is none, or the hub does not have it.
+    files: patterns of what is wanted of a hub id. Raises InputError where there is none, or the hub does not have it.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -38,7 +38,7 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub raises its own, httpx's and OSError, all meaning: not to be had
         raise InputError(f"{name} is no local directory, and the hub did not give it: {first_line(error)}") from error
 

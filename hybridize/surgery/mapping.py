@@ -40,9 +40,11 @@ class Source:
             return found
         return ((found.float() + self.offset) * self.scale - self.offset).to(found.dtype)
 
-    def __str__(self) -> str:
-        rows = "" if self.rows is None else f"[{self.begin}:{self.begin + self.rows}]"
-        return f"{self.name}{rows}" + ("" if self.scale == 1 else f" * {self.scale:g}")
+    def describe(self, count: int, head: int | None) -> str:
+        """For people: which rows make `count` of them."""
+        rows = f"[{self.begin}:{self.begin + self.rows}]" if self.rows is not None else "" if head else f"[0:{count}]"
+        spread = f", each {head} rows repeated to {count}" if head else ""
+        return f"{self.name}{rows}{spread}" + ("" if self.scale == 1 else f", times {self.scale:g}")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class Target:
         begin, blocks = 0, []
         for part in self.parts:
             rows = f"{begin}:{begin + part.count}"
-            spread = f", each {part.head} rows repeated to {part.count}" if part.head else ""
-            origin = f"{part.source}{spread}" if part.source else f"init({self.seed_name(part)})"
+            origin = part.source.describe(part.count, part.head) if part.source else f"init({self.seed_name(part)})"
             blocks.append(f"{part.label}[{rows}] = {origin}")
             begin += part.count
         return "; ".join(blocks) + (" (then calibrated)" if fitted else "")

@@ -82,13 +82,13 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     if not attention.is_causal:
         raise InputError(f"{where}: its attention looks both ways, which a mixer cannot")
     head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}
-    norm = None
+    norm, scale = None, attention.scaling * head**0.5
     if "q_norm.weight" in tensors:
         over = "head" if tensors["q_norm.weight"] == (head,) else "all"
         norm = {"over": over, "offset": int(family in SHIFTED_NORMS)}
     teacher = Teacher(
         family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
-        config.mixer, tensors, attention.scaling * head**0.5, norm,
+        config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of 1 must leave every bit alone
     )  # fmt: skip
     for layer, kind in enumerate(teacher.layer_types):
         prefix = f"model.layers.{layer}."

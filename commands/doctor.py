@@ -1,0 +1,39 @@
+"""hybridize doctor"""
+
+from __future__ import annotations
+
+from . import options as opt
+from .output import EXIT_FAILED, Output, guarded
+
+
+@guarded
+def command(device: opt.Device = "auto", as_json: opt.Json = False, quiet: opt.Quiet = False) -> None:
+    """Reads the machine; writes nothing: whether torch, GPU, kernels and libraries are there, fit together and compute right.
+
+    Exit 1 if something asked for does not work, each fault with the command that mends it. A GPU is asked for by --device cuda,
+    or by having one.
+    """
+    out = Output(as_json, quiet)
+    from dataclasses import asdict
+
+    import typer
+
+    from hybridize.doctor import examine
+    from hybridize.errors import InputError
+
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise InputError(f"--device {device} is not a device; use auto, cpu or cuda")
+    found = examine(device)
+    faults = [finding for finding in found if finding.state == "fault"]
+
+    def human() -> None:
+        width = max(len(finding.name) for finding in found)
+        for finding in found:
+            print(f"{finding.state:6} {finding.name:{width}}  {finding.detail}")
+            if finding.mend:
+                print(f"{'':6} {'':{width}}  mend: {finding.mend}")
+        print(f"{len(faults)} fault{'' if len(faults) == 1 else 's'}")
+
+    out.result({"ok": not faults, "findings": [asdict(finding) for finding in found]}, human)
+    if faults:
+        raise typer.Exit(EXIT_FAILED)

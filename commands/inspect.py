@@ -1,0 +1,82 @@
+"""hybridize inspect"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from . import options as opt
+from .output import Output, guarded
+
+COLOURS = {"M": "\x1b[30;42m", "a": "\x1b[30;47m", "w": "\x1b[30;46m"}
+
+
+@guarded
+def command(
+    checkpoint: opt.Checkpoint = "./teacher", revision: opt.Revision = None, as_json: opt.Json = False, quiet: opt.Quiet = False
+) -> None:
+    """Reads a checkpoint's config, manifest and scores; writes nothing: layout, parameters, memory, lineage, rankings.
+
+    Works on a teacher and on a hub id, and never loads a weight.
+    """
+    out = Output(as_json, quiet)
+    from dataclasses import asdict
+
+    from hybridize.anatomy import LONG, anatomy, config_of, lineage, rankings
+    from hybridize.errors import InputError
+    from hybridize.surgery.teacher import family_of
+
+    path, raw = config_of(checkpoint, revision)
+    family = family_of(raw, checkpoint)
+    try:
+        found = anatomy(raw)
+    except InputError:
+        raise
+    except Exception as error:  # config classes raise their own kinds for a bad value
+        raise InputError(f"{path / 'config.json'} is not a valid {family} config: {error}") from error
+    steps, scores = lineage(path), rankings(path, checkpoint)
+    letters = "".join({"linear_attention": "M", "sliding_attention": "w"}.get(kind, "a") for kind in found.kinds)
+
+    def human() -> None:
+        mixers = letters.count("M")
+        kind = f", {found.mixer['kind']}" if found.mixer else ""
+        print(f"{checkpoint}: {family}, {len(letters)} layers, {mixers} Mamba{kind}")
+        print(f"  {_strip(letters)}   (M Mamba, a attention, w attention in a window)")
+        counts = [f"{_short(count, 1000, ['', ' k', ' M', ' B'])} {name}" for name, count in found.parameters.items()]
+        print(f"  parameters: {counts[0]}: {', '.join(counts[1:])}; stored as {found.dtype}")
+        state, token, after, before = (
+            _short(count, 1024, [" B", " KiB", " MiB", " GiB"])
+            for count in (found.state, found.kv, found.at_long, found.teacher_at_long)
+        )
+        print(f"  a sequence keeps {state} and {token} a token: {after} at {LONG} tokens (all attention: {before})")
+        for depth, step in enumerate(steps):
+            print(f"  {'   ' * max(0, depth - 1)}{'`- ' if depth else ''}{step['checkpoint']}{_made(step)}")
+        for entry in scores:
+            order = ", ".join(map(str, entry.get("ranking", [])))
+            said = entry.get("error") or f"{order} (by {entry['metric']}, first to convert first)"
+            print(f"  {entry['kind']}: {said}")
+
+    out.result(
+        {"checkpoint": checkpoint, "family": family, **asdict(found), "long": LONG, "lineage": steps, "scores": scores}, human
+    )
+
+
+def _short(count: float, step: int, units: list[str]) -> str:
+    for unit in units[:-1]:
+        if count < step:
+            return f"{count:.0f}{unit}" if unit == units[0] else f"{count:.1f}{unit}"
+        count /= step
+    return f"{count:.1f}{units[-1]}"
+
+
+def _strip(letters: str) -> str:
+    if not sys.stdout.isatty():
+        return letters
+    return "".join(f"{COLOURS[letter]}{letter}" for letter in letters) + "\x1b[0m"
+
+
+def _made(step: dict[str, Any]) -> str:
+    if step["command"] is None:
+        return " (no longer there)" if step.get("missing") else ""
+    tokens = f", {step['tokens']:,} tokens seen" if step["tokens"] else ""
+    return f" ({step['command']}{tokens})"

@@ -1,0 +1,262 @@
+"""What this machine has and whether it works: versions, whether they fit together, and each kernel against the reference.
+
+A kernel package that imports may still fail at its first launch (another ABI, no code for this GPU), so each is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+from torch import Tensor
+
+from hybridize.errors import first_line
+from hybridize.modeling import causal_conv, gated_norm, selective_scan, ssd_scan
+from hybridize.runtime import pick_device
+
+KERNELS = {"causal-conv1d": "causal_conv1d", "mamba-ssm": "mamba_ssm.ops.selective_scan_interface"}
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # kernel and torch engine, relative to the largest value
+EXACT = 1e-5  # torch engine and a float64 recurrence
+BUILD = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """state: `ok`; `fault`, with the command that mends it; `absent`, where nothing asks for it."""
+
+    name: str
+    state: str
+    detail: str
+    mend: str = ""
+
+
+def examine(device: str = "auto") -> list[Finding]:
+    """All findings. device: `cuda` asks for a GPU, `cpu` for none; `auto` for one where the machine has one."""
+    driver = _driver()
+    wants = device.startswith("cuda") or (device == "auto" and driver is not None)
+    found = [Finding("python", "ok", platform.python_version()), *_packages(), *_conflicts()]
+    found.append(_gpu(driver, wants))
+    seen = torch.cuda.is_available()
+    for name, module in KERNELS.items():
+        found.append(_kernel_package(name, module, wants))
+    if wants and seen:
+        found.append(_compiler())
+    on = pick_device("cuda" if wants and seen else "cpu")
+    able = wants and seen and all(f.state == "ok" for f in found if f.name in KERNELS)
+    return [*found, *(_checked(name, check, on, able) for name, check in CHECKS.items())]
+
+
+def _packages() -> list[Finding]:
+    """What the project's own metadata asks for; extras that are not there are absent, not missing."""
+    found = []
+    for text in metadata.requires("hybridize") or []:
+        wanted = Requirement(text)
+        extra = str(wanted.marker) if wanted.marker is not None else ""
+        if wanted.name in KERNELS or 'extra == "dev"' in extra:
+            continue
+        version = _version(wanted.name)
+        if version is None:
+            optional = Finding(wanted.name, "absent", "not installed; only for " + extra.replace("extra == ", "").strip('"'))
+            lacking = Finding(wanted.name, "fault", "not installed", f"pip install '{wanted.name}{wanted.specifier}'")
+            found.append(optional if extra else lacking)
+        elif not wanted.specifier.contains(version, prereleases=True):
+            mend = f"pip install '{wanted.name}{wanted.specifier}'"
+            found.append(Finding(wanted.name, "fault", f"{version}, but hybridize needs {wanted.specifier}", mend))
+        else:
+            found.append(Finding(wanted.name, "ok", version))
+    return found
+
+
+def _conflicts() -> list[Finding]:
+    """What one of our requirements asks of another, and does not have."""
+    names = {Requirement(text).name for text in metadata.requires("hybridize") or []} | {
+        "tokenizers",
+        "numpy",
+        "huggingface-hub",
+    }
+    found = []
+    for name in sorted(names):
+        for text in _requires(name):
+            wanted = Requirement(text)
+            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+                continue
+            version = _version(wanted.name)
+            if version is not None and not wanted.specifier.contains(version, prereleases=True):
+                detail = f"{name} needs {wanted.name}{wanted.specifier}, but {version} is installed"
+                found.append(
+                    Finding(f"{name} and {wanted.name}", "fault", detail, f"pip install '{wanted.name}{wanted.specifier}'")
+                )
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requires(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, or None where there is no driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _gpu(driver: str | None, wants: bool) -> Finding:
+    built = torch.version.cuda
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+        detail = f"{torch.cuda.device_count()} x {name}, {room:.0f} GiB, driver {driver}, CUDA {built}"
+        if (
+            f"sm_{major}{minor}" not in torch.cuda.get_arch_list()
+            and f"compute_{major}{minor}" not in torch.cuda.get_arch_list()
+        ):
+            return Finding(
+                "gpu", "fault", f"{detail}; this torch has no code for sm_{major}{minor}", "pip install --upgrade torch"
+            )
+        return Finding("gpu", "ok", detail)
+    if not wants:
+        return Finding("gpu", "absent", "none; everything runs on the CPU")
+    if driver is None:
+        return Finding("gpu", "fault", "no NVIDIA driver answers (nvidia-smi)", "sudo apt-get install nvidia-driver-580-server")
+    if built is None:
+        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        return Finding("gpu", "fault", f"driver {driver}, but torch {torch.__version__} is built without CUDA", mend)
+    mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+    return Finding("gpu", "fault", f"driver {driver} is too old for torch {torch.__version__} (CUDA {built})", mend)
+
+
+def _kernel_package(name: str, module: str, wants: bool) -> Finding:
+    version = _version(name)
+    if not wants:
+        return Finding(name, "absent", f"{version or 'not installed'}; used on a GPU only")
+    if version is None:
+        return Finding(
+            name, "fault", "not installed: mixers run on slow torch code", f"pip install --no-build-isolation {name}"
+        )
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken extension raises whatever its loader raises
+        text = first_line(error)
+        alike = "undefined symbol" in text or "cannot open shared object" in text
+        why = f"built for another torch than {torch.__version__}" if alike else "does not import"
+        return Finding(name, "fault", f"{version} {why}: {text}", f"{BUILD} {name}=={version}")
+    return Finding(name, "ok", version)
+
+
+def _compiler() -> Finding:
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        return Finding("C compiler", "fault", "none: Triton needs one at its first launch", "sudo apt-get install gcc")
+    return Finding("C compiler", "ok", found)
+
+
+def _checked(
+    name: str, check: Callable[[torch.device, torch.dtype, str], float], device: torch.device, kernels: bool
+) -> Finding:
+    """The torch engine against float64, and where there are kernels, those against the torch engine."""
+    told = []
+    runs = [("torch", torch.float32)] + [("kernel", dtype) for dtype in CLOSE if kernels]
+    for engine, dtype in runs:
+        bound = EXACT if engine == "torch" else CLOSE[dtype]
+        try:
+            far = check(device, dtype, engine)
+        except Exception as error:
+            return Finding(name, "fault", _launch(engine, error), _rebuild())
+        kind = str(dtype).removeprefix("torch.")
+        if not far <= bound:
+            return Finding(name, "fault", f"{engine} engine, {kind}: {far:.1e} off, at most {bound:.0e}", _rebuild())
+        told.append(f"{engine} {kind} {far:.0e}")
+    return Finding(name, "ok", ", ".join(told))
+
+
+def _launch(engine: str, error: Exception) -> str:
+    text = first_line(error)
+    if "no kernel image" in text:
+        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+        return f"{engine} engine: imports, but has no code for this GPU (sm_{major}{minor}): {text}"
+    return f"{engine} engine fails: {type(error).__name__}: {text}"
+
+
+def _rebuild() -> str:
+    if not torch.cuda.is_available():
+        return "pip install --force-reinstall torch"
+    arch = ".".join(map(str, torch.cuda.get_device_capability()))
+    return f"TORCH_CUDA_ARCH_LIST={arch} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE {BUILD} causal-conv1d mamba-ssm"
+
+
+def _drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def _far(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
+
+
+def _conv(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+    x, weight, bias = (t.to(device, dtype) for t in _drawn((2, 40, 64), (64, 4), (64,)))
+    given = [t.double().cpu() for t in (x, weight, bias)]
+    padded = torch.nn.functional.pad(given[0], (0, 0, 3, 0))
+    plain = given[2] + sum(padded[:, tap : tap + 40] * given[1][:, tap] for tap in range(4))
+    return _far(causal_conv(x, weight, bias, engine=engine), plain * torch.sigmoid(plain))
+
+
+def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """y [B, T, H, P] of h_t = exp(delta A) h_{t-1} + delta x B^T; x [B, T, H, P], delta and A broadcast to [B, T, H, P, N]."""
+    state, out = torch.zeros(()), []
+    for t in range(x.shape[1]):
+        state = torch.exp(delta[:, t] * A) * state + delta[:, t] * x[:, t].unsqueeze(-1) * B[:, t].unsqueeze(-2)
+        out.append((state * C[:, t].unsqueeze(-2)).sum(-1) + D * x[:, t])
+    return torch.stack(out, 1)
+
+
+def _mamba(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+    x, dt, A, B, C, D, bias = _drawn((2, 40, 64), (2, 40, 64), (64, 16), (2, 40, 4, 16), (2, 40, 4, 16), (64,), (64,))
+    x, dt, B, C = (t.to(device, dtype) for t in (x, dt, B, C))
+    A, D, bias = (t.to(device, torch.float32) for t in (-A.exp(), D, bias))
+    y, _ = selective_scan(x, dt, A, B, C, D, bias, engine=engine)
+    x, dt, B, C, A, D, bias = (t.double().cpu() for t in (x, dt, B, C, A, D, bias))
+    groups = lambda t: t.unflatten(-1, (4, 16))  # noqa: E731
+    delta = groups(torch.nn.functional.softplus(dt + bias)).unsqueeze(-1)
+    return _far(y, _recurrence(groups(x), delta, A.unflatten(0, (4, 16)), B, C, groups(D)).flatten(2))
+
+
+def _mamba2(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+    x, dt, A, B, C, D, bias = _drawn((2, 40, 4, 64), (2, 40, 4), (4,), (2, 40, 4, 64), (2, 40, 4, 64), (4,), (4,))
+    x, dt, B, C = (t.to(device, dtype) for t in (x, dt, B / 8, C))
+    A, D, bias = (t.to(device, torch.float32) for t in (-A.exp(), D, bias))
+    y, _ = ssd_scan(x, dt, A, B, C, D, bias, engine=engine)
+    x, dt, B, C, A, D, bias = (t.double().cpu() for t in (x, dt, B, C, A, D, bias))
+    delta = torch.nn.functional.softplus(dt + bias)[..., None, None]
+    return _far(y, _recurrence(x, delta, A[:, None, None], B, C, D[:, None]))
+
+
+def _norm(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+    y, z, weight = (t.to(device, dtype) for t in _drawn((2, 40, 64), (2, 40, 64), (64,)))
+    found = gated_norm(y, z, weight, 1e-5, 16, engine=engine)
+    y, z, weight = (t.double().cpu() for t in (y, z, weight))
+    gated = (y * z * torch.sigmoid(z)).unflatten(-1, (4, 16))
+    return _far(found, (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight)
+
+
+CHECKS = {"convolution": _conv, "mamba scan": _mamba, "mamba2 scan": _mamba2, "gated norm": _norm}
