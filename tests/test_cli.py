@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from hybridize.commands import COMMANDS, app
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hybridize.modeling

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from hybridize.errors import InputError
 from hybridize.modeling import FLOAT32, HybridConfig
+from hybridize.runtime import load_model
 from tests.conftest import hybrid, hybrid_config, worst
 
 LAYOUTS = ["ammam", "mmm", "aa", "ma"]
@@ -197,3 +200,48 @@ def test_hidden_states_and_logits_to_keep(kind: str) -> None:
     out = model(tokens, output_hidden_states=True)
     assert len(out.hidden_states) == 4
     assert torch.equal(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])
+
+
+def test_a_static_cache_gives_the_same_tokens(kind: str) -> None:
+    model, tokens = hybrid("ammam", kind), ids(2, 9)
+    told = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **told), model.generate(tokens, **told))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float16_is_right_or_refused(kind: str, device: str) -> None:
+    """mamba2 norms what it puts out, and float16 is then three bits better than bfloat16; what mamba puts out may overflow."""
+    model, tokens = hybrid("amma", kind).to(device), ids(2, 20, device=device)
+    off = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = copy.deepcopy(model).to(dtype)
+        assert all(getattr(narrow.model.layers[1].mixer, name).dtype == torch.float32 for name in FLOAT32)
+        if kind == "mamba" and dtype == torch.float16:
+            with pytest.raises(ValueError, match="overflows float16"):
+                narrow(tokens)
+            return
+        full = copy.deepcopy(narrow).float()(tokens).logits  # the same rounded weights, so that what is left is the arithmetic
+        off[dtype] = worst(narrow(tokens).logits.float(), full)
+    assert off[torch.float16] <= 0.5 * off[torch.bfloat16]
+
+
+def test_device_map_and_narrow_types_keep_what_must_be_float32(kind: str, tmp_path: Path) -> None:
+    hybrid("amma", kind).save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, device_map="auto")
+        if kind == "mamba" and dtype == torch.float16:
+            with pytest.raises(InputError, match="overflows float16"):
+                load_model(tmp_path, torch.device("cpu"), dtype)
+            continue
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if name.endswith(FLOAT32) else dtype), name
+        assert torch.isfinite(model(ids(1, 8, device=str(model.device))).logits).all()
+
+
+@pytest.mark.gpu
+def test_compiled_decoding_gives_the_same_tokens(kind: str) -> None:
+    model, tokens = hybrid("amma", kind).to("cuda"), ids(2, 9, device="cuda")
+    told = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    wanted = model.generate(tokens, **told)
+    model.forward = torch.compile(model.forward, dynamic=True)
+    assert torch.equal(model.generate(tokens, **told), wanted)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hybridize.errors import InputError, first_line
 
+Fingerprint = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha256 of the bytes
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NOT_HASHED = ("transformers_version", "_name_or_path")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -66,6 +67,7 @@ class CheckpointReader:
         self.path = path
         self.config = read_json(path / "config.json")
         self._files = self._locate()
+        self._prints: dict[str, Fingerprint] = {}
 
     def _locate(self) -> dict[str, Any]:
         if (self.path / INDEX).exists():
@@ -125,19 +127,23 @@ class CheckpointReader:
 
     @cached_property
     def hash(self) -> str:
-        """The content hash of DESIGN section 7: weights and config, whatever the sharding. Reads every byte once."""
+        """The content hash of DESIGN section 7: weights and config, whatever the sharding. Reads every byte once, but for
+        tensors that `take_print` has had."""
         with ThreadPoolExecutor(2) as pool:  # sha256 releases the interpreter lock
-            parts = list(pool.map(lambda name: fingerprint(name, self.tensor(name)), self.names))
-        return content_hash(parts, self.config)
+            list(pool.map(self.take_print, [name for name in self.names if name not in self._prints]))
+        return content_hash(list(self._prints.values()), self.config)
+
+    def take_print(self, name: str) -> None:
+        """What `hash` needs of one tensor, for who reads it anyway."""
+        self._prints[name] = fingerprint(name, self.tensor(name))
 
 
-def fingerprint(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], str]:
-    """(name, dtype, shape, sha256 of the bytes) of one tensor."""
+def fingerprint(name: str, tensor: Tensor) -> Fingerprint:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), hashlib.sha256(raw).hexdigest()  # type: ignore[arg-type]
 
 
-def content_hash(parts: list[tuple[str, str, tuple[int, ...], str]], config: dict[str, Any]) -> str:
+def content_hash(parts: list[Fingerprint], config: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, dtype, shape, body in sorted(parts):
         digest.update(f"{name} {dtype} {list(shape)} {body}\n".encode())

@@ -55,6 +55,8 @@ class MambaMixer(Mixer):
         past_key_values: a transformers cache whose layer `layer_idx` is a linear-attention layer; read and updated in place.
         Returns ([B, T, D], None), the second in place of attention weights.
         """
+        if hidden_states.dtype == torch.float16:
+            raise ValueError("a mamba mixer's output is not normalised and overflows float16; use bfloat16 or float32")
         z, x, B, C, dt = self.project(hidden_states)
         x, state = self._convolve(x, attention_mask, past_key_values, seq_idx)
         y, last = self.scan(x, B, C, dt, keep=attention_mask, reset=document_starts(seq_idx), state=state)

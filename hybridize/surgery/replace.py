@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from hybridize.surgery.calibrate import PARTS, calibrate
 from hybridize.surgery.mapping import DEFAULT_MIXER, Target, build, mixer_shape, plan_layer, stored
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.teacher import Teacher, hybrid_config
+
+AHEAD = 32  # tensors that may be written before their part of the parent's hash is there
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,20 @@ def replace(
     """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest; check: looks at the
     finished directory before it becomes the output, and raises what speaks against that."""
     settings = settings | {"calibration": None if calibration is None else calibration.settings()}
-    manifest = descend(source, name, output, "replace", settings, seed)
-    origin = "mil" if calibration is None else "calibrated"
-    for layer in surgery.layers:
-        manifest.layers[layer] = {"origin": origin, "from": init_from}
-    with AtomicDirectory(output, overwrite) as path:
+    origin, prints = "mil" if calibration is None else "calibrated", list[Future[None]]()
+    with AtomicDirectory(output, overwrite) as path, ThreadPoolExecutor(1) as beside:
         writer = CheckpointWriter(path)
         for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed, calibration):
+            if tensor_name in source:  # the parent's hash is taken of what is read anyway, while it is in the page cache
+                prints.append(beside.submit(source.take_print, tensor_name))
             writer.add(tensor_name, tensor)
+            while len(prints) > AHEAD:
+                prints.pop(0).result()
             progress(tensor_name)
+        for print_ in prints:
+            print_.result()
+        manifest = descend(source, name, output, "replace", settings, seed)
+        for layer in surgery.layers:
+            manifest.layers[layer] = {"origin": origin, "from": init_from}
         writer.close(hybrid_json(source.config, surgery), manifest, carry_from=source.path)
         check(path)
