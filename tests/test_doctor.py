@@ -19,8 +19,9 @@ def by_name(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
 
 
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, body: str) -> None:
-    for part in [n for n in sys.modules if n.split(".")[0] == name]:
-        monkeypatch.delitem(sys.modules, part)
+    for part in {name, *(n for n in sys.modules if n.split(".")[0] == name)}:
+        monkeypatch.setitem(sys.modules, part, None)  # so that it is gone again, or as it was, after the test
+        del sys.modules[part]
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)

@@ -35,13 +35,14 @@ class HybridConfig(PreTrainedConfig):
     ) -> None:
         # The family's own class fills in its defaults and reads legacy spellings (rope_theta, rope_scaling).
         kinds = layer_types
+        attention = kwargs.pop("attn_implementation", None)
         own = {key: value for key, value in kwargs.items() if key not in ("model_type", "transformers_version")}
         family = CONFIG_MAPPING[base_model_type](**own)
         values = {k: v for k, v in vars(family).items() if not k.startswith("_")} | {
             k: v for k, v in own.items() if k.startswith("_") or k in ("auto_map", "architectures")
         }
         values.pop("layer_types", None)
-        super().__init__(**values)
+        super().__init__(attn_implementation=attention, **values)
         for key, value in values.items():  # the base class drops what it takes for generation settings, use_cache among them
             if key not in vars(self):
                 setattr(self, key, value)

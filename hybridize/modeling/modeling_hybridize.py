@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrai
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_hybridize import MIXER_LAYER, HybridConfig
 from .mamba import MambaMixer
@@ -127,6 +128,7 @@ class HybridModel(HybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -149,6 +151,8 @@ class HybridModel(HybridPreTrainedModel):
         hidden = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache and past_key_values is None and not checkpointing:
             past_key_values = new_cache(self.config)
         length = hidden.shape[1]
@@ -227,6 +231,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -240,7 +245,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As in any transformers causal LM: logits [B, T or logits_to_keep, vocabulary]; labels -100 are left out."""
-        kwargs.pop("return_dict", None)
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
