@@ -38,6 +38,11 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
         "granite",
         {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": False}),
 }
 

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import hybridize.modeling  # noqa: F401
+from hybridize.checkpoint.experts import as_on_disk, read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
+from hybridize.modeling import HybridForCausalLM
 from hybridize.surgery.calibrate import PARTS
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.prove import fates, prove
@@ -53,7 +54,7 @@ def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILY)
 def test_no_layer_converted_is_the_teacher(name: str, homes: dict[str, Path], tmp_path: Path) -> None:
     teacher, student = load(homes[name]), load(convert(homes[name], tmp_path / "h", [], "mamba2"))
-    assert type(student).__name__ == "HybridForCausalLM"
+    assert isinstance(student, HybridForCausalLM)
     batch = ids(2, 24)
     assert torch.equal(student(batch).logits, teacher(batch).logits)
     grown = [m.generate(batch, max_new_tokens=8, do_sample=False, min_new_tokens=8) for m in (student, teacher)]
@@ -71,7 +72,7 @@ def heads_of(home: Path, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor
         q, k, v = torch.nn.functional.linear(hidden, attention.qkv_proj.weight).split([inner, kv, kv], -1)
     else:
         q, k, v = attention.q_proj(hidden), attention.k_proj(hidden), attention.v_proj(hidden)
-    over = {"olmo2": None, "qwen3": size, "gemma3_text": size}
+    over = {"olmo2": None, "qwen3": size, "qwen3_moe": size, "gemma3_text": size}
     if config.model_type in over:
         run, shift = over[config.model_type], 1.0 if "gemma" in config.model_type else 0.0
 
@@ -196,6 +197,24 @@ def test_distillation_sees_the_family_s_own_logits(name: str, homes: dict[str, P
     value = Accumulator(Student(other, Loss(), torch.float32), teacher, 2)(batch)
     assert abs(float(value) / float(reverse) - 1) <= 1e-5
     assert worst(other.lm_head.weight.grad, wanted) <= 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_tensors_keep_the_names_of_the_disk(name: str, homes: dict[str, Path], tmp_path: Path) -> None:
+    """Mixtures of experts have others in memory: read, and written by us and by transformers, they are what they were."""
+    result = CheckpointReader(convert(homes[name], tmp_path / "h", [0], "mamba2"))
+    model = load(result.path)
+    state = model.state_dict()
+    for parameter, value in model.named_parameters():
+        assert torch.equal(read_parameter(result, parameter), value), parameter
+    for tensor, value in result.tensors():
+        assert torch.equal(as_on_disk(tensor, state, state.__getitem__), value), tensor
+    model.save_pretrained(tmp_path / "again")
+    again = CheckpointReader(tmp_path / "again")
+    assert again.names == result.names
+    assert all(torch.equal(again.tensor(tensor), value) for tensor, value in result.tensors())
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    assert torch.equal(other(ids(1, 9)).logits, model(ids(1, 9)).logits)
 
 
 def test_the_table_in_the_docs_is_what_the_code_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hybridize.checkpoint.experts import as_on_disk
 from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
@@ -182,7 +184,11 @@ def distill(
     ]  # fmt: skip
     manifest = dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
     trained = student.state_dict()
-    final = ((name, whole(trained.get(name, old)).to(old.dtype)) for name, old in source.tensors())
+    gathered = functools.lru_cache(maxsize=2)(
+        lambda parameter: whole(trained[parameter])
+    )  # experts ask for the same two in turn
+    found = ((name, as_on_disk(name, trained, gathered), old) for name, old in source.tensors())
+    final = ((name, old if new is None else new.to(old.dtype)) for name, new, old in found)
     if not ranks.main:
         for _ in final:  # what is sharded becomes whole only if all ranks take part
             pass

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hybridize.checkpoint.experts import holds, read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.modeling import FLOAT32
@@ -109,11 +110,11 @@ def small(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def fill(model: nn.Module, module: nn.Module, source: CheckpointReader, device: torch.device) -> None:
     """Reads the weights of `module`, a part of `model` without storage, onto `device`."""
-    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in source}
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if holds(source, name)}
     for part in module.modules():
         for key, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta:
-                value = source.tensor(names[id(parameter)]).to(device, parameter.dtype)
+                value = read_parameter(source, names[id(parameter)]).to(device, parameter.dtype)
                 setattr(part, key, nn.Parameter(value, parameter.requires_grad))
 
 

@@ -41,6 +41,7 @@ class HybridConfig(PreTrainedConfig):
         values = {k: v for k, v in vars(family).items() if not k.startswith("_")} | {
             k: v for k, v in own.items() if k.startswith("_") or k in ("auto_map", "architectures")
         }
+        values |= {alias: getattr(family, name) for alias, name in family.attribute_map.items() if hasattr(family, name)}
         values.pop("layer_types", None)
         super().__init__(attn_implementation=attention, **values)
         for key, value in values.items():  # the base class drops what it takes for generation settings, use_cache among them

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -26,7 +27,10 @@ from .mixer import FLOAT32, Mixer
 
 MIXERS: dict[str, type[Mixer]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 # families whose backbone is embedding, layers, norm, with nothing in between that this file does not do
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3",
+    "mixtral", "qwen3_moe",
+)  # fmt: skip
 
 
 @functools.cache
@@ -70,6 +74,18 @@ def new_cache(config: HybridConfig) -> DynamicCache:
     return StateCache(config=config) if stateful else DynamicCache(config=config)
 
 
+@functools.cache
+def _loaded_as(family: str, model_class: Any) -> Any:
+    """The class itself, or, for a family whose tensors have other names on the disk than in memory (mixtures of experts), one
+    of its own, since transformers looks by a class's name for how to translate them."""
+    mapping = get_checkpoint_conversion_mapping(family)
+    if not mapping:
+        return model_class
+    name = f"{model_class.__name__}_{family}"
+    register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    return type(name, (model_class,), {"__module__": model_class.__module__})
+
+
 class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
     base_model_prefix = "model"
@@ -79,6 +95,10 @@ class HybridPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state cannot be rolled back, so generation must not crop the cache
     _can_compile_fullgraph = False
     _skip_keys_device_placement = "past_key_values"
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.__class__ = _loaded_as(config.base_model_type, type(self))  # type: ignore[arg-type]
 
     @property
     def _family(self) -> Any:

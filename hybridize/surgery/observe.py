@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from hybridize.checkpoint.experts import read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.modeling import MIXER_LAYER, HybridModel
 from hybridize.surgery.teacher import hybrid_config
@@ -100,7 +101,7 @@ class Observer:
         layer, prefix = self.layers[self.index], f"model.layers.{self.index}."
         self.layers[self.index] = nn.Identity()
         state = {
-            name: (attention if name.startswith("self_attn.") else self.source).tensor(prefix + name)
+            name: read_parameter(attention if name.startswith("self_attn.") else self.source, prefix + name)
             for name in layer.state_dict()
         }
         wide = {name: value.to(self.device, torch.float32) for name, value in state.items()}
