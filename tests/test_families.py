@@ -24,8 +24,9 @@ from hybridize.surgery.observe import Observer
 from hybridize.surgery.prove import fates, prove
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
 from hybridize.surgery.teacher import read_teacher
-from tests.conftest import worst
+from tests.conftest import Runner, make_tokenizer, worst
 from tests.families import FAMILY, make_family
+from tests.test_modeling import BOUND, DEVICES
 
 
 @pytest.fixture(scope="session")
@@ -129,11 +130,12 @@ def test_the_proof_holds_and_finds_what_is_wrong(name: str, kind: str, homes: di
         prove(source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FAMILY)
-def test_numbers(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -> None:
+def test_numbers(name: str, kind: str, device: str, homes: dict[str, Path], tmp_path: Path) -> None:
     """Cached = full, in two chunks too; left-padded = alone; packed = separate; checkpointed = not, all with gradients."""
-    model = load(convert(homes[name], tmp_path / "h", [0, 3], kind))
-    tokens, lengths = ids(2, 20), [11, 1, 8]
+    model, bound = load(convert(homes[name], tmp_path / "h", [0, 3], kind)).to(device), BOUND[device]
+    tokens, lengths = ids(2, 20).to(device), [11, 1, 8]
     full = model(tokens, use_cache=False).logits
     for parts in ([13, 7], [17, 1, 1, 1]):
         cache, outs = None, []
@@ -141,22 +143,22 @@ def test_numbers(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -
             out = model(part, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             outs.append(out.logits)
-        assert worst(torch.cat(outs, 1), full) <= 1e-4
-    batch, mask = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
+        assert worst(torch.cat(outs, 1), full) <= bound
+    batch, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
     batch[0], mask[0] = tokens[0], 1
     batch[1, 9:], mask[1, 9:] = tokens[1, :11], 1
     padded = model(batch, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    assert worst(padded[0], full[0]) <= 1e-4
-    assert worst(padded[1, 9:], full[1, :11]) <= 1e-4
+    assert worst(padded[0], full[0]) <= bound
+    assert worst(padded[1, 9:], full[1, :11]) <= bound
     grown = model.generate(batch, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     alone = model.generate(tokens[1:, :11], max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert torch.equal(grown[1, 20:], alone[0, 11:])
     beams = model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False)
     assert torch.equal(beams, model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=False))
 
-    rows = [ids(1, n, seed=n) for n in lengths]
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    weight = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    rows = [ids(1, n, seed=n).to(device) for n in lengths]
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0)
+    weight = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0)).to(device)
     found = []
     for way in ("packed", "separate", "checkpointed"):
         model.zero_grad()
@@ -169,10 +171,10 @@ def test_numbers(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -
         (logits * weight).sum().backward()
         found.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     for logits, gradients in found[1:]:
-        assert worst(logits, found[0][0]) <= 1e-4
+        assert worst(logits, found[0][0]) <= bound
         assert gradients.keys() == found[0][1].keys()
         for n, gradient in gradients.items():
-            assert worst(gradient, found[0][1][n]) <= 1e-4, n
+            assert worst(gradient, found[0][1][n]) <= bound, n
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -255,3 +257,26 @@ def test_calibrated_starts_exist_for_every_family(name: str, kind: str, homes: d
         far[way] = float((made - wanted).square().mean() / wanted.square().mean())
     assert far["calibrated"] < far["plain"]
     assert far["calibrated"] < 1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "qwen3-moe"])
+def test_the_commands_take_the_odd_ones(
+    name: str, tmp_path: Path, traces: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft caps, multipliers and experts through scoring, surgery and training."""
+    teacher = make_family(tmp_path / "teacher", name, vocab_size=260)
+    make_tokenizer().save_pretrained(teacher)
+    monkeypatch.setenv("HYBRIDIZE_DATA", str(traces))
+    monkeypatch.chdir(tmp_path)
+    small = ("--seq-len", 32, "--batch-size", 2)
+    for ablate in ("block", "mixer"):
+        cli("score-loo", "--metric", "kl", "--ablate", ablate, "--seq-len", 32, "--windows", 2, "--overwrite")
+    cli("score-mmr", *small, "--steps", 2, "--no-calibrate")
+    cli("score-restore", *small, "--steps", 2, "--windows", 2, "--no-calibrate")
+    cli("replace", "--layers", 2, "--calibration-tokens", 256)
+    cli("distill", "h2", "--steps", 2, *small, "--eval-every", 0, "-o", "trained", "--train", "all")
+    before, after = (CheckpointReader(tmp_path / folder) for folder in ("h2", "trained"))
+    same = {n for n in before.names if torch.equal(before.tensor(n), after.tensor(n))}
+    trained = {n for n in before.names if "mlp" in n and n.endswith("weight")} - same
+    assert trained, "an MLP's weights, or an expert's, are the trained ones"
+    assert "2 Mamba" in cli("inspect", "trained")

@@ -16,12 +16,17 @@ PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, 
 
 def model_flops(student: Any, teacher: Any) -> int:
     """FLOPs a token of training: 2 N forward and 2 N back through the student, 2 for each weight that is trained, 2 N for the
-    teacher; N without the embedding table, no credit for recomputation nor for attention's products."""
+    teacher; N without the embedding table, and of experts those that a token goes through; no credit for recomputation nor for
+    attention's products."""
 
     def size(model: Any, trained: bool = False) -> int:
         table = model.get_input_embeddings().weight
-        tied = model.get_output_embeddings().weight is table
-        return sum(p.numel() for p in model.parameters() if (p is not table or tied) and (p.requires_grad or not trained))
+        tied, chosen = model.get_output_embeddings().weight is table, getattr(model.config, "num_experts_per_tok", 1)
+        return sum(
+            p.numel() * chosen // p.shape[0] if ".experts." in name else p.numel()
+            for name, p in model.named_parameters()
+            if (p is not table or tied) and (p.requires_grad or not trained)
+        )
 
     return 4 * size(student) + 2 * size(student, trained=True) + (0 if teacher is None else 2 * size(teacher))
 
