@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from . import options as opt
-from .models import data_for, open_checkpoint, teacher_of, template_text
+from .models import data_for, open_checkpoint, say_tuning, teacher_of, template_text
 from .output import Output, guarded
 
 
@@ -159,6 +159,7 @@ def command(
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
     last: dict[str, Any] = {}
+    say_tuning(out, where, source.config.get("mixer"))
 
     def report(event: dict[str, Any]) -> None:
         kind = event.pop("kind")

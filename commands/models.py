@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.surgery.replace import Calibration
+
+    from .output import Output
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> CheckpointReader:
@@ -36,6 +40,16 @@ def teacher_of(source: CheckpointReader, name: str, teacher: str | None) -> Chec
     if source.config.get("model_type") == "hybridize":
         raise InputError(f"{name} does not say which teacher it comes from; give --teacher")
     return source
+
+
+def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) -> None:
+    """Why nothing may be heard for minutes, where that can be."""
+    from hybridize.modeling import engine_for
+
+    if mixer is not None and mixer.get("kind") == "mamba2" and engine_for(device) == "kernel":
+        out.note(
+            "the first step ever on a machine takes minutes: the Mamba-2 kernels try out their configurations, and remember"
+        )
 
 
 def data_for(data: str | None, teacher: CheckpointReader | None) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options as opt
-from .models import calibration_for, data_for, teacher_of, template_text
+from .models import calibration_for, data_for, say_tuning, teacher_of, template_text
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
@@ -117,6 +117,7 @@ def command(
     student = load_hybrid(source, where, torch.float32)
     model = load_model(origin.path, where, compute, trust_remote_code)
     started = time.time()
+    say_tuning(out, where, shape)
 
     def batches(repeat: int) -> Iterator[Any]:
         order = replace(settings.as_distill(), seed=seed + repeat)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .models import calibration_for, data_for, teacher_of, template_text
+from .models import calibration_for, data_for, say_tuning, teacher_of, template_text
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
@@ -89,6 +89,7 @@ def command(
     student = load_hybrid(source, where, torch.float32)
     model = load_model(origin.path, where, compute, trust_remote_code)
     started = time.time()
+    say_tuning(out, where, shape)
 
     def progress(done: int, count: int) -> None:
         out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
