@@ -47,9 +47,7 @@ def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) 
     from hybridize.modeling import engine_for
 
     if mixer is not None and mixer.get("kind") == "mamba2" and engine_for(device) == "kernel":
-        out.note(
-            "the first step ever on a machine takes minutes: the Mamba-2 kernels try out their configurations, and remember"
-        )
+        out.note("the first step ever on a machine takes minutes: Mamba-2's kernels try their configurations, and remember")
 
 
 def data_for(data: str | None, teacher: CheckpointReader | None) -> str:
