@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from .output import EXIT_GATE, Output, guarded
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.evaluation.gate import TaskDrop
 
 
 @guarded
@@ -25,6 +27,13 @@ def command(
     max_drop: Annotated[
         float | None, typer.Option("--max-drop", help="Exit 3 when a task falls further than this below the baseline.")
     ] = None,
+    confidence: Annotated[
+        float | None, typer.Option("--confidence", help="Fail only when so sure that the drop exceeds --max-drop, as 0.95.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail unless 95% sure that the drop does not exceed --max-drop.")
+    ] = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="A file for CI services: each task as a test.")] = None,
     num_fewshot: opt.NumFewshot = None,
     limit: opt.Limit = None,
     include_path: opt.IncludePath = None,
@@ -43,16 +52,19 @@ def command(
 ) -> None:
     """Reads a checkpoint; writes results.json into CHECKPOINT/eval/ (or -o): lm-eval's results, and each document's score.
 
-    With --baseline both are measured alike and compared document by document; --max-drop makes that a gate.
+    With --baseline both are measured alike and compared document by document; --max-drop makes that a gate. A baseline's own
+    results are used again where checkpoint, settings and libraries are the same.
     """
     out = Output(as_json, quiet)
     from hybridize.checkpoint.scores import beside
     from hybridize.checkpoint.writer import check_writable, write_json_atomic
     from hybridize.errors import InputError
+    from hybridize.evaluation.gate import Rule, compare, drops_json, write_junit
     from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
-    from hybridize.evaluation.results import check_comparable, compare, drops_json, read_results
-    from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers
+    from hybridize.evaluation.results import check_comparable, read_results, reusable
+    from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
+    rule, began = Rule(max_drop, confidence, strict), time.monotonic()
     if max_drop is not None and baseline is None:
         raise InputError("--max-drop needs a --baseline to fall from")
     settings = EvalSettings(
@@ -65,16 +77,26 @@ def command(
     if target.is_file():
         raise InputError(f"{target} is a file; results go into a directory")
     check_writable(target / "results.json")
-    other: Any = None
-    if baseline is not None:
-        other = read_results(Path(baseline)) if Path(baseline).is_file() else open_checkpoint(baseline)
-        if isinstance(other, dict):
-            check_comparable(settings.to_json(), other)
+    if junit is not None:
+        if junit.is_dir():
+            raise InputError(f"--junit {junit} is a directory; it names a file")
+        check_writable(junit)
     where, compute = pick_compute(device, dtype)
+    ran, other, own = ran_on(where, compute), None, None
+    if baseline is not None and Path(baseline).is_file():
+        other = read_results(Path(baseline))
+        check_comparable(settings.to_json(), ran, other)
+    elif baseline is not None:
+        own = open_checkpoint(baseline)
+        for path in (beside(own.path, baseline, "eval") / "results.json", target / "baseline.json"):
+            other = other or reusable(path, own.hash, settings.to_json(), ran)
+            if other is not None:
+                out.note(f"the baseline's figures are those of {path}: same checkpoint, same settings")
+                break
     manager = open_tasks(settings)
     quiet_transformers()
 
-    readers = [source] if other is None or isinstance(other, dict) else [source, other]
+    readers = [source] if other is not None or own is None else [source, own]
     tokenizers = {reader.path: load_tokenizer(reader.path, trust_remote_code) for reader in readers}
     if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
         raise InputError("--apply-chat-template: the tokenizer has no chat template")
@@ -82,43 +104,53 @@ def command(
     def measure(reader: CheckpointReader) -> dict[str, Any]:
         from hybridize.evaluation.harness import evaluate
         from hybridize.evaluation.results import make_results
-        from hybridize.runtime import load_model, ran_on
+        from hybridize.runtime import load_model
 
         model = load_model(reader.path, where, compute, trust_remote_code)
         found = evaluate(model, tokenizers[reader.path], settings, manager)
-        return make_results(found, settings, reader.hash, ran_on(where, compute))
+        return make_results(found, settings, reader.hash, ran)
 
     out.note(f"evaluating {checkpoint} on {', '.join(settings.tasks)}")
     results = measure(source)
     write_json_atomic(target / "results.json", results)
-    drops = []
-    if other is not None:
-        if not isinstance(other, dict):
-            out.note(f"evaluating the baseline {baseline}")
-            other = measure(other)
-            write_json_atomic(target / "baseline.json", other)
-        drops = compare(results, other)
-    failed = [d for d in drops if max_drop is not None and d.drop > max_drop]
-
-    def human() -> None:
-        limited = f" (limited to {limit} documents a task)" if limit is not None else ""
-        if drops:
-            rows = [
-                [d.task, d.metric, str(d.documents), f"{d.baseline:.4f}", f"{d.candidate:.4f}", f"{d.drop:+.4f}"] for d in drops
-            ]
-            out.table(f"{target / 'results.json'}{limited}", ["task", "metric", "documents", "baseline", "value", "drop"], rows)
-        else:
-            rows = [[t, v["metric"], str(len(v["documents"])), f"{v['value']:.4f}"] for t, v in results["tasks"].items()]
-            out.table(f"{target / 'results.json'}{limited}", ["task", "metric", "documents", "value"], rows)
+    if other is None and own is not None:
+        out.note(f"evaluating the baseline {baseline}")
+        other = measure(own)
+        write_json_atomic(target / "baseline.json", other)
+    drops = [] if other is None else compare(results, other, rule.level, seed)
+    failed = [drop for drop in drops if rule.fails(drop)]
+    if junit is not None:
+        write_junit(junit, checkpoint, results, drops, rule, time.monotonic() - began)
 
     summary = {t: {"metric": v["metric"], "value": v["value"]} for t, v in results["tasks"].items()}
     out.result(
-        {"results": str(target / "results.json"), "tasks": summary, "drops": drops_json(drops), "passed": not failed}, human
+        {
+            "results": str(target / "results.json"),
+            "tasks": summary,
+            "limited": limit is not None,
+            "drops": drops_json(drops, rule),
+            "passed": not failed,
+        },
+        lambda: _show(out, target / "results.json", results, drops, rule.level),
     )
     for drop in failed:
-        out.warn(
-            f"gate not met: {drop.task} {drop.metric} is {drop.candidate:.4f}, {drop.drop:.4f} worse than the baseline's "
-            f"{drop.baseline:.4f}; --max-drop allows {max_drop}"
-        )
+        out.warn(f"gate not met: {drop.describe(rule.level)}; --max-drop allows {max_drop}")
     if failed:
         raise typer.Exit(EXIT_GATE)
+
+
+def _show(out: Output, path: Path, results: dict[str, Any], drops: list[TaskDrop], level: float) -> None:
+    limit = results["settings"].get("limit")
+    title = f"{path}" + (f" (limited to {limit} documents a task)" if limit is not None else "")
+    if not drops:
+        plain = [[t, v["metric"], str(len(v["documents"])), f"{v['value']:.4f}"] for t, v in results["tasks"].items()]
+        out.table(title, ["task", "metric", "documents", "value"], plain)
+        return
+    rows = [
+        [
+            d.task, d.metric, str(d.documents), f"{d.baseline:.4f}", f"{d.candidate:.4f}", f"{d.drop:+.4f}",
+            "" if d.low is None else f"{d.low:+.4f} .. {d.high:+.4f}", "" if d.p is None else f"{d.p:.3g}",
+        ]
+        for d in drops
+    ]  # fmt: skip
+    out.table(title, ["task", "metric", "documents", "baseline", "value", "drop", f"{level:.0%} interval", "McNemar p"], rows)

@@ -285,6 +285,35 @@ def test_the_gate(place: Path, cli: Runner) -> None:
     assert (place / "h4/eval/results.json").exists()
     cli("eval", "h4", *common, "--baseline", "high.json", "--max-drop", 2, "--overwrite")
     assert "not comparable" in cli.fails("eval", "h4", *common, "--baseline", "high.json", "--limit", 3, "--overwrite")
+    assert "contradict" in cli.fails(
+        "eval", "h4", *common, "--baseline", "teacher", "--max-drop", 1, "--strict", "--confidence", 0.9
+    )
+
+
+def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) -> None:
+    """A baseline that was evaluated alike is not evaluated again; one that was not is, and then its figures are kept."""
+    common = ("--tasks", "tiny_choice", "--include-path", "tasks", "--baseline", "teacher", "--overwrite")
+    cli("replace", "--indices", "0-3")
+    cli("eval", "h4", *common, "--max-drop", 1, "--junit", "ci/out.xml")
+    assert "evaluating the baseline" in cli.stderr
+    assert (place / "h4/eval/baseline.json").exists()
+    assert 'failures="0"' in (place / "ci/out.xml").read_text()
+    found = json.loads(cli("eval", "h4", *common, "--max-drop", 1, "--confidence", 0.9, "--json"))
+    assert "h4/eval/baseline.json: same checkpoint, same settings" in cli.stderr
+    (drop,) = found["drops"]
+    assert drop["low"] <= drop["drop"] <= drop["high"]
+    assert drop["failed"] is False
+    assert drop["p"] is not None
+    cli("eval", "teacher", *common[:4])
+    cli("eval", "h4", *common)
+    assert "teacher/eval/results.json: same checkpoint" in cli.stderr
+    cli("eval", "h4", *common, "--limit", 2)
+    assert "evaluating the baseline" in cli.stderr
+    assert "(limited to 2 documents a task)" in cli.stdout
+    cli("eval", "h4", *common, "--max-drop", -1, "--strict", "--junit", "ci/out.xml", code=3)
+    assert "interval" in cli.stderr
+    assert "<failure" in (place / "ci/out.xml").read_text()
+    assert "is a directory" in cli.fails("eval", "h4", *common, "--junit", "ci")
 
 
 BAD = [

@@ -152,16 +152,25 @@ def carried_files(source: Path) -> list[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(_as_json(value), encoding="utf-8")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """The file as a whole or not at all, synced; its directory is made if need be."""
+    write_text_atomic(path, _as_json(value))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Likewise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
     os.close(handle)
     try:
-        write_json(Path(name), value)
+        Path(name).write_text(text, encoding="utf-8")
         _own_mode(Path(name))
         _sync(Path(name))
         os.replace(name, path)

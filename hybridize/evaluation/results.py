@@ -1,8 +1,7 @@
-"""results.json: what an evaluation found, per task and per document, and the comparison of two of them."""
+"""results.json: what an evaluation found, per task and per document."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,6 @@ from hybridize.errors import InputError
 from hybridize.evaluation.harness import EvalSettings, document_scores, main_metric
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class TaskDrop:
-    """baseline - candidate in the direction in which the metric is better; positive means worse than the baseline."""
-
-    task: str
-    metric: str
-    baseline: float
-    candidate: float
-    drop: float
-    documents: int
 
 
 def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str, ran: dict[str, Any]) -> dict[str, Any]:
@@ -52,30 +39,25 @@ def read_results(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_comparable(settings: dict[str, Any], baseline: dict[str, Any]) -> None:
-    """InputError unless `baseline` was measured with these settings."""
+def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, baseline: dict[str, Any]) -> None:
+    """InputError unless `baseline` was measured with these settings, in the same number type."""
     for key in ("tasks", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs", "seed"):
         ours, theirs = settings.get(key), baseline["settings"].get(key)
         if ours != theirs:
             raise InputError(f"the baseline was evaluated with {key} {theirs!r}, the candidate with {ours!r}: not comparable")
+    kinds = [side.get("dtype") if isinstance(side, dict) else None for side in (ran, baseline.get("ran"))]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise InputError(f"the baseline was evaluated in {kinds[1]}, the candidate in {kinds[0]}: not comparable; see --dtype")
 
 
-def compare(candidate: dict[str, Any], baseline: dict[str, Any]) -> list[TaskDrop]:
-    """Paired over documents. InputError when the two were measured differently or on other documents."""
-    check_comparable(candidate["settings"], baseline)
-    drops = []
-    for task, ours in candidate["tasks"].items():
-        theirs = baseline["tasks"].get(task)
-        if theirs is None or theirs["metric"] != ours["metric"]:
-            raise InputError(f"the baseline has no {ours['metric']} for task {task}")
-        hashes = [[(d["doc"], d["hash"]) for d in side["documents"]] for side in (ours, theirs)]
-        if sorted(hashes[0]) != sorted(hashes[1]):
-            raise InputError(f"task {task}: the baseline answered other documents than the candidate")
-        sign = 1.0 if ours["higher_is_better"] else -1.0
-        drop = sign * (theirs["value"] - ours["value"])
-        drops.append(TaskDrop(task, ours["metric"], theirs["value"], ours["value"], drop, len(ours["documents"])))
-    return drops
-
-
-def drops_json(drops: list[TaskDrop]) -> list[dict[str, Any]]:
-    return [asdict(drop) for drop in drops]
+def reusable(path: Path, checkpoint: str, settings: dict[str, Any], ran: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in `path`, if they are of this checkpoint (content hash), settings, number type and lm-eval; else None."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_results(path)
+        check_comparable(settings, ran, found)
+    except InputError:
+        return None
+    versions = [side.get("lm_eval") if isinstance(side, dict) else None for side in (found.get("libraries"), libraries())]
+    return found if found.get("checkpoint") == checkpoint and versions[0] == versions[1] else None
