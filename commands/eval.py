@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
+from .fidelity import measure_fidelity
 from .models import open_checkpoint
 from .output import EXIT_GATE, Output, guarded
 
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
 @guarded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
-    tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = ...,  # type: ignore[assignment]
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
+    fidelity: Annotated[
+        str | None, typer.Option("--fidelity", help="Data on which to hold the checkpoint against its teacher.")
+    ] = None,
+    teacher: opt.Teacher = None,
+    mask: opt.Mask = "none",
+    chat_template: opt.ChatTemplate = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="For --fidelity: sequences of data.")] = 24,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="For --fidelity: tokens per sequence.")] = 2048,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="A checkpoint, or a results.json of the same settings, to compare with.")
     ] = None,
@@ -52,6 +61,8 @@ def command(
 ) -> None:
     """Reads a checkpoint; writes results.json into CHECKPOINT/eval/ (or -o): lm-eval's results, and each document's score.
 
+    With --fidelity it is held against its teacher on text: divergences, agreement, perplexities, greedy continuations.
+
     With --baseline both are measured alike and compared document by document; --max-drop makes that a gate. A baseline's own
     results are used again where checkpoint, settings and libraries are the same.
     """
@@ -61,17 +72,27 @@ def command(
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, compare, drops_json, write_junit
     from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
-    from hybridize.evaluation.results import check_comparable, read_results, reusable
     from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
     rule, began = Rule(max_drop, confidence, strict), time.monotonic()
+    if (tasks is None) == (fidelity is None):
+        raise InputError("say what to measure: either --tasks, or --fidelity DATA")
     if max_drop is not None and baseline is None:
         raise InputError("--max-drop needs a --baseline to fall from")
+    source = open_checkpoint(checkpoint, revision)
+    target = output or beside(source.path, checkpoint, "eval")
+    where, compute = pick_compute(device, dtype)
+    if tasks is None:
+        if baseline is not None:
+            raise InputError("--baseline compares tasks; give --tasks")
+        measure_fidelity(
+            out, source, checkpoint, teacher, fidelity, target, overwrite, mask, chat_template, windows, seq_len, where,
+            compute, trust_remote_code,
+        )  # fmt: skip
+        return
     settings = EvalSettings(
         task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, gen_kwargs, include_path, seed
     )
-    source = open_checkpoint(checkpoint, revision)
-    target = output or beside(source.path, checkpoint, "eval")
     if (target / "results.json").exists() and not overwrite:
         raise InputError(f"{target / 'results.json'} exists; give another -o or --overwrite")
     if target.is_file():
@@ -81,22 +102,12 @@ def command(
         if junit.is_dir():
             raise InputError(f"--junit {junit} is a directory; it names a file")
         check_writable(junit)
-    where, compute = pick_compute(device, dtype)
-    ran, other, own = ran_on(where, compute), None, None
-    if baseline is not None and Path(baseline).is_file():
-        other = read_results(Path(baseline))
-        check_comparable(settings.to_json(), ran, other)
-    elif baseline is not None:
-        own = open_checkpoint(baseline)
-        for path in (beside(own.path, baseline, "eval") / "results.json", target / "baseline.json"):
-            other = other or reusable(path, own.hash, settings.to_json(), ran)
-            if other is not None:
-                out.note(f"the baseline's figures are those of {path}: same checkpoint, same settings")
-                break
+    ran = ran_on(where, compute)
+    other, own = _baseline(out, baseline, target, settings.to_json(), ran)
     manager = open_tasks(settings)
     quiet_transformers()
 
-    readers = [source] if other is not None or own is None else [source, own]
+    readers = [source] if own is None else [source, own]
     tokenizers = {reader.path: load_tokenizer(reader.path, trust_remote_code) for reader in readers}
     if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
         raise InputError("--apply-chat-template: the tokenizer has no chat template")
@@ -113,7 +124,7 @@ def command(
     out.note(f"evaluating {checkpoint} on {', '.join(settings.tasks)}")
     results = measure(source)
     write_json_atomic(target / "results.json", results)
-    if other is None and own is not None:
+    if own is not None:
         out.note(f"evaluating the baseline {baseline}")
         other = measure(own)
         write_json_atomic(target / "baseline.json", other)
@@ -137,6 +148,28 @@ def command(
         out.warn(f"gate not met: {drop.describe(rule.level)}; --max-drop allows {max_drop}")
     if failed:
         raise typer.Exit(EXIT_GATE)
+
+
+def _baseline(
+    out: Output, name: str | None, target: Path, settings: dict[str, Any], ran: dict[str, Any]
+) -> tuple[dict[str, Any] | None, CheckpointReader | None]:
+    """The baseline's results, where there are such that can be used, and else the checkpoint to measure."""
+    from hybridize.checkpoint.scores import beside
+    from hybridize.evaluation.results import check_comparable, read_results, reusable
+
+    if name is None:
+        return None, None
+    if Path(name).is_file():
+        found = read_results(Path(name))
+        check_comparable(settings, ran, found)
+        return found, None
+    own = open_checkpoint(name)
+    for path in (beside(own.path, name, "eval") / "results.json", target / "baseline.json"):
+        kept = reusable(path, own.hash, settings, ran)
+        if kept is not None:
+            out.note(f"the baseline's figures are those of {path}: same checkpoint, same settings")
+            return kept, None
+    return None, own
 
 
 def _show(out: Output, path: Path, results: dict[str, Any], drops: list[TaskDrop], level: float) -> None:

@@ -18,6 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import hybridize.modeling
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.distillation.distill import open_corpus
+from hybridize.distillation.encode import Encoder
+from hybridize.distillation.measure import fidelity
+from hybridize.distillation.settings import DistillSettings
 from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable
 from hybridize.modeling import HybridForCausalLM
 from hybridize.runtime import load_hybrid, load_model, load_tokenizer
@@ -271,6 +275,29 @@ def test_killed_and_resumed_on_the_command_line(place: Path, cli: Runner) -> Non
     logs = [[(r["step"], r["loss"]) for r in map(json.loads, (place / p / "metrics.jsonl").open())] for p in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 60
+
+
+def test_fidelity_to_the_teacher(place: Path, cli: Runner) -> None:
+    cli("replace", "--indices", "1,2", "--no-calibrate")
+    small = ("--seq-len", 48, "--windows", 5, "--mask", "assistant")
+    cli("eval", "h2", "--fidelity", "traces.jsonl", *small)
+    assert "greedy continuations of 5 prompts" in cli.stdout
+    found = json.loads((place / "h2/eval/fidelity.json").read_text())
+    student, teacher = (load_model(place / p, torch.device("cpu"), torch.float32) for p in ("h2", "teacher"))
+    encoder = Encoder(load_tokenizer(place / "teacher"), "assistant", None)
+    settings = DistillSettings(steps=1, seq_len=48, batch_size=4, eval_windows=5)
+    batches = open_corpus("traces.jsonl", "traces.jsonl", encoder).measuring(settings)
+    expected = fidelity(student, teacher, batches, torch.float32)
+    for name in ("reverse_kl", "forward_kl", "agreement", "perplexity", "tokens"):
+        assert found[name] == pytest.approx(getattr(expected, name), rel=1e-5)
+    assert sum(bucket["tokens"] for bucket in found["positions"]) == found["tokens"]
+    same = json.loads(cli("eval", "teacher", "--fidelity", "traces.jsonl", "--teacher", "teacher", *small, "--json"))
+    assert (same["reverse_kl"], same["agreement"]) == (0.0, 1.0)
+    assert (same["greedy"]["mean"], same["greedy"]["all_the_same"]) == (64.0, 1.0)
+    assert same["perplexity"] == same["teacher_perplexity"]
+    assert "exists" in cli.fails("eval", "h2", "--fidelity", "traces.jsonl", *small)
+    assert "either --tasks, or --fidelity" in cli.fails("eval", "h2")
+    assert "give --tasks" in cli.fails("eval", "h2", "--fidelity", "traces.jsonl", "--baseline", "teacher", "--overwrite")
 
 
 def test_the_gate(place: Path, cli: Runner) -> None:

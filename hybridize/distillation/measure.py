@@ -80,19 +80,26 @@ def fidelity_per_batch(student: nn.Module, teacher: nn.Module, batches: Iterable
     """[batches, 5] float64 sums: reverse KL, forward KL, agreements, negative log-likelihood, tokens."""
     rows = []
     for batch in batches:
-        kept = batch.keep.flatten()
-        ours, theirs = (hidden_states(m, batch, dtype).flatten(0, 1)[kept] for m in (student, teacher))
-        labels = batch.labels.flatten()[kept]
-        sums = torch.zeros(4, dtype=torch.float64, device=ours.device)
-        for begin in range(0, len(labels), CHUNK_TOKENS):
-            part = slice(begin, begin + CHUNK_TOKENS)
-            log_q = F.log_softmax(token_logits(student, ours[part], dtype), -1)
-            log_p = F.log_softmax(token_logits(teacher, theirs[part], dtype), -1)
-            measures = [
-                divergence("reverse-kl", log_q, log_p), divergence("forward-kl", log_q, log_p),
-                (log_q.argmax(-1) == log_p.argmax(-1)).float(),
-                F.nll_loss(log_q, labels[part], reduction="none"),
-            ]  # fmt: skip
-            sums += torch.stack(measures).double().sum(1)
-        rows.append(torch.cat([sums.cpu(), torch.tensor([len(labels)], dtype=torch.float64)]))
+        found = token_measures(student, teacher, batch, dtype)
+        rows.append(torch.cat([found[:4].sum(1), torch.tensor([found.shape[1]], dtype=torch.float64)]))
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def token_measures(student: nn.Module, teacher: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """[5, n] float64 on the CPU, of each kept token in row order: reverse KL, forward KL, whether both find the same token the
+    likeliest, and the negative log-likelihood of the label by the student and by the teacher."""
+    kept = batch.keep.flatten()
+    ours, theirs = (hidden_states(m, batch, dtype).flatten(0, 1)[kept] for m in (student, teacher))
+    labels, parts = batch.labels.flatten()[kept], []
+    for begin in range(0, len(labels), CHUNK_TOKENS):
+        part = slice(begin, begin + CHUNK_TOKENS)
+        log_q = F.log_softmax(token_logits(student, ours[part], dtype), -1)
+        log_p = F.log_softmax(token_logits(teacher, theirs[part], dtype), -1)
+        measures = [
+            divergence("reverse-kl", log_q, log_p), divergence("forward-kl", log_q, log_p),
+            (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+            *(F.nll_loss(logs, labels[part], reduction="none") for logs in (log_q, log_p)),
+        ]  # fmt: skip
+        parts.append(torch.stack(measures).double().cpu())
+    return torch.cat(parts, 1) if parts else torch.zeros(5, 0, dtype=torch.float64)

@@ -1,0 +1,72 @@
+"""What `eval --fidelity` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .models import data_for, teacher_of, template_text
+from .output import Output
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridize.checkpoint.reader import CheckpointReader
+
+NEW_TOKENS, PROMPT = 64, 64
+ROWS = 4  # windows in one forward pass
+
+
+def measure_fidelity(
+    out: Output, source: CheckpointReader, name: str, teacher: str | None, data: str | None, target: Path, overwrite: bool,
+    mask: str, chat_template: Path | None, windows: int, seq_len: int, where: torch.device, compute: torch.dtype,
+    trust_remote_code: bool,
+) -> None:  # fmt: skip
+    """Writes fidelity.json into `target` and shows it."""
+    import torch
+
+    from hybridize.checkpoint.writer import check_writable, write_json_atomic
+    from hybridize.distillation.distill import check_vocabularies, open_corpus
+    from hybridize.distillation.encode import Encoder
+    from hybridize.distillation.settings import DistillSettings
+    from hybridize.errors import InputError
+    from hybridize.evaluation.fidelity import greedy_agreement, measure
+    from hybridize.runtime import load_model, load_tokenizer, quiet_transformers, ran_on
+
+    quiet_transformers()
+    path = target / "fidelity.json"
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; give another -o or --overwrite")
+    check_writable(path)
+    origin = teacher_of(source, name, teacher)
+    check_vocabularies(source, origin)
+    spec = data_for(data, origin)
+    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
+    corpus = open_corpus(spec, spec, encoder)
+    plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=ROWS, eval_windows=windows, mask=mask)
+    batches = corpus.measuring(plan)
+    if not batches:
+        raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
+
+    student, model = (load_model(reader.path, where, compute, trust_remote_code) for reader in (source, origin))
+    found = measure(student, model, [batch.to(where) for batch in batches], compute)
+    prompts = torch.cat([batch.ids[:, : min(PROMPT, seq_len // 2)] for batch in batches]).to(where)
+    found["greedy"] = greedy_agreement(student, model, prompts, NEW_TOKENS, ROWS)
+    settings = {"data": corpus.rows.name, "mask": mask, "windows": windows, "seq_len": seq_len, "teacher": origin.hash}
+    write_json_atomic(path, {"format": 1, "checkpoint": source.hash, "settings": settings | ran_on(where, compute), **found})
+    out.result({"fidelity": str(path), **found}, lambda: _show(out, path, found))
+
+
+def _show(out: Output, path: Path, found: dict[str, Any]) -> None:
+    columns = ["positions", "tokens", "reverse KL", "forward KL", "agreement", "perplexity", "teacher's"]
+    rows = []
+    for entry in [found, *found["positions"]]:
+        span = "all" if "from" not in entry else f"{entry['from']}-{'' if entry['to'] is None else entry['to'] - 1}"
+        figures = [f"{entry[key]:.4f}" for key in ("reverse_kl", "forward_kl", "agreement")]
+        rows.append([span, str(entry["tokens"]), *figures, f"{entry['perplexity']:.3f}", f"{entry['teacher_perplexity']:.3f}"])
+    out.table(str(path), columns, rows)
+    greedy, spread = found["greedy"], "" if found["stderr"] is None else f" (reverse KL +- {found['stderr']:.4f} over windows)"
+    print(
+        f"greedy continuations of {greedy['prompts']} prompts stay the same for {greedy['mean']:.1f} of {greedy['new_tokens']} "
+        f"tokens in the mean, {greedy['median']:.0f} in the median{spread}"
+    )
