@@ -43,6 +43,7 @@ def command(
         bool, typer.Option("--strict", help="Fail unless 95% sure that the drop does not exceed --max-drop.")
     ] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="A file for CI services: each task as a test.")] = None,
+    log_samples: Annotated[bool, typer.Option("--log-samples", help="Every model output into samples.jsonl as well.")] = False,
     num_fewshot: opt.NumFewshot = None,
     limit: opt.Limit = None,
     include_path: opt.IncludePath = None,
@@ -68,7 +69,7 @@ def command(
     """
     out = Output(as_json, quiet)
     from hybridize.checkpoint.scores import beside
-    from hybridize.checkpoint.writer import check_writable, write_json_atomic
+    from hybridize.checkpoint.writer import check_writable, write_json_atomic, write_text_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, compare, drops_json, write_junit
     from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
@@ -114,11 +115,14 @@ def command(
 
     def measure(reader: CheckpointReader) -> dict[str, Any]:
         from hybridize.evaluation.harness import evaluate
-        from hybridize.evaluation.results import make_results
+        from hybridize.evaluation.results import make_results, sample_lines
         from hybridize.runtime import load_model
 
         model = load_model(reader.path, where, compute, trust_remote_code)
         found = evaluate(model, tokenizers[reader.path], settings, manager)
+        if log_samples:
+            name = "samples.jsonl" if reader is source else "baseline-samples.jsonl"
+            write_text_atomic(target / name, sample_lines(found["samples"]))
         return make_results(found, settings, reader.hash, ran)
 
     out.note(f"evaluating {checkpoint} on {', '.join(settings.tasks)}")

@@ -277,6 +277,15 @@ def test_killed_and_resumed_on_the_command_line(place: Path, cli: Runner) -> Non
     assert len(logs[0]) == 60
 
 
+def test_every_output_is_logged(place: Path, cli: Runner) -> None:
+    cli("eval", "teacher", "--tasks", "tiny_choice", "--include-path", "tasks", "--log-samples")
+    lines = [json.loads(line) for line in (place / "teacher/eval/samples.jsonl").open()]
+    results = json.loads((place / "teacher/eval/results.json").read_text())["tasks"]["tiny_choice"]
+    assert [line["doc_hash"] for line in lines] == [d["hash"] for d in results["documents"]]
+    assert [line["acc"] for line in lines] == [d["score"] for d in results["documents"]]
+    assert all(len(line["filtered_resps"]) == len(line["arguments"]) for line in lines)
+
+
 def test_fidelity_to_the_teacher(place: Path, cli: Runner) -> None:
     cli("replace", "--indices", "1,2", "--no-calibrate")
     small = ("--seq-len", 48, "--windows", 5, "--mask", "assistant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
         "format": FORMAT, "checkpoint": checkpoint, "settings": settings.to_json(), "limited": settings.limit is not None,
         "ran": ran, "libraries": libraries(), "tasks": tasks, "lm_eval": own,
     }  # fmt: skip
+
+
+def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
+    """Each document of each task as a line of JSON: what was asked, what the model said, what of that counts, what is right."""
+    kept = ("doc_id", "doc_hash", "filter", "arguments", "resps", "filtered_resps", "target", "metrics")
+    lines = (
+        {"task": task, **{key: sample[key] for key in kept if key in sample}}
+        | {key: sample[key] for key in sample.get("metrics", []) if key in sample}
+        for task, found in samples.items()
+        for sample in found
+    )
+    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
 
 
 def read_results(path: Path) -> dict[str, Any]:
