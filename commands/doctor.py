@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from . import options as opt
 from .output import EXIT_FAILED, Output, guarded
 
@@ -21,7 +23,7 @@ def command(device: opt.Device = "auto", as_json: opt.Json = False, quiet: opt.Q
     from hybridize.doctor import examine
     from hybridize.errors import InputError
 
-    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"--device {device} is not a device; use auto, cpu or cuda")
     found = examine(device)
     faults = [finding for finding in found if finding.state == "fault"]

@@ -193,13 +193,16 @@ def _prove(
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.runtime import pick_device
     from hybridize.surgery.prove import prove
+    from hybridize.surgery.teacher import hybrid_config
 
+    parts = frozenset[str]() if fit is None else fit.parts
     if fit is not None:
         ids, text = fit.ids[: PROVE[0], : PROVE[1]], fit.data
     else:
-        high, draw = min(source.config["vocab_size"], 1 << 15), torch.Generator().manual_seed(seed)
+        high, draw = min(hybrid_config(source.config).vocab_size, 1 << 15), torch.Generator().manual_seed(seed)
         ids, text = torch.randint(0, high, PROVE, generator=draw), "no text, but random ones"
-    return {**asdict(prove(source, donor, CheckpointReader(path), surgery, contract, ids, pick_device(device))), "text": text}
+    proof = prove(source, donor, CheckpointReader(path), surgery, contract, ids, pick_device(device), parts)
+    return {**asdict(proof), "text": text}
 
 
 def _choose(
@@ -244,6 +247,9 @@ def _check_donor(donor: CheckpointReader, name: str, contract: Teacher, chosen: 
     ours, theirs = ((t.hidden, t.heads, t.kv_heads, t.head_dim) for t in (contract, origin))
     if ours != theirs:
         raise InputError(f"{donor.path} has another attention shape than {name}")
+    ours, theirs = ((t.tensors, t.scale, t.norm_bc, t.eps) for t in (contract, origin))  # type: ignore[assignment]
+    if ours != theirs:
+        raise InputError(f"{donor.path} has another attention than {name}: other biases, norms, tensors or another scale")
     lacking = [layer for layer in chosen if layer not in origin.attention_layers]
     if lacking:
         raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")

@@ -42,13 +42,14 @@ def examine(device: str = "auto") -> list[Finding]:
     driver = _driver()
     wants = device.startswith("cuda") or (device == "auto" and driver is not None)
     found = [Finding("python", "ok", platform.python_version()), *_packages(), *_conflicts()]
-    found.append(_gpu(driver, wants))
+    index = int(device.partition(":")[2] or 0)
+    found.append(_gpu(driver, wants, index))
     seen = torch.cuda.is_available()
     for name, module in KERNELS.items():
         found.append(_kernel_package(name, module, wants))
     if wants and seen:
         found.append(_compiler())
-    on = pick_device("cuda" if wants and seen else "cpu")
+    on = pick_device(f"cuda:{index}" if wants and seen else "cpu")
     able = wants and seen and all(f.state == "ok" for f in found if f.name in KERNELS)
     return [*found, *(_checked(name, check, on, able) for name, check in CHECKS.items())]
 
@@ -120,16 +121,17 @@ def _driver() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
-def _gpu(driver: str | None, wants: bool) -> Finding:
+def _gpu(driver: str | None, wants: bool, index: int = 0) -> Finding:
     built = torch.version.cuda
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+        if index >= torch.cuda.device_count():
+            return Finding(
+                "gpu", "fault", f"there is no cuda:{index}, only {torch.cuda.device_count()}", "unset CUDA_VISIBLE_DEVICES"
+            )
+        major, minor = torch.cuda.get_device_capability(index)
+        name, room = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory / 2**30
         detail = f"{torch.cuda.device_count()} x {name}, {room:.0f} GiB, driver {driver}, CUDA {built}"
-        if (
-            f"sm_{major}{minor}" not in torch.cuda.get_arch_list()
-            and f"compute_{major}{minor}" not in torch.cuda.get_arch_list()
-        ):
+        if not has_code(torch.cuda.get_arch_list(), major, minor):
             return Finding(
                 "gpu", "fault", f"{detail}; this torch has no code for sm_{major}{minor}", "pip install --upgrade torch"
             )
@@ -143,6 +145,20 @@ def _gpu(driver: str | None, wants: bool) -> Finding:
         return Finding("gpu", "fault", f"driver {driver}, but torch {torch.__version__} is built without CUDA", mend)
     mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
     return Finding("gpu", "fault", f"driver {driver} is too old for torch {torch.__version__} (CUDA {built})", mend)
+
+
+def has_code(built: list[str], major: int, minor: int) -> bool:
+    """Whether something built for `built` (sm_90, compute_90, ...) runs on a GPU of that capability: machine code does on
+    its own and later minors of one major, compute code on anything later."""
+    for name in built:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("af")
+        if not digits.isdecimal():
+            continue
+        its = int(digits[:-1]), int(digits[-1])
+        if its <= (major, minor) and (kind == "compute" or its[0] == major):
+            return True
+    return False
 
 
 def _kernel_package(name: str, module: str, wants: bool) -> Finding:

@@ -78,12 +78,13 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remot
     import hybridize.modeling  # noqa: F401  (registers the hybrid)
 
     transformers.utils.logging.disable_progress_bar()
-    if dtype == torch.float16:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        if (getattr(config, "mixer", None) or {}).get("kind") == "mamba":
-            raise InputError(f"{path} has mamba mixers, whose output overflows float16; use --dtype bfloat16 or float32")
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    if dtype == torch.float16 and (getattr(config, "mixer", None) or {}).get("kind") == "mamba":
+        raise InputError(f"{path} has mamba mixers, whose output overflows float16; use --dtype bfloat16 or float32")
+    capped = getattr(config, "attn_logit_softcapping", None) is not None  # which older transformers drop under sdpa
+    told = {"attn_implementation": "eager"} if capped else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+        path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **told
     )
     return model.to(device).eval()
 

@@ -6,6 +6,7 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,3 +117,20 @@ def test_kernels_are_right_on_this_gpu() -> None:
     for name in (*doctor.CHECKS, "gpu", *doctor.KERNELS):
         assert found[name].state == "ok", found[name]
     assert all("kernel bfloat16" in found[name].detail for name in doctor.CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("built", "able", "unable"),
+    [
+        (
+            ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
+            [(8, 9), (8, 7), (10, 3), (12, 1), (9, 0)],
+            [(7, 0), (11, 0)],
+        ),
+        (["sm_90", "compute_90"], [(9, 0), (10, 0), (12, 0)], [(8, 9)]),
+        (["sm_90a"], [(9, 0)], [(8, 0)]),
+    ],
+)
+def test_code_for_one_gpu_runs_on_later_ones_of_its_major(built: list[str], able: list[Any], unable: list[Any]) -> None:
+    assert all(doctor.has_code(built, *capability) for capability in able)
+    assert not any(doctor.has_code(built, *capability) for capability in unable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hybridize.checkpoint import reader
 from hybridize.checkpoint.experts import as_on_disk, read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.distillation.distill import check_vocabularies
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
 from hybridize.modeling import HybridForCausalLM
+from hybridize.runtime import load_hybrid
+from hybridize.scoring.loo import answers
 from hybridize.surgery.calibrate import PARTS
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.prove import fates, prove
@@ -121,13 +126,19 @@ def test_the_proof_holds_and_finds_what_is_wrong(name: str, kind: str, homes: di
     assert set(counted) == set(source.names)
     lost = {n for n, fate in counted.items() if ".self_attn." in n and ".layers.1." in n and ".mixer." not in fate}
     assert not lost
-    file = result / "model.safetensors" if (result / "model.safetensors").exists() else next(result.glob("*.safetensors"))
-    tensors = load_file(file)
-    broken = "model.layers.2.mixer.in_proj.weight"
-    tensors[broken][tensors[broken].shape[0] // 2] *= 1.01  # a row of B
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(WorkError, match="layer 2"):
-        prove(source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu"))
+    file = next(result.glob("*.safetensors"))
+    whole = load_file(file)
+    for broken in (
+        "layers.2.mixer.in_proj.weight",
+        "layers.1.mixer.out_proj.weight",
+        "layers.0.self_attn.o_proj.weight",
+        "norm.weight",
+    ):
+        tensors = {key: value.clone() for key, value in whole.items()}
+        tensors[f"model.{broken}"][tensors[f"model.{broken}"].shape[0] // 2] *= 1.01  # of in_proj: a row of B
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(WorkError, match="layer 2" if "layers.2" in broken else broken):
+            prove(source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -202,6 +213,27 @@ def test_distillation_sees_the_family_s_own_logits(name: str, homes: dict[str, P
 
 
 @pytest.mark.parametrize("name", FAMILY)
+def test_leave_one_out_hears_what_the_model_hears(name: str, homes: dict[str, Path]) -> None:
+    """The sweep's log-probabilities of the untouched model, and without each layer, against plain forward passes."""
+    source = CheckpointReader(homes[name])
+    model = load_hybrid(source, torch.device("cpu"), torch.float32)
+    read = [ids(1, n, seed=n)[0].tolist() for n in (9, 14)]
+    read.append([*read[1][:12], 7, 8, 9])  # shares most of its text
+    requests = [(text, text[-3:]) for text in read]
+    found = answers(model, requests, "mixer", 2)
+    for row, silent in zip(found, [None, 0, 1, 2, 3], strict=True):
+        handle = None
+        if silent is not None:
+            attention = model.model.layers[silent].self_attn
+            handle = attention.register_forward_hook(lambda _, __, out: (torch.zeros_like(out[0]), *out[1:]))
+        for (text, wanted), (value, _) in zip(requests, row, strict=True):
+            logs = model(torch.tensor([text]), use_cache=False).logits[0, -3:].log_softmax(-1)
+            assert abs(float(logs.gather(1, torch.tensor(wanted).unsqueeze(1)).sum()) - value) <= 1e-4, silent
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", FAMILY)
 def test_tensors_keep_the_names_of_the_disk(name: str, homes: dict[str, Path], tmp_path: Path) -> None:
     """Mixtures of experts have others in memory: read, and written by us and by transformers, they are what they were."""
     result = CheckpointReader(convert(homes[name], tmp_path / "h", [0], "mamba2"))
@@ -214,6 +246,7 @@ def test_tensors_keep_the_names_of_the_disk(name: str, homes: dict[str, Path], t
     model.save_pretrained(tmp_path / "again")
     again = CheckpointReader(tmp_path / "again")
     assert again.names == result.names
+    assert read_teacher(again).mixer_layers == [0]
     assert all(torch.equal(again.tensor(tensor), value) for tensor, value in result.tensors())
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
     assert torch.equal(other(ids(1, 9)).logits, model(ids(1, 9)).logits)
@@ -280,3 +313,43 @@ def test_the_commands_take_the_odd_ones(
     trained = {n for n in before.names if "mlp" in n and n.endswith("weight")} - same
     assert trained, "an MLP's weights, or an expert's, are the trained ones"
     assert "2 Mamba" in cli("inspect", "trained")
+
+
+def test_what_cannot_be_right_is_refused(
+    homes: dict[str, Path], tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RoPE that turns old keys anew, a donor with another attention, mixers that contradict it, caps left to a default."""
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    made = make_family(tmp_path / "long", "phi3", rope_parameters=long, original_max_position_embeddings=16)
+    assert "RoPE of type longrope" in cli.fails("replace", made, "--indices", 1, "--no-calibrate")
+    monkeypatch.chdir(tmp_path)
+    hybrid = convert(homes["llama"], tmp_path / "h", [0], "mamba2")
+    for other in ("qwen2", "olmo2"):
+        given = ("--indices", 1, "--no-calibrate", "--init-from", "teacher", "--teacher", homes[other], "-o", "out")
+        assert "another attention than" in cli.fails("replace", hybrid, *given)
+    raw = json.loads((hybrid / "config.json").read_text())
+    for wrong, said in (("head", "norm_bc"), ({"over": "head", "offset": 0}, "mixers carry")):
+        (hybrid / "config.json").write_text(json.dumps({**raw, "mixer": {**raw["mixer"], "norm_bc": wrong}}))
+        assert said in cli.fails("replace", hybrid, "--indices", 1, "--no-calibrate", "-o", "out")
+    capped = json.loads((homes["gemma2"] / "config.json").read_text())
+    del capped["final_logit_softcapping"]  # 30 by default
+    (tmp_path / "default").mkdir()
+    for file in homes["gemma2"].iterdir():
+        (tmp_path / "default" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "default/config.json").write_text(json.dumps(capped))
+    check_vocabularies(CheckpointReader(homes["gemma2"]), CheckpointReader(tmp_path / "default"))
+
+
+def test_the_parent_is_hashed_once(homes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    plain = reader.fingerprint
+    monkeypatch.setattr(reader, "fingerprint", lambda name, tensor: (seen.append(name), plain(name, tensor))[1])
+    for known in (False, True):
+        source, seen[:] = CheckpointReader(homes["llama"]), []
+        if known:
+            _ = source.hash
+        replace(
+            source, "t", plan(read_teacher(source), [1], MixerSettings("mamba2")), tmp_path / "h", donor=source,
+            init_from="checkpoint", seed=0, overwrite=True, settings={},
+        )  # fmt: skip
+        assert sorted(seen) == source.names

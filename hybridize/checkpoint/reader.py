@@ -135,7 +135,14 @@ class CheckpointReader:
 
     def take_print(self, name: str) -> None:
         """What `hash` needs of one tensor, for who reads it anyway."""
-        self._prints[name] = fingerprint(name, self.tensor(name))
+        if name not in self._prints:
+            self._prints[name] = fingerprint(name, self.tensor(name))
+
+    def same_bits(self, name: str, other: CheckpointReader) -> bool:
+        """Whether both have the tensor with the same type, shape and bytes."""
+        self.take_print(name)
+        other.take_print(name)
+        return self._prints[name] == other._prints[name]
 
 
 def fingerprint(name: str, tensor: Tensor) -> Fingerprint:

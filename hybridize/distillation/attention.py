@@ -26,7 +26,8 @@ def can_attend(model: Any, length: int) -> bool:
     """Whether `attend` computes what the model's own attention computes on rows of `length`."""
     config = model.config
     window = getattr(config, "sliding_window", None)
-    plain = config._attn_implementation in ("sdpa", NAME) and not getattr(config, "attention_dropout", 0)
+    odd = getattr(config, "attention_dropout", 0) or getattr(config, "attn_logit_softcapping", None) is not None
+    plain = config._attn_implementation in ("sdpa", NAME) and not odd
     return plain and (window is None or window >= length)
 
 

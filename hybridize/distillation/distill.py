@@ -29,6 +29,7 @@ from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.training import Report, Training
 from hybridize.errors import InputError
 from hybridize.runtime import load_empty, load_model, ran_on
+from hybridize.surgery.teacher import hybrid_config
 
 CHECKED = 20_000  # rows that are encoded before anything starts; later ones only have their fields checked
 HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
@@ -130,7 +131,7 @@ def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> 
     ours, theirs = student.config.get("vocab_size"), teacher.config.get("vocab_size")
     if ours != theirs:
         raise InputError(f"{student.path} has a vocabulary of {ours}, its teacher {teacher.path} of {theirs}")
-    ours, theirs = (reader.config.get("final_logit_softcapping") for reader in (student, teacher))
+    ours, theirs = (getattr(hybrid_config(r.config), "final_logit_softcapping", None) for r in (student, teacher))
     if ours != theirs:
         raise InputError(f"{student.path} caps its logits at {ours}, its teacher {teacher.path} at {theirs}: they must agree")
 

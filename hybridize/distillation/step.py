@@ -144,6 +144,9 @@ class _StepGraph:
 
 
 def can_graph(*models: Any) -> bool:
-    """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing on the host."""
+    """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing on the host, and without
+    experts, whose tokens are counted there."""
     given = [model for model in models if model is not None]
+    if any(".experts." in name for model in given for name, _ in model.named_parameters()):
+        return False
     return all(m.device.type == "cuda" and m.config._attn_implementation == attention.NAME for m in given)

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .configuration_hybridize import MIXER_KEYS, MIXER_LAYER, HybridConfig
+from .configuration_hybridize import CARRIED_KEYS, MIXER_KEYS, MIXER_LAYER, HybridConfig
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .mixer import FLOAT32, Mixer, initial, inverse_softplus
@@ -11,9 +11,9 @@ from .scan import causal_conv, engine_for, kernels_missing, selective_scan
 from .ssd import gated_norm, ssd_scan
 
 __all__ = [
-    "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM", "HybridModel",
-    "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "converted_layer", "engine_for", "gated_norm", "initial",
-    "inverse_softplus", "kernels_missing", "new_cache", "selective_scan", "ssd_scan",
+    "CARRIED_KEYS", "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM",
+    "HybridModel", "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "converted_layer", "engine_for", "gated_norm",
+    "initial", "inverse_softplus", "kernels_missing", "new_cache", "selective_scan", "ssd_scan",
 ]  # fmt: skip
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)

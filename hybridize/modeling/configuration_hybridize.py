@@ -43,10 +43,13 @@ class HybridConfig(PreTrainedConfig):
         }
         values |= {alias: getattr(family, name) for alias, name in family.attribute_map.items() if hasattr(family, name)}
         values.pop("layer_types", None)
+        rope = values.pop("rope_parameters", None)  # the family's class has read it, and knows when it is one a kind of layer
         super().__init__(attn_implementation=attention, **values)
         for key, value in values.items():  # the base class drops what it takes for generation settings, use_cache among them
             if key not in vars(self):
                 setattr(self, key, value)
+        if rope is not None:
+            self.rope_parameters = rope
         count = self.num_hidden_layers
         windowed = getattr(self, "sliding_window", None) is not None
         every = ["sliding_attention" if windowed else "full_attention"] * count
@@ -67,6 +70,9 @@ class HybridConfig(PreTrainedConfig):
         missing = [key for key in MIXER_KEYS[kind] if key not in self.mixer]
         if missing:
             raise ValueError(f"the config's `mixer` lacks {', '.join(missing)}")
+        norm = self.mixer.get("norm_bc")
+        if norm is not None and not (isinstance(norm, dict) and norm.get("over") in ("head", "all") and "offset" in norm):
+            raise ValueError(f"the config's `mixer` has norm_bc {norm!r}, not over: head or all, and an offset")
 
     @property
     def mixer_layers(self) -> list[int]:

@@ -81,7 +81,7 @@ def _loaded_as(family: str, model_class: Any) -> Any:
     mapping = get_checkpoint_conversion_mapping(family)
     if not mapping:
         return model_class
-    name = f"{model_class.__name__}_{family}"
+    name = f"{family}_{model_class.__name__}"  # ends as the class does, by which a causal LM is known
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
     return type(name, (model_class,), {"__module__": model_class.__module__})
 
@@ -107,7 +107,11 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @property
     def _supports_sdpa(self) -> bool:  # type: ignore[override]
-        return bool(self._family._supports_sdpa)
+        capped = getattr(self.config, "attn_logit_softcapping", None) is not None  # which sdpa drops without a word
+        return bool(self._family._supports_sdpa) and not capped
+
+    def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
+        return bool(self._family._can_set_experts_implementation())
 
     @property
     def _supports_flash_attn(self) -> bool:  # type: ignore[override]

@@ -194,11 +194,15 @@ def _told(backbone: Any, node: Node, hidden: Tensor, kinds: Sequence[str]) -> tu
         return node.positions, backbone.layer_inputs(hidden, None, node.positions, kinds=kinds)
     length, before = node.ids.shape[1], node.offset
     positions = torch.arange(before, before + length, device=hidden.device).unsqueeze(0)
-    window, masks = getattr(backbone.config, "sliding_window", None), {}
+    window, masks = getattr(backbone.config, "sliding_window", None), dict[str, Tensor | None]()
     past = positions[0].unsqueeze(1) - torch.arange(before + length, device=hidden.device)
     for kind in {*backbone.config.layer_types, *kinds} - {MIXER_LAYER}:
         mask = past >= 0
         if kind == "sliding_attention" and window is not None:
             mask = mask & (past < window)
+        if backbone.config._attn_implementation == "eager":  # which adds whatever it is given, and attends to all without
+            lowest = torch.finfo(hidden.dtype).min
+            masks[kind] = hidden.new_zeros(mask.shape).masked_fill(~mask, lowest).view(1, 1, length, -1)
+            continue
         masks[kind] = None if before == 0 and mask.equal(past >= 0) else mask.view(1, 1, length, -1)
     return positions, backbone.layer_inputs(hidden, masks or {MIXER_LAYER: None}, positions, packed=False, kinds=kinds)

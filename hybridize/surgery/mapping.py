@@ -94,12 +94,7 @@ def mixer_shape(teacher: Teacher, kind: str, asked: Mapping[str, Any]) -> dict[s
         if key not in MIXER_KEYS[kind]:
             raise InputError(f"--{key.replace('_', '-')} has no use with --mixer {kind}")
     shape: dict[str, Any] = {"kind": kind, "d_inner": teacher.inner, "d_conv": 4} | dict(asked)
-    if any(name.endswith(".bias") and not name.startswith("o_proj") for name in teacher.tensors):
-        shape["in_bias"] = True
-    if "o_proj.bias" in teacher.tensors:
-        shape["out_bias"] = True
-    if teacher.norm_bc is not None:
-        shape["norm_bc"] = teacher.norm_bc
+    shape |= teacher.carried
     if not 2 <= shape["d_conv"] <= 4:
         raise InputError(f"--d-conv {shape['d_conv']} is outside 2..4, which the kernels support")
     if kind == "mamba2":

@@ -16,7 +16,7 @@ from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
 from hybridize.errors import InputError, WorkError
-from hybridize.modeling import MIXER_LAYER, HybridConfig
+from hybridize.modeling import CARRIED_KEYS, MIXER_LAYER, HybridConfig
 from hybridize.surgery.calibrate import PARTS, calibrate
 from hybridize.surgery.mapping import DEFAULT_MIXER, Target, build, mixer_shape, plan_layer, stored
 from hybridize.surgery.observe import Observer
@@ -74,6 +74,9 @@ def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surger
                 has = teacher.mixer.get(key, "none")
                 raise InputError(f"--{flag} {value}: the checkpoint's mixers have {has}, and all must agree")
         mixer: dict[str, Any] | None = teacher.mixer
+        has = {key: teacher.mixer[key] for key in CARRIED_KEYS if teacher.mixer.get(key)}
+        if has != teacher.carried and layers:
+            raise InputError(f"the checkpoint's mixers carry {has or 'no biases and norms'}, its attention {teacher.carried}")
     else:
         kind = asked.pop("kind", DEFAULT_MIXER)
         mixer = mixer_shape(teacher, kind, asked) if layers else None

@@ -32,6 +32,19 @@ class Teacher:
     tensors: dict[str, tuple[int, ...]]
     scale: float
     norm_bc: dict[str, Any] | None
+    eps: float
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What a mixer's config says of biases and norms."""
+        found: dict[str, Any] = {}
+        if any(name.endswith(".bias") and not name.startswith("o_proj") for name in self.tensors):
+            found["in_bias"] = True
+        if "o_proj.bias" in self.tensors:
+            found["out_bias"] = True
+        if self.norm_bc is not None:
+            found["norm_bc"] = self.norm_bc
+        return found
 
     @property
     def inner(self) -> int:
@@ -79,6 +92,8 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
         attention = _attention(raw)
     except Exception as error:
         raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        raise InputError(f"{where} has RoPE of type longrope, which turns old keys anew beyond a length: no cache of ours does")
     if not attention.is_causal:
         raise InputError(f"{where}: its attention looks both ways, which a mixer cannot")
     head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}
@@ -89,6 +104,7 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     teacher = Teacher(
         family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
         config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of 1 must leave every bit alone
+        config.rms_norm_eps,
     )  # fmt: skip
     for layer, kind in enumerate(teacher.layer_types):
         prefix = f"model.layers.{layer}."
