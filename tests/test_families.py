@@ -22,7 +22,7 @@ from hybridize.distillation.packing import Batch
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
 from hybridize.modeling import HybridForCausalLM
-from hybridize.runtime import load_hybrid
+from hybridize.runtime import load_hybrid, load_model
 from hybridize.scoring.loo import answers
 from hybridize.surgery.calibrate import PARTS
 from hybridize.surgery.observe import Observer
@@ -40,8 +40,8 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_family(root / name, name) for name in FAMILY}
 
 
-def load(path: Path, **kwargs: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs).eval()
+def load(path: Path) -> Any:
+    return load_model(path, torch.device("cpu"), torch.float32)
 
 
 def convert(home: Path, output: Path, layers: list[int], kind: str) -> Path:
@@ -279,7 +279,7 @@ def test_calibrated_starts_exist_for_every_family(name: str, kind: str, homes: d
         settings={},
         calibration=fit,
     )
-    given = source, source, CheckpointReader(result), surgery, read_teacher(source), ids(2, 24), torch.device("cpu")
+    given = source, source, CheckpointReader(result), surgery, read_teacher(source), ids(2, 24), torch.device("cpu"), fit.parts
     assert max(prove(*given).worst.values()) <= 1e-5
     far = {}
     for way, path in (("plain", convert(homes[name], tmp_path / "p", [1, 2], kind)), ("calibrated", result)):
