@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hybridize.distillation.distill import check_vocabularies
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.plan import layer_bytes
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
 from hybridize.modeling import HybridForCausalLM
@@ -353,3 +355,42 @@ def test_the_parent_is_hashed_once(homes: dict[str, Path], tmp_path: Path, monke
             init_from="checkpoint", seed=0, overwrite=True, settings={},
         )  # fmt: skip
         assert sorted(seen) == source.names
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_plan_of_an_attention_layer_is_near_what_autograd_keeps(name: str, homes: dict[str, Path]) -> None:
+    """Above all where attention is eager, whose T x T maps are most of it, and where a token goes through several experts."""
+    model, length = load_hybrid(CheckpointReader(homes[name]), torch.device("cpu"), torch.float32).train(), 512
+    hidden = torch.randn(1, length, 32, requires_grad=True)
+    at = torch.arange(length).unsqueeze(0)
+    kind = model.config.layer_types[0]
+    told = model.model.layer_inputs(hidden, None, at, packed=False)[kind]
+    weights = {tuple(p.shape) for p in model.parameters()} | {tuple(p.t().shape) for p in model.parameters() if p.ndim == 2}
+    shared = {t.untyped_storage().data_ptr() for t in (*told["position_embeddings"], told["attention_mask"]) if t is not None}
+    kept, alive = {}, []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if tuple(t.shape) not in weights and t.untyped_storage().data_ptr() not in shared:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            alive.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model.model.layers[0](hidden, position_ids=at, **told)
+    planned = layer_bytes(model.config, kind, length) * length
+    assert 0.8 <= planned / sum(kept.values()) <= 1.25
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2-window"])
+def test_windows_and_mixers_in_every_order(name: str, homes: dict[str, Path], tmp_path: Path) -> None:
+    """A cache counts from the first window and the first full attention, wherever mixers stand."""
+    tokens = ids(2, 20)
+    for count in (1, 2, 3, 4):
+        for layers in itertools.combinations(range(4), count):
+            model = load(convert(homes[name], tmp_path / "h", list(layers), "mamba2"))
+            full, cache, outs = model(tokens, use_cache=False).logits, None, []
+            for part in tokens.split([13, 6, 1], 1):
+                out = model(part, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                outs.append(out.logits)
+            assert worst(torch.cat(outs, 1), full) <= 1e-4, layers

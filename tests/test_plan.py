@@ -33,7 +33,7 @@ def test_an_attention_layer_keeps_what_autograd_says(sizes: dict[str, int]) -> N
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         model.model.layers[1](hidden, **told)
-    assert layer_bytes(config, "full_attention") * length == sum(kept.values())
+    assert layer_bytes(config, "full_attention", length) * length == sum(kept.values())
 
 
 def test_weights_and_their_like_by_hand() -> None:

@@ -17,6 +17,8 @@ from hybridize.distillation.watch import PEAKS, model_flops
 from hybridize.modeling import MIXER_LAYER
 
 GIB = 2**30
+FOUR_NORMS = ("gemma2", "gemma3_text")  # behind attention and MLP too
+QK_NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2")
 ASSUMED = 0.4 * PEAKS["H100"] * 1e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
 
 
@@ -34,17 +36,27 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def layer_bytes(config: Any, kind: str) -> int:
-    """What one layer keeps for backward, a token. Checked against autograd's own list in the tests."""
+def layer_bytes(config: Any, kind: str, length: int) -> int:
+    """What one layer keeps for backward, a token of a row of `length`. Checked against autograd's own list in the tests."""
     D, F = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or D // config.num_attention_heads
     A, K = config.num_attention_heads * head, config.num_key_value_heads * head
     norm = 8 * D + 4  # its input, which is the residual stream, what its weight multiplies, and the scale
     mlp = norm + 2 * 2 * D + 4 * 2 * F  # two casts of the input; gate, its SiLU, up, their product
+    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        # of each expert that a token goes through: its input and output, gathered, cast and weighed, and as above
+        mlp = norm + config.num_experts_per_tok * (24 * D + 4 * 2 * (getattr(config, "moe_intermediate_size", None) or F))
+    family = getattr(config, "base_model_type", None) or config.model_type
+    normed = 8 * (A + K) if family in QK_NORMED else 0
+    mlp += 2 * norm if family in FOUR_NORMS else 0
     if kind != MIXER_LAYER:
+        # eager attention's scores and what becomes of them, which other attention never keeps; a window's mask as numbers
+        window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+        maps = 2 * length if window is not None and window < length else 0
+        maps = 8 * config.num_attention_heads * length if config._attn_implementation == "eager" else maps
         # three casts of the input; q, k, v and the output, which o_proj shares; the softmax's sums
-        return norm + 3 * 2 * D + 2 * (2 * A + 2 * K) + 4 * config.num_attention_heads + mlp
-    shape = config.mixer
+        return norm + 3 * 2 * D + 2 * (2 * A + 2 * K) + 4 * config.num_attention_heads + normed + maps + mlp
+    shape, mlp = config.mixer, mlp + normed
     if shape["kind"] == "mamba2":
         # in_proj's output; the convolution's input and output; x, B, C side by side; y, z and the normed product; step sizes
         return norm + 2 * D + 2 * (4 * A + 3 * A + 3 * A + 3 * A + 4 * A) + 12 * (A // shape["d_state"]) + mlp
@@ -61,7 +73,7 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     rows = min(settings.micro, settings.batch_size // ranks)
     tokens = rows * settings.seq_len
-    layers = [layer_bytes(config, kind) for kind in config.layer_types]
+    layers = [layer_bytes(config, kind, settings.seq_len) for kind in config.layer_types]
     residual = 4 * config.hidden_size
     again = settings.recomputed(len(layers))
     kept = sum(residual if index in again else size for index, size in enumerate(layers))

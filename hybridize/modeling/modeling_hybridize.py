@@ -58,6 +58,15 @@ def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: i
     return _hybrid_class(layer_class)(config, index)  # type: ignore[arg-type]
 
 
+class HybridCache(DynamicCache):
+    """The cache of a hybrid, in which masks find the first window and the first full attention: transformers before 5.23 takes
+    a mixer's place for either."""
+
+    @property
+    def is_sliding(self) -> list[bool | None]:
+        return [None if hasattr(layer, "recurrent_states") else layer.is_sliding for layer in self.layers]
+
+
 class StateCache(DynamicCache):
     """The cache of a layout without any attention, which transformers' own cannot count the tokens of."""
 
@@ -71,7 +80,7 @@ class StateCache(DynamicCache):
 def new_cache(config: HybridConfig) -> DynamicCache:
     """An empty cache that fits the layout: keys and values for attention layers, window and state for mixers."""
     stateful = set(config.layer_types) == {MIXER_LAYER}
-    return StateCache(config=config) if stateful else DynamicCache(config=config)
+    return StateCache(config=config) if stateful else HybridCache(config=config)
 
 
 @functools.cache

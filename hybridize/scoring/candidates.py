@@ -101,7 +101,7 @@ class Candidates:
                 # gradients and moments come with the first step; a share stays for what no plan knows
                 room = (free - 12 * trained - self.dtype.itemsize * tokens * len(weight)) * 7 // 10
         self.room = max(1, room)
-        sizes = [layer_bytes(config, kind) * self.dtype.itemsize // 2 for kind in config.layer_types]
+        sizes = [layer_bytes(config, kind, self.settings.seq_len) * self.dtype.itemsize // 2 for kind in config.layer_types]
         groups: list[list[int]] = []
         left = 0
         for layer in self.layers:

@@ -160,7 +160,7 @@ def memory(
     kinds, before = list(config.layer_types), config.mixer
     layers = attention_layers(student)
     mine = share_of(layers, 0, ranks)
-    sizes = [layer_bytes(config, kind) for kind in kinds]
+    sizes = [layer_bytes(config, kind, settings.seq_len) for kind in kinds]
     with torch.device("meta"):
         config.mixer = mixer
         made: Any = converted_layer(type(student.model.layers[layers[0]]), config, layers[0]).mixer
