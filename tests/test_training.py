@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -530,6 +533,26 @@ def test_schedules() -> None:
     assert [factor("wsd", s, 100, 0) for s in (1, 79, 80, 90)] == pytest.approx([1.0, 1.0, 1.0, 0.55])
     with pytest.raises(InputError, match="--schedule steps is unknown; use cosine, wsd, linear"):
         settings(schedule="steps")
+
+
+def test_no_prefetching_thread_outlives_its_use() -> None:
+    """One that makes an item while the interpreter ends takes the process down: a rank of torchrun died so, once in a while."""
+    before, begun = threading.active_count(), []
+
+    def slow() -> Iterator[int]:
+        for number in range(1000):
+            begun.append(number)
+            time.sleep(0.05)
+            yield number
+
+    items = prefetched(slow())
+    assert next(items) == 0
+    assert threading.active_count() == before + 1
+    items.close()
+    assert threading.active_count() == before
+    made = len(begun)
+    time.sleep(0.2)
+    assert len(begun) == made
 
 
 def test_prefetching_hands_on_items_and_errors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -174,7 +175,8 @@ def distill(
         ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,
     )  # fmt: skip
     run.start(resume)
-    used = training.go(prefetched(corpus.training(settings)), resume)
+    with contextlib.closing(prefetched(corpus.training(settings))) as batches:
+        used = training.go(batches, resume)
     made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
     manifest = descend(source, name, output, "distill", made, settings.seed)
     shares = sum(weight for _, weight in corpus.sources)

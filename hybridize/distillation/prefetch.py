@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+PATIENCE = 10.0  # seconds for the item that is being made
 
 
-def prefetched(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
+def prefetched(items: Iterator[Item], depth: int = 4) -> Generator[Item]:
     """The same items, made by a thread up to `depth` ahead, so that tokenising does not hold up the device."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
@@ -33,7 +34,8 @@ def prefetched(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
         except BaseException as error:  # handed to the consumer
             put((False, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             more, item = ready.get()
@@ -45,3 +47,4 @@ def prefetched(items: Iterator[Item], depth: int = 4) -> Iterator[Item]:
                 raise item
     finally:
         stop.set()
+        thread.join(PATIENCE)  # one that is in C++ when the interpreter ends takes the whole process down (SIGABRT)

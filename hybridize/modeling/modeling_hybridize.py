@@ -88,7 +88,7 @@ def _loaded_as(family: str, model_class: Any) -> Any:
     """The class itself, or, for a family whose tensors have other names on the disk than in memory (mixtures of experts), one
     of its own, since transformers looks by a class's name for how to translate them."""
     mapping = get_checkpoint_conversion_mapping(family)
-    if not mapping:
+    if not mapping or model_class.__name__.startswith(f"{family}_"):
         return model_class
     name = f"{family}_{model_class.__name__}"  # ends as the class does, by which a causal LM is known
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
