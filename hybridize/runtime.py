@@ -79,14 +79,19 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remot
 
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    if dtype == torch.float16 and (getattr(config, "mixer", None) or {}).get("kind") == "mamba":
-        raise InputError(f"{path} has mamba mixers, whose output overflows float16; use --dtype bfloat16 or float32")
-    capped = getattr(config, "attn_logit_softcapping", None) is not None  # which older transformers drop under sdpa
-    told = {"attn_implementation": "eager"} if capped else {}
+    told = _how(config, path, dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **told
     )
     return model.to(device).eval()
+
+
+def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
+    """What loading must be told of a model with this config; InputError where it cannot be had in `dtype`."""
+    if dtype == torch.float16 and (getattr(config, "mixer", None) or {}).get("kind") == "mamba":
+        raise InputError(f"{path} has mamba mixers, whose output overflows float16; use --dtype bfloat16 or float32")
+    # which transformers before 5.23 drops under sdpa
+    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
 def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
@@ -94,7 +99,9 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
     from hybridize.modeling import HybridForCausalLM
     from hybridize.surgery.teacher import hybrid_config
 
-    model = HybridForCausalLM.from_pretrained(source.path, config=hybrid_config(source.config), dtype=dtype)
+    config = hybrid_config(source.config)
+    told = _how(config, source.path, dtype)
+    model = HybridForCausalLM.from_pretrained(source.path, config=config, dtype=dtype, **told)
     return model.to(device).eval()
 
 
@@ -118,7 +125,8 @@ def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
 
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        told = _how(config, path, dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)
     return model.eval()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hybridize.distillation.pairs import named_numbers
 from hybridize.errors import InputError, first_line
+from hybridize.modeling import soft_capped
 
 CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
 Terms = tuple[Tensor, Tensor]  # f and u, [n, V]
@@ -81,14 +82,14 @@ class Loss:
     def per_token(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [n, V] and label ids [n] to the loss [n], float32, and its gradient to the student's logits, float32."""
         scale, cap, student = self.temperature, self.soft_cap, student.float()
-        if cap is not None:
-            student = cap * torch.tanh(student / cap)
-            teacher = None if teacher is None else cap * torch.tanh(teacher.float() / cap)
+        student = soft_capped(student, cap)
+        if teacher is not None:
+            teacher = soft_capped(teacher.float(), cap)
         value, grad = student.new_zeros(len(student)), torch.zeros_like(student)
         mixed = [(weight, DIVERGENCES[name]) for name, weight in self.weights if name != "ce"]
         if mixed:
             assert teacher is not None
-            log_q, log_p = F.log_softmax(student / scale, -1), F.log_softmax(teacher.float() / scale, -1)
+            log_q, log_p = F.log_softmax(student / scale, -1), F.log_softmax(teacher / scale, -1)
             found = [(weight * f, weight * u) for weight, (f, u) in ((w, terms(log_q, log_p)) for w, terms in mixed)]
             f, u = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
             value = value + scale**2 * f.sum(-1)

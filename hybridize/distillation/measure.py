@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybridize.distillation import attention
 from hybridize.distillation.losses import divergence
 from hybridize.distillation.packing import Batch
+from hybridize.modeling import soft_capped
 
 CHUNK_TOKENS = 1024
 
@@ -62,8 +63,7 @@ def soft_cap(model: Any) -> float | None:
 @torch.no_grad()
 def token_logits(model: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, V] float32 of `hidden_states` [n, D]."""
-    logits, cap = (hidden.to(dtype) @ output_weight(model).to(dtype).t()).float(), soft_cap(model)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return soft_capped((hidden.to(dtype) @ output_weight(model).to(dtype).t()).float(), soft_cap(model))
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from hybridize.distillation.losses import CHUNK_BYTES
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.watch import PEAKS, model_flops
 from hybridize.modeling import MIXER_LAYER
+from hybridize.surgery.teacher import GEMMA
 
 GIB = 2**30
-FOUR_NORMS = ("gemma2", "gemma3_text")  # behind attention and MLP too
 QK_NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2")
 ASSUMED = 0.4 * PEAKS["H100"] * 1e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
 
@@ -48,7 +48,7 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
         mlp = norm + config.num_experts_per_tok * (24 * D + 4 * 2 * (getattr(config, "moe_intermediate_size", None) or F))
     family = getattr(config, "base_model_type", None) or config.model_type
     normed = 8 * (A + K) if family in QK_NORMED else 0
-    mlp += 2 * norm if family in FOUR_NORMS else 0
+    mlp += 2 * norm if family in GEMMA else 0
     if kind != MIXER_LAYER:
         # eager attention's scores and what becomes of them, which other attention never keeps; a window's mask as numbers
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None

@@ -6,14 +6,15 @@ from .configuration_hybridize import CARRIED_KEYS, MIXER_KEYS, MIXER_LAYER, Hybr
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .mixer import FLOAT32, Mixer, initial, inverse_softplus
-from .modeling_hybridize import FAMILIES, MIXERS, HybridForCausalLM, HybridModel, converted_layer, new_cache
+from .modeling_hybridize import FAMILIES, MIXERS, HybridForCausalLM, HybridModel, converted_layer, new_cache, soft_capped
 from .scan import causal_conv, engine_for, kernels_missing, selective_scan
 from .ssd import gated_norm, ssd_scan
 
 __all__ = [
     "CARRIED_KEYS", "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM",
     "HybridModel", "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "converted_layer", "engine_for", "gated_norm",
-    "initial", "inverse_softplus", "kernels_missing", "new_cache", "selective_scan", "ssd_scan",
+    "initial", "inverse_softplus", "kernels_missing", "new_cache", "selective_scan", "soft_capped",
+    "ssd_scan",
 ]  # fmt: skip
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)

@@ -233,8 +233,7 @@ class HybridModel(HybridPreTrainedModel):
         become one.
         """
         length = hidden.shape[1]
-        rotary = functools.partial(self.rotary_emb, hidden, position_ids=position_ids)
-        shared_rotary = None if self.rotary_by_kind else rotary()
+        rotary = None if self.rotary_by_kind else self.rotary_emb(hidden, position_ids=position_ids)
         masks = attention_mask if isinstance(attention_mask, dict) else {}
         plain = None if isinstance(attention_mask, dict) else attention_mask
         packed = packed and attention_mask is None and past_key_values is None
@@ -249,7 +248,7 @@ class HybridModel(HybridPreTrainedModel):
             make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
             shared = {"past_key_values": past_key_values, "position_ids": position_ids}
             made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
-            turned = rotary(layer_type=kind) if shared_rotary is None else shared_rotary
+            turned = rotary or self.rotary_emb(hidden, position_ids=position_ids, layer_type=kind)
             extra[kind] = {"attention_mask": made, "position_embeddings": turned, **kwargs}
         return extra
 
@@ -296,14 +295,18 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """Final hidden states [..., D] to logits [..., V], by the family's own scale and soft cap."""
         logits, scaling = self.lm_head(hidden), getattr(self.config, "logits_scaling", 1.0)
         logits = logits if scaling == 1 else logits / scaling
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
             model_kwargs["past_key_values"] = new_cache(self.config)
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap) (Gemma 2, 2408.00118, section 2); the logits themselves without a cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.surgery.teacher import hybrid_config, read_teacher
+from hybridize.surgery.teacher import GEMMA, hybrid_config, read_teacher
 
 # keys of configs for what lies outside the attention and stays as it is: how to say it, and what it is when absent
 BACKBONE = {
@@ -16,8 +16,6 @@ BACKBONE = {
     "final_logit_softcapping": ("soft-capped logits", None),
     "tie_word_embeddings": ("tied embeddings", False),
 }
-POST_NORMS = ("gemma2", "gemma3_text", "olmo2")
-SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
 
 
 def features(reader: CheckpointReader) -> dict[str, str]:
@@ -52,9 +50,9 @@ def features(reader: CheckpointReader) -> dict[str, str]:
     turned = [bool(use) for use in getattr(config, "no_rope_layers", None) or []]
     which = "" if all(turned) else f", in {sum(turned)} of {len(turned)} layers"
     found[f"RoPE ({', '.join(sorted(kinds)) or 'default'}{which})"] = "ends: a state knows order by its decay"
-    if teacher.family in POST_NORMS:
+    if teacher.family in (*GEMMA, "olmo2"):
         found["norm behind the attention"] = "stays"
-    if teacher.family in SCALED_EMBEDDINGS:
+    if teacher.family in GEMMA:
         found["scaled embeddings"] = "stay"
     for key, (words, absent) in BACKBONE.items():
         value: Any = getattr(config, key, absent)

@@ -11,7 +11,8 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridModel
 
-SHIFTED_NORMS = ("gemma2", "gemma3_text")  # families whose RMSNorm multiplies by 1 + weight
+# embeddings are scaled, norms stand behind attention and MLP too, and multiply by 1 + weight
+GEMMA = ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,8 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     where, raw = str(reader.path), reader.config
     family = family_of(raw, where)
     try:
-        config = hybrid_config(raw)
+        config, attention = hybrid_config(raw), _attention(raw)
     except Exception as error:  # config classes raise their own kinds for a bad value
-        raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
-    try:
-        attention = _attention(raw)
-    except Exception as error:
         raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         raise InputError(f"{where} has RoPE of type longrope, which turns old keys anew beyond a length: no cache of ours does")
@@ -100,7 +97,7 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     norm, scale = None, attention.scaling * head**0.5
     if "q_norm.weight" in tensors:
         over = "head" if tensors["q_norm.weight"] == (head,) else "all"
-        norm = {"over": over, "offset": int(family in SHIFTED_NORMS)}
+        norm = {"over": over, "offset": int(family in GEMMA)}
     teacher = Teacher(
         family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
         config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of 1 must leave every bit alone
