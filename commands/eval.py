@@ -87,8 +87,8 @@ def command(
         if baseline is not None:
             raise InputError("--baseline compares tasks; give --tasks")
         measure_fidelity(
-            out, source, checkpoint, teacher, fidelity, target, overwrite, mask, chat_template, windows, seq_len, where,
-            compute, trust_remote_code,
+            out, source, checkpoint, teacher, fidelity, target, overwrite, mask, chat_template, limit, windows, seq_len,
+            where, compute, trust_remote_code,
         )  # fmt: skip
         return
     settings = EvalSettings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import data_for, teacher_of, template_text
+from .models import text_beside
 from .output import Output
 
 if TYPE_CHECKING:
@@ -19,16 +19,13 @@ ROWS = 4  # windows in one forward pass
 
 def measure_fidelity(
     out: Output, source: CheckpointReader, name: str, teacher: str | None, data: str | None, target: Path, overwrite: bool,
-    mask: str, chat_template: Path | None, windows: int, seq_len: int, where: torch.device, compute: torch.dtype,
-    trust_remote_code: bool,
+    mask: str, chat_template: Path | None, limit: int | None, windows: int, seq_len: int,
+    where: torch.device, compute: torch.dtype, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Writes fidelity.json into `target` and shows it."""
     import torch
 
     from hybridize.checkpoint.writer import check_writable, write_json_atomic
-    from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.encode import Encoder
-    from hybridize.distillation.settings import DistillSettings
     from hybridize.errors import InputError
     from hybridize.evaluation.fidelity import greedy_agreement, measure
     from hybridize.runtime import load_model, load_tokenizer, quiet_transformers, ran_on
@@ -38,21 +35,15 @@ def measure_fidelity(
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another -o or --overwrite")
     check_writable(path)
-    origin = teacher_of(source, name, teacher)
-    check_vocabularies(source, origin)
-    spec = data_for(data, origin)
-    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
-    corpus = open_corpus(spec, spec, encoder)
-    plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=ROWS, eval_windows=windows, mask=mask)
-    batches = corpus.measuring(plan)
-    if not batches:
-        raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
-
+    tokenizer = load_tokenizer(source.path, trust_remote_code)
+    origin, text, batches = text_beside(
+        source, name, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, ROWS
+    )
     student, model = (load_model(reader.path, where, compute, trust_remote_code) for reader in (source, origin))
     found = measure(student, model, [batch.to(where) for batch in batches], compute)
     prompts = torch.cat([batch.ids[:, : min(PROMPT, seq_len // 2)] for batch in batches]).to(where)
     found["greedy"] = greedy_agreement(student, model, prompts, NEW_TOKENS, ROWS)
-    settings = {"data": corpus.rows.name, "mask": mask, "windows": windows, "seq_len": seq_len, "teacher": origin.hash}
+    settings = {"data": text, "mask": mask, "limit": limit, "windows": windows, "seq_len": seq_len, "teacher": origin.hash}
     write_json_atomic(path, {"format": 1, "checkpoint": source.hash, "settings": settings | ran_on(where, compute), **found})
     out.result({"fidelity": str(path), **found}, lambda: _show(out, path, found))
 

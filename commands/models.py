@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.distillation.packing import Batch
     from hybridize.surgery.replace import Calibration
 
     from .output import Output
@@ -54,6 +55,27 @@ def data_for(data: str | None, teacher: CheckpointReader | None) -> str:
     from hybridize.distillation.rows import find_data
 
     return find_data(data, None if teacher is None else teacher.path)
+
+
+def text_beside(
+    source: CheckpointReader, name: str, teacher: str | None, data: str | None, tokenizer: Any, mask: str,
+    chat_template: Path | None, limit: int | None, windows: int, seq_len: int, rows: int,
+) -> tuple[CheckpointReader, str, list[Batch]]:  # fmt: skip
+    """What a checkpoint is held against its teacher on: the teacher, the data's name, windows in batches of `rows`."""
+    from hybridize.distillation.distill import check_vocabularies, open_corpus
+    from hybridize.distillation.encode import Encoder
+    from hybridize.distillation.settings import DistillSettings
+    from hybridize.errors import InputError
+
+    origin = teacher_of(source, name, teacher)
+    check_vocabularies(source, origin)
+    spec = data_for(data, origin)
+    corpus = open_corpus(spec, spec, Encoder(tokenizer, mask, template_text(chat_template)), limit)
+    plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=mask)
+    batches = corpus.measuring(plan)
+    if not batches:
+        raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
+    return origin, corpus.rows.name, batches
 
 
 def found_data(source: CheckpointReader) -> str | None:

@@ -122,7 +122,7 @@ def command(
         "calibration": None if fit is None else fit.settings(), "features": features(source),
         "fates": fates(source, surgery, donor),
     }  # fmt: skip
-    _wanted(verify, source, surgery)
+    proving = _wanted(verify, source, surgery)
     if dry_run:
         plans = [
             {"target": t.name, "shape": list(t.shape), "rows": t.describe(fit is not None)}
@@ -141,7 +141,7 @@ def command(
     proven: dict[str, Any] = {}
 
     def check(path: Path) -> None:
-        if chosen and _wanted(verify, source, surgery):
+        if chosen and proving:
             out.progress("verifying")
             proven.update(_prove(source, donor, path, surgery, contract, fit, device, seed))
 

@@ -48,7 +48,6 @@ def command(
     the KL divergence from the teacher on data.
     """
     out = Output(as_json, quiet)
-    from hybridize.errors import InputError
     from hybridize.scoring.loo import LooSettings
 
     settings = LooSettings(metric, ablate)
@@ -66,26 +65,17 @@ def command(
 
     ran: dict[str, Any] = {**ran_on(where, compute), "seed": seed}
     if metric == "kl":
-        from hybridize.distillation.distill import check_vocabularies, open_corpus
-        from hybridize.distillation.encode import Encoder
-        from hybridize.distillation.settings import DistillSettings
+        from .models import text_beside
 
-        from .models import data_for, teacher_of, template_text
-
-        origin = teacher_of(source, checkpoint, teacher)
-        check_vocabularies(source, origin)
-        spec = data_for(data, origin)
-        encoder = Encoder(tokenizer, mask, template_text(chat_template))
-        corpus = open_corpus(spec, spec, encoder, limit)
         rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
-        plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=mask)
-        batches = [batch.to(where) for batch in corpus.measuring(plan)]
-        if not batches:
-            raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
+        origin, text, measuring = text_beside(
+            source, checkpoint, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, rows
+        )
+        batches = [batch.to(where) for batch in measuring]
         same = origin.path == source.path
         other = None if same else load_model(origin.path, where, compute, trust_remote_code)
         found = loo_kl(load_hybrid(source, where, compute), other, settings, batches, compute, progress)
-        used = {"data": corpus.rows.name, "windows": windows, "seq_len": seq_len, "mask": mask}
+        used = {"data": text, "windows": windows, "seq_len": seq_len, "mask": mask}
     else:
         from hybridize.evaluation.harness import EvalSettings, check_choices, open_tasks, repeatable, task_names
 

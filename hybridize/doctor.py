@@ -65,11 +65,11 @@ def _packages() -> list[Finding]:
         version = _version(wanted.name)
         if version is None:
             optional = Finding(wanted.name, "absent", "not installed; only for " + extra.replace("extra == ", "").strip('"'))
-            lacking = Finding(wanted.name, "fault", "not installed", f"pip install '{wanted.name}{wanted.specifier}'")
+            lacking = Finding(wanted.name, "fault", "not installed", _install(wanted))
             found.append(optional if extra else lacking)
         elif not wanted.specifier.contains(version, prereleases=True):
-            mend = f"pip install '{wanted.name}{wanted.specifier}'"
-            found.append(Finding(wanted.name, "fault", f"{version}, but hybridize needs {wanted.specifier}", mend))
+            detail = f"{version}, but hybridize needs {wanted.specifier}"
+            found.append(Finding(wanted.name, "fault", detail, _install(wanted)))
         else:
             found.append(Finding(wanted.name, "ok", version))
     return found
@@ -77,11 +77,8 @@ def _packages() -> list[Finding]:
 
 def _conflicts() -> list[Finding]:
     """What one of our requirements asks of another, and does not have."""
-    names = {Requirement(text).name for text in metadata.requires("hybridize") or []} | {
-        "tokenizers",
-        "numpy",
-        "huggingface-hub",
-    }
+    direct = {Requirement(text).name for text in metadata.requires("hybridize") or []}
+    names = direct | {"tokenizers", "numpy", "huggingface-hub"}
     found = []
     for name in sorted(names):
         for text in _requires(name):
@@ -91,10 +88,12 @@ def _conflicts() -> list[Finding]:
             version = _version(wanted.name)
             if version is not None and not wanted.specifier.contains(version, prereleases=True):
                 detail = f"{name} needs {wanted.name}{wanted.specifier}, but {version} is installed"
-                found.append(
-                    Finding(f"{name} and {wanted.name}", "fault", detail, f"pip install '{wanted.name}{wanted.specifier}'")
-                )
+                found.append(Finding(f"{name} and {wanted.name}", "fault", detail, _install(wanted)))
     return found
+
+
+def _install(wanted: Requirement) -> str:
+    return f"pip install '{wanted.name}{wanted.specifier}'"
 
 
 def _version(name: str) -> str | None:

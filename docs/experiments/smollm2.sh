@@ -11,8 +11,8 @@ hybridize distill "$out/h15" -o "$out/h15-kd" --data "$traces" --eval-data "$hel
   --lr-mixer 1e-3 --lr 1e-4 --warmup-steps 50 --eval-every 60 --save-every 0 --log-every 4
 for student in h15 h15-kd; do
   for text in "$heldout" "$general"; do
-    python3 "$here/../../tests/benchmarks/fidelity.py" "$out/$student" "$teacher" "$text"
+    hybridize eval "$out/$student" --teacher "$teacher" --fidelity "$text" -o "$out/$student-$(basename "$text" .txt)"
   done
-  python3 "$here/../../tests/benchmarks/fidelity.py" "$out/$student" "$teacher" "$masked" \
-    --mask assistant --chat-template "$here/chatml.jinja"
+  hybridize eval "$out/$student" --teacher "$teacher" --fidelity "$masked" --mask assistant \
+    --chat-template "$here/chatml.jinja" -o "$out/$student-masked"
 done

@@ -187,9 +187,11 @@ def distill(
     ]  # fmt: skip
     manifest = dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
     trained = student.state_dict()
-    gathered = functools.lru_cache(maxsize=2)(
-        lambda parameter: whole(trained[parameter])
-    )  # experts ask for the same two in turn
+
+    @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
+    def gathered(parameter: str) -> torch.Tensor:
+        return whole(trained[parameter])
+
     found = ((name, as_on_disk(name, trained, gathered), old) for name, old in source.tensors())
     final = ((name, old if new is None else new.to(old.dtype)) for name, new, old in found)
     if not ranks.main:

@@ -74,9 +74,11 @@ def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surger
                 has = teacher.mixer.get(key, "none")
                 raise InputError(f"--{flag} {value}: the checkpoint's mixers have {has}, and all must agree")
         mixer: dict[str, Any] | None = teacher.mixer
-        has = {key: teacher.mixer[key] for key in CARRIED_KEYS if teacher.mixer.get(key)}
-        if has != teacher.carried and layers:
-            raise InputError(f"the checkpoint's mixers carry {has or 'no biases and norms'}, its attention {teacher.carried}")
+        carried = {key: teacher.mixer[key] for key in CARRIED_KEYS if teacher.mixer.get(key)}
+        if carried != teacher.carried and layers:
+            raise InputError(
+                f"the checkpoint's mixers carry {carried or 'no biases and norms'}, its attention {teacher.carried}"
+            )
     else:
         kind = asked.pop("kind", DEFAULT_MIXER)
         mixer = mixer_shape(teacher, kind, asked) if layers else None
@@ -163,8 +165,8 @@ def replace(
             while len(prints) > AHEAD:
                 prints.pop(0).result()
             progress(tensor_name)
-        for print_ in prints:
-            print_.result()
+        for fingerprint in prints:
+            fingerprint.result()
         manifest = descend(source, name, output, "replace", settings, seed)
         for layer in surgery.layers:
             manifest.layers[layer] = {"origin": origin, "from": init_from}
