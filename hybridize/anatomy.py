@@ -20,7 +20,6 @@ from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
 from hybridize.surgery.teacher import hybrid_config
 
 LONG = 32768  # tokens
-STATE_BYTES = 4  # recurrent states are float32
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,9 @@ def anatomy(raw: dict[str, Any]) -> Anatomy:
     own = hybrid_config({k: v for k, v in raw.items() if k not in ("layer_types", "mixer")}).layer_types
     kinds = [old if kind == MIXER_LAYER else kind for kind, old in zip(config.layer_types, own, strict=True)]
     before = sum(grown.get(kind, each * LONG) for kind in kinds)
-    state = sum(_state_bytes(mixer, wide) for mixer in mixers)
+    state = sum(mixer.state_bytes(getattr(torch, stored, torch.float32)) for mixer in mixers)
     kv = each * sum(kind not in grown for kind in config.layer_types)
     return Anatomy(list(config.layer_types), config.mixer, parameters, stored, state, kv, state + kept, before)
-
-
-def _state_bytes(mixer: Any, wide: int) -> int:
-    channels, taps = mixer.conv1d.weight.shape[0], mixer.conv1d.kernel_size[0]
-    states = mixer.A_log.numel() if mixer.A_log.ndim == 2 else mixer.inner * mixer.head
-    return channels * taps * wide + states * STATE_BYTES
 
 
 def lineage(path: Path) -> list[dict[str, Any]]:

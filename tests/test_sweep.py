@@ -50,7 +50,7 @@ def requests(seed: int = 0) -> list[tuple[list[int], list[int]]]:
 def test_every_answer_is_that_of_a_model_without_the_layer(
     kind: str, layout: str, what: str, shared: int, at_once: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(under_test, "SHARED", shared)
+    monkeypatch.setitem(under_test.SHARED, "cpu", shared)
     monkeypatch.setattr(under_test, "PADDED", 1.0)  # leaves of several rows
     monkeypatch.setitem(under_test.AT_ONCE, "cpu", at_once)
     monkeypatch.setattr("hybridize.scoring.loo._room", lambda *_: room)
@@ -83,7 +83,7 @@ def test_packed_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_window_holds_across_what_texts_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(under_test, "SHARED", 4)
+    monkeypatch.setitem(under_test.SHARED, "cpu", 4)
     model = hybrid(
         "aa", seed=4, sliding_window=6, layer_types=["sliding_attention", "full_attention"], base_model_type="mistral"
     )
@@ -101,11 +101,11 @@ def test_a_tree_holds_every_text_once_and_its_end_in_the_leaf(
     texts: list[tuple[int, ...]], rows: int, shared: int, tokens: int, data: st.DataObject
 ) -> None:
     needed = [data.draw(st.integers(1, len(text) - 1)) for text in texts]
-    before, under_test.SHARED = under_test.SHARED, shared
+    before, under_test.SHARED["cpu"] = under_test.SHARED["cpu"], shared
     try:
         leaves = tree(list(zip(texts, needed, strict=True)), rows, CPU)
     finally:
-        under_test.SHARED = before
+        under_test.SHARED["cpu"] = before
     assert sorted(text for leaf in leaves for text in leaf.texts) == list(range(len(texts)))
     for leaf in leaves:
         before_it = [token for node in leaf.path[:-1] for token in node.ids[0].tolist()]

@@ -59,9 +59,14 @@ class MambaMixer(Mixer):
             raise ValueError("a mamba mixer's output is not normalised and overflows float16; use bfloat16 or float32")
         z, x, B, C, dt = self.project(hidden_states)
         x, state = self._convolve(x, attention_mask, past_key_values, seq_idx)
-        y, last = self.scan(x, B, C, dt, keep=attention_mask, reset=document_starts(seq_idx), state=state)
+        told: dict[str, Any] = {"keep": attention_mask, "reset": document_starts(seq_idx), "state": state}
+        y, last = self.scan(x, B, C, dt, inplace=self._steps(past_key_values, x), **told)
         self._store(past_key_values, last)
         return self.out_proj(y * nn.functional.silu(z)), None
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.inner, self.d_state
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """[B, T, D] -> z, x, B, C and dt, all [B, T, I]."""

@@ -61,9 +61,14 @@ class Mamba2Mixer(Mixer):
         """Arguments and result as MambaMixer.forward."""
         z, xBC, dt = self.project(hidden_states)
         xBC, state = self._convolve(xBC, attention_mask, past_key_values, seq_idx)
-        y, last = self.scan(xBC, dt, keep=attention_mask, reset=document_starts(seq_idx), state=state)
+        told: dict[str, Any] = {"keep": attention_mask, "reset": document_starts(seq_idx), "state": state}
+        y, last = self.scan(xBC, dt, inplace=self._steps(past_key_values, xBC), **told)
         self._store(past_key_values, last)
         return self.out_proj(self.norm(y, z)), None
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.heads, self.head, self.head
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> z [B, T, I]; x, B and C side by side [B, T, 3 I]; dt [B, T, H]."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scan import causal_conv
+from .scan import causal_conv, conv_step
 
 FLOAT32 = ("A_log", "D", "dt_bias")  # parameters that stay float32 under every cast
 
@@ -104,10 +104,29 @@ class Mixer(nn.Module):
             return causal_conv(x, *conv, seq_idx=seq_idx), None
         # `layers[i]` and not the get_*_state helpers: transformers 5.17 lacks them
         layer, taps, length = cache.layers[self.layer_idx], self.conv1d.kernel_size[0], x.shape[1]
+        if self._steps(cache, x):
+            return conv_step(x[:, 0], layer.conv_states[0], *conv).unsqueeze(1), layer.recurrent_states[0]
         state = layer.recurrent_states[0] if layer.has_previous_state[0] else None
         window = layer.update_conv_state(x.transpose(1, 2), conv_kernel_size=taps).transpose(1, 2)
         window = window[:, -(length + taps - 1) :]
         return causal_conv(window.to(x.dtype), *conv)[:, -length:], state
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one sequence's recurrent state, which is float32."""
+        raise NotImplementedError
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """What one sequence keeps: the window in `dtype`, the state in float32."""
+        return self.conv1d.weight.shape[0] * self.conv1d.kernel_size[0] * dtype.itemsize + 4 * math.prod(self.state_shape)
+
+    def _steps(self, cache: Any, x: Tensor) -> bool:
+        """Whether x [B, T, channels] is one more token for a cache that may be moved on in place."""
+        if cache is None or x.shape[1] != 1 or x.requires_grad:
+            return False
+        layer = cache.layers[self.layer_idx]
+        # what is to be rolled back keeps its past
+        return bool(layer.has_previous_state[0]) and not getattr(layer, "record_past", False)
 
     def _store(self, cache: Any, state: Tensor) -> None:
         if cache is not None:

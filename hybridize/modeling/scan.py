@@ -66,6 +66,19 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 
 @torch.compiler.disable
+def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor, engine: str | None = None) -> Tensor:
+    """`causal_conv` of one more step, x [B, I] -> [B, I]; window [B, I, K], the last K inputs, is moved on in place."""
+    given, x = x.dtype, x.to(window.dtype)
+    if (engine or engine_for(x.device)) == "kernel" and weight.shape[1] in (2, 3, 4):
+        from causal_conv1d import causal_conv1d_update
+
+        out = causal_conv1d_update(x.contiguous(), window, weight.to(x.dtype), bias.to(x.dtype), activation="silu")
+        return out.to(given)
+    window.copy_(torch.cat([window[..., 1:], x.unsqueeze(-1)], -1))
+    return causal_conv(window.transpose(1, 2), weight, bias, engine="torch")[:, -1].to(given)
+
+
+@torch.compiler.disable
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -79,15 +92,27 @@ def selective_scan(
     reset: Tensor | None = None,
     state: Tensor | None = None,
     engine: str | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta A) h_{t-1} + delta B x, y = C h + D x with delta = softplus(dt + dt_bias) (Mamba, 2312.00752, alg. 2).
 
     x, dt [B, T, I]; A [I, N] negative, D, dt_bias [I], all float32; B, C [B, T, G, N].
     keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new document).
-    state [B, I, N] float32: what a cached prefix left. Returns y [B, T, I] in x's dtype and the last state, float32.
+    state [B, I, N] float32: what a cached prefix left. Returns y [B, T, I] in x's dtype and the last state, float32, which
+    may be `state` itself where `inplace` allows it.
     """
     engine = engine or engine_for(x.device)
     with torch.autocast(x.device.type, enabled=False):
+        if engine == "kernel" and inplace and state is not None and x.shape[1] == 1 and keep is None:
+            from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+            heads = B.shape[2]
+            split = lambda t: t.unflatten(-1, (heads, -1))  # noqa: E731
+            y = selective_state_update(
+                state.unflatten(1, (heads, -1)), split(x[:, 0]), split(dt[:, 0]), A.unflatten(0, (heads, -1)), B[:, 0], C[:, 0],
+                split(D), dt_bias=split(dt_bias), dt_softplus=True,
+            )  # fmt: skip
+            return y.flatten(1).unsqueeze(1), state
         if engine == "kernel" and state is None and x.shape[1] > 1:
             return _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset)
         delta = F.softplus(dt.float() + dt_bias)

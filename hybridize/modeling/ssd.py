@@ -33,18 +33,30 @@ def ssd_scan(
     reset: Tensor | None = None,
     state: Tensor | None = None,
     engine: str | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt + dt_bias), one A, D and delta a head.
 
     x [B, T, H, P]; dt [B, T, H]; A [H] negative, D, dt_bias [H], all float32; B, C [B, T, H, N].
     keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new document).
-    state [B, H, P, N] float32: what a cached prefix left. Returns y [B, T, H, P] in x's dtype and the last state, float32.
+    state [B, H, P, N] float32: what a cached prefix left. Returns y [B, T, H, P] in x's dtype and the last state, float32,
+    which may be `state` itself where `inplace` allows it.
     """
+    kernel = (engine or engine_for(x.device)) == "kernel"
     with torch.autocast(x.device.type, enabled=False):
+        if kernel and inplace and state is not None and x.shape[1] == 1 and keep is None:
+            from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+            across = lambda t: t.unsqueeze(-1).expand(*t.shape, x.shape[3])  # noqa: E731
+            y = selective_state_update(
+                state, x[:, 0], across(dt[:, 0]), across(A).unsqueeze(-1).expand(-1, -1, B.shape[3]), B[:, 0], C[:, 0],
+                across(D), dt_bias=across(dt_bias), dt_softplus=True,
+            )  # fmt: skip
+            return y.unsqueeze(1), state
         delta = F.softplus(dt.float() + dt_bias)
         if keep is not None:
             delta = delta * keep.unsqueeze(-1)
-        if (engine or engine_for(x.device)) == "kernel" and x.shape[1] > 1:
+        if kernel and x.shape[1] > 1:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
             if x.dtype == torch.float32:  # Triton's own way with float32 products is TF32, good for three digits

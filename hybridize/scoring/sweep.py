@@ -25,7 +25,8 @@ from hybridize.modeling import MIXER_LAYER, new_cache
 
 # layer number, the layer, what it hears [R, T, D], and what each kind of layer is told -> what comes out in its place
 Instead = Callable[[int, Any, Tensor, dict[str, dict[str, Any]]], Tensor]
-SHARED = 32  # tokens that a node must spare its descendants, all of them together
+# tokens that a node must spare its descendants, all of them together: a GPU reads these many while it waits for one more launch
+SHARED = {"cpu": 32, "cuda": 4096}
 PADDED = 0.06  # share of a row that may be padding: variants fill a batch as well as rows do
 AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through a layer in one call, if a node is no larger
 
@@ -54,6 +55,7 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
     rows: at most so many in a leaf. No text may stand there twice.
     """
     ids = [tuple(text) for text, _ in texts]
+    least = SHARED.get(device.type, SHARED["cpu"])
     leaves: list[Node] = []
 
     def finish(loose: list[int], offset: int, parent: Node | None) -> None:
@@ -73,11 +75,11 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
         first, last = ids[group[0]], ids[group[-1]]
         same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
         end = min([same, *(len(ids[text]) - texts[text][1] for text in group)])
-        if len(group) == 1 or (end < same and (len(group) - 1) * (end - offset) < SHARED):
+        if len(group) == 1 or (end < same and (len(group) - 1) * (end - offset) < least):
             loose += group
             return
         mine, spared = loose, (len(group) - 1) * (end - offset)
-        if spared >= SHARED:
+        if spared >= least:
             parent, mine = Node(torch.tensor([first[offset:end]], device=device), parent, offset), []
             offset = end
         if end < same:
@@ -85,7 +87,7 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
         else:
             for _, part in itertools.groupby(group, key=lambda text: ids[text][end : end + 1]):
                 grow(list(part), offset, parent, mine)
-        if spared >= SHARED:
+        if spared >= least:
             finish(mine, offset, parent)
 
     rest: list[int] = []

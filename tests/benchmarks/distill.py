@@ -196,7 +196,11 @@ def captured(way: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         way()
-    return graph.replay
+
+    def replay(_: Any = way) -> None:  # what the graph reads lives as long as the way does
+        graph.replay()
+
+    return replay
 
 
 def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,0 +1,69 @@
+"""Attention of one new token a sequence over keys and values that lie at fixed places, each sequence with its own count.
+
+`kernel` is a Triton kernel on a CUDA device, `torch` is plain PyTorch. Both read a key and a value once for all the query
+heads that share them.
+
+Shape legend: B sequences, H query heads, K key/value heads, S places, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "hybridize_decode"
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why the kernel cannot be used here, or None when it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+    except Exception as error:  # a broken install raises whatever its loader raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    scale: float,
+    cap: float | None = None,
+    engine: str | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over the first min(counts, S) places of each sequence; cap: Gemma 2's soft cap on the logits.
+
+    query [B, H, d]; keys, values [B, K, S, d]; counts [B] int, at least 1. Returns [B, H, d] in values' dtype.
+    """
+    if engine is None:
+        engine = "kernel" if query.is_cuda and triton_missing() is None else "torch"
+    if engine == "kernel":
+        from .decode_kernel import attend
+
+        return attend(query, keys, values, counts, scale, cap)
+    groups = query.unflatten(1, (keys.shape[1], -1)).float()
+    scores = groups @ keys.float().transpose(-1, -2) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    beyond = torch.arange(keys.shape[2], device=keys.device) >= counts.unsqueeze(-1)
+    weights = scores.masked_fill(beyond[:, None, None], -torch.inf).softmax(-1)
+    return (weights @ values.float()).flatten(1, 2).to(values.dtype)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, counts: Tensor, **told: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls attention functions: query [B, H, 1, d] -> ([B, 1, H, d], None). A window is the cache's affair."""
+    scale = told.get("scaling") or query.shape[-1] ** -0.5
+    return decode_attention(query[:, :, 0], key, value, counts, scale, told.get("softcap")).unsqueeze(1), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)

@@ -1,0 +1,105 @@
+"""One step of decoding for many sequences: a captured CUDA graph where that can be, the same calls one by one elsewhere.
+
+Teachers and hybrids go through the same code, so that what is compared is the model. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridize.modeling import HybridForCausalLM, new_cache
+
+from .attention import NAME
+from .cache import DecodeCache
+
+Pick = Callable[[Tensor, Tensor], Tensor]  # logits [B, V] and lengths [B] -> the next token of each, [B]
+WARM_UP = 2
+
+
+def greedy(logits: Tensor, _: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def can_capture(model: HybridForCausalLM) -> bool:
+    """Whether a step can be a CUDA graph. Experts cannot: their tokens are counted on the host."""
+    return model.device.type == "cuda" and not any(".experts." in name for name, _ in model.named_parameters())
+
+
+class Decoder:
+    """`rows` sequences of up to `length` tokens, each at its own place. All on the model's device.
+
+    history [rows, length + 1]: the tokens so far, then a place for what full rows go on to write; `cache.lengths` [rows] of
+    them have been read by the model, and the one after those is next. pick is captured too and must not look at the host.
+    """
+
+    def __init__(
+        self, model: HybridForCausalLM, rows: int, length: int, pick: Pick = greedy, capture: bool | None = None
+    ) -> None:
+        self.model, self.rows, self.length, self.pick = model, rows, length, pick
+        self.cache = DecodeCache(model, rows, length, model.dtype)
+        self.history = torch.zeros(rows, length + 1, dtype=torch.long, device=model.device)
+        self._masks = dict.fromkeys(set(model.config.layer_types) | {"full_attention"})
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if can_capture(model) if capture is None else capture:
+            self._capture()
+
+    @torch.no_grad()
+    def prefill(self, rows: Sequence[int], ids: Tensor) -> Tensor:
+        """Reads prompts ids [len(rows), T] of one length into these rows and picks their first tokens. Gives the logits."""
+        length = ids.shape[1]
+        if length >= self.length:
+            raise ValueError(f"a prompt of {length} tokens leaves no room in {self.length}")
+        read = new_cache(self.model.config)
+        logits = self.model(ids, past_key_values=read, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.cache.take(rows, read, length)
+        index = torch.tensor(rows, device=ids.device)
+        self.history[index, :length] = ids
+        self.history[index, length] = self.pick_rows(logits, index)
+        return logits
+
+    def pick_rows(self, logits: Tensor, index: Tensor) -> Tensor:
+        """`pick` for some rows alone: it is told of all."""
+        every = logits.new_zeros(self.rows, logits.shape[1])
+        every[index] = logits
+        return self.pick(every, self.cache.lengths)[index]
+
+    def step(self) -> None:
+        """Every row reads its newest token and picks the one after it. A full row writes beside its tokens."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    @torch.no_grad()
+    def _step(self) -> Tensor:
+        cache, config = self.cache, self.model.config
+        at = cache.lengths.unsqueeze(1)
+        cache.begin_step()
+        before, config._attn_implementation = config._attn_implementation, NAME
+        try:
+            told: dict[str, Any] = {"attention_mask": self._masks, "position_ids": at, "counts": cache.lengths + 1}
+            hidden = self.model.model(
+                self.history.gather(1, at), past_key_values=cache, use_cache=True, **told
+            ).last_hidden_state
+        finally:
+            config._attn_implementation = before
+        logits = self.model.logits(hidden)[:, 0]
+        cache.lengths.add_(1).clamp_(max=self.length)
+        self.history.scatter_(1, cache.lengths.unsqueeze(1), self.pick(logits, cache.lengths).unsqueeze(1))
+        return logits
+
+    def _capture(self) -> None:
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                self._step()
+        here.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+        self.cache.lengths.zero_()

@@ -1,0 +1,133 @@
+"""The decoding step: every sequence as if it were alone, in every layout, at its own place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.generation.attention import decode_attention, triton_missing
+from hybridize.generation.cache import sequence_bytes
+from hybridize.generation.decoder import Decoder
+from hybridize.modeling import HybridForCausalLM
+from hybridize.runtime import load_hybrid
+from tests.conftest import hybrid
+from tests.families import FAMILY, make_family
+from tests.test_modeling import DEVICES
+
+ENGINES = ["torch", pytest.param("kernel", marks=pytest.mark.gpu)]
+
+
+def reference(query, keys, values, counts, scale, cap):  # type: ignore[no-untyped-def]
+    """In float64, a sequence and a head at a time."""
+    out = torch.empty(*query.shape, dtype=torch.float64)
+    shared = query.shape[1] // keys.shape[1]
+    for b in range(query.shape[0]):
+        n = min(int(counts[b]), keys.shape[2])
+        for h in range(query.shape[1]):
+            scores = keys[b, h // shared, :n].double() @ query[b, h].double() * scale
+            if cap is not None:
+                scores = cap * torch.tanh(scores / cap)
+            out[b, h] = torch.softmax(scores, 0) @ values[b, h // shared, :n].double()
+    return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 5), heads=st.sampled_from([1, 2, 3]), group=st.sampled_from([1, 3, 4]), places=st.integers(1, 300),
+    width=st.sampled_from([16, 24, 64, 80, 128]), cap=st.sampled_from([None, 5.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_decode_attention(
+    engine: str, rows: int, heads: int, group: int, places: int, width: int, cap: float | None, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    query = torch.randn(rows, heads * group, width)
+    keys, values = (torch.randn(rows, heads, places, width) for _ in range(2))
+    counts = torch.randint(1, places + 5, (rows,))
+    on = "cuda" if engine == "kernel" else "cpu"
+    found = decode_attention(*(t.to(on) for t in (query, keys, values, counts)), width**-0.5, cap, engine).cpu()
+    assert (found.double() - reference(query, keys, values, counts, width**-0.5, cap)).abs().max() < 2e-5
+
+
+def test_the_kernel_is_missing_where_there_is_no_gpu() -> None:
+    assert (triton_missing() is None) == torch.cuda.is_available()
+
+
+def follow(model: HybridForCausalLM, prompt: torch.Tensor, count: int) -> list[int]:
+    """Greedy, everything read anew for every token, without any cache."""
+    ids = prompt.unsqueeze(0)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def decode(model: HybridForCausalLM, prompts: list[torch.Tensor], count: int, rows: int = 2) -> list[list[int]]:
+    """Through a Decoder of few rows, each taken up again when its sequence is done."""
+    decoder = Decoder(model, rows, max(map(len, prompts)) + count)
+    found: dict[int, list[int]] = {}
+    running: dict[int, int] = {}
+    waiting = list(range(len(prompts)))
+    while waiting or running:
+        for row in range(rows):
+            if row not in running and waiting:
+                running[row] = waiting.pop(0)
+                decoder.prefill([row], prompts[running[row]].unsqueeze(0))
+        decoder.step()
+        for row, which in list(running.items()):
+            if int(decoder.cache.lengths[row]) == len(prompts[which]) + count - 1:
+                found[which] = decoder.history[row, len(prompts[which]) :][:count].tolist()
+                del running[row]
+    return [found[which] for which in range(len(prompts))]
+
+
+def prompts_of(device: str, sizes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 64, (size,), generator=generator).to(device) for size in sizes]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kinds", ["ammam", "mmmm", "aaaa"])
+def test_rows_at_places_of_their_own(kinds: str, kind: str, device: str) -> None:
+    model = hybrid(kinds, kind).eval().to(device)
+    prompts = prompts_of(device, (5, 1, 17, 9))
+    assert decode(model, prompts, 12) == [follow(model, prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_family(name: str, device: str, tmp_path: Path) -> None:
+    """Windows of 8 are passed by a prompt and by what follows it."""
+    source = CheckpointReader(make_family(tmp_path / name, name))
+    model = load_hybrid(source, torch.device(device), torch.float32)
+    prompts = prompts_of(device, (12, 3))
+    assert decode(model, prompts, 10) == [follow(model, prompt, 10) for prompt in prompts]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_read_together_and_rows_that_are_full(kind: str, device: str) -> None:
+    model = hybrid("amma", kind).eval().to(device)
+    prompts = torch.stack(prompts_of(device, (6, 6, 6)))
+    decoder = Decoder(model, 3, 10)
+    logits = decoder.prefill([2, 0, 1], prompts)
+    with torch.no_grad():
+        assert torch.allclose(logits, model(prompts).logits[:, -1], atol=1e-4)
+    for _ in range(9):  # six more than there is room for
+        decoder.step()
+    for row, prompt in zip((2, 0, 1), prompts, strict=True):
+        assert decoder.history[row, :10].tolist() == [*prompt.tolist(), *follow(model, prompt, 4)]
+    with pytest.raises(ValueError, match="leaves no room"):
+        decoder.prefill([0], torch.ones(1, 10, dtype=torch.long, device=device))
+
+
+def test_what_is_held_is_what_was_said(kind: str) -> None:
+    model = hybrid("amma", kind)
+    decoder = Decoder(model, 3, 10)
+    kv, state = sequence_bytes(model, 10, torch.float32)
+    assert decoder.cache.bytes() == {"kv": 3 * kv, "state": 3 * state}
