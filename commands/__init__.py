@@ -9,7 +9,19 @@ import typer
 
 from hybridize import __version__
 
-COMMANDS = ("score_loo", "score_mmr", "score_restore", "replace", "distill", "eval", "export", "inspect", "doctor", "demo")
+COMMANDS = (
+    "score_loo",
+    "score_mmr",
+    "score_restore",
+    "replace",
+    "distill",
+    "eval",
+    "export",
+    "bench",
+    "inspect",
+    "doctor",
+    "demo",
+)
 
 app = typer.Typer(
     name="hybridize", no_args_is_help=True, add_completion=False, rich_markup_mode=None,

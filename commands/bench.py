@@ -1,0 +1,183 @@
+"""hybridize bench"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+from .models import open_checkpoint
+from .output import Output, guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from hybridize.modeling import HybridForCausalLM
+
+GIB = 2**30
+
+
+@guarded
+def command(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="The first is what others are held against.")
+    ],
+    contexts: Annotated[str, typer.Option("--contexts", help="Tokens before a step, separated by commas.")] = "1024,4096,16384",
+    batches: Annotated[str, typer.Option("--batches", help="Sequences in a step, separated by commas.")] = "1,16,64",
+    generations: Annotated[
+        str, typer.Option("--generations", help="PROMPT:NEW,... tokens: throughput with the largest batch that fits.")
+    ] = "",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps timed together.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timings, of which the median counts.")] = 5,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Only config.json is read: times do not depend on the weights.")
+    ] = False,
+    memory: Annotated[float | None, typer.Option("--memory", help="GiB to fit into [default: the GPU's].")] = None,
+    output: opt.Output = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Reads checkpoints, teachers or hybrids; writes bench.json and bench.png into ./bench (or -o): how fast each is.
+
+    Prefill, time to the first token, and decoding steps over a grid of contexts and batches, through one captured step for
+    all, in one run, turn and turn about where they fit beside one another.
+    """
+    out = Output(as_json, quiet)
+    from hybridize.checkpoint.writer import check_writable, write_json_atomic
+    from hybridize.errors import InputError
+    from hybridize.evaluation.bench import BenchSettings, bench
+    from hybridize.runtime import pick_compute, quiet_transformers, ran_on
+
+    grid = [_numbers("--contexts", contexts), _numbers("--batches", batches)]
+    pairs = tuple(_numbers("--generations", pair, ":") for pair in generations.split(",") if pair.strip())
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"--generations {generations!r}: give PROMPT:NEW, such as 1024:8192")
+    settings = BenchSettings(grid[0], grid[1], pairs, steps, repeats)  # type: ignore[arg-type]
+    target = output or Path("bench")
+    if target.is_file():
+        raise InputError(f"{target} is a file; results go into a directory")
+    path = target / "bench.json"
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; give another -o or --overwrite")
+    check_writable(path)
+    names = _short(checkpoints)
+    where, compute = pick_compute(device, dtype)
+    quiet_transformers()
+    loaders = {name: _loader(given, random_weights, where, compute) for name, given in zip(names, checkpoints, strict=True)}
+    found = bench(loaders, settings, where, None if memory is None else memory * GIB, out.progress)
+    on = _machine(where)
+    found = {
+        "format": 1, "settings": _told(settings) | {"random_weights": random_weights} | ran_on(where, compute), "machine": on,
+        "paths": dict(zip(names, checkpoints, strict=True)), **found,
+    }  # fmt: skip
+    write_json_atomic(path, found)
+    from hybridize.evaluation.bench_plot import draw
+
+    drawn = draw(found, target / "bench.png")
+    out.progress(f"wrote {path}", last=True)
+    if not drawn:
+        out.note("no bench.png: matplotlib is not installed (pip install 'hybridize[plots]')")
+    out.result(found, lambda: _show(out, path, found, names))
+
+
+def _numbers(flag: str, text: str, separator: str = ",") -> tuple[int, ...]:
+    from hybridize.errors import InputError
+
+    try:
+        return tuple(int(part) for part in text.split(separator) if part.strip())
+    except ValueError as error:
+        raise InputError(f"{flag} {text!r}: whole numbers are wanted") from error
+
+
+def _short(checkpoints: list[str]) -> list[str]:
+    """Last parts of paths, or whole paths where those are the same."""
+    last = [Path(name).name or name for name in checkpoints]
+    names = last if len(set(last)) == len(last) else list(checkpoints)
+    if len(set(names)) < len(names):
+        from hybridize.errors import InputError
+
+        raise InputError("the same checkpoint is given twice")
+    return names
+
+
+def _loader(name: str, random_weights: bool, where: torch.device, compute: torch.dtype) -> Callable[[], HybridForCausalLM]:
+    """What loads it; whatever is wrong with its name or config is said now."""
+    from hybridize.runtime import load_hybrid
+
+    if not random_weights:
+        source = open_checkpoint(name)
+        return lambda: load_hybrid(source, where, compute)
+    from hybridize.anatomy import config_of
+    from hybridize.evaluation.bench import random_hybrid
+    from hybridize.surgery.teacher import family_of, hybrid_config
+
+    path, raw = config_of(name)
+    family_of(raw, str(path))
+    return lambda: random_hybrid(hybrid_config(raw), where, compute)
+
+
+def _machine(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _told(settings: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+
+
+def _show(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> None:
+    from hybridize.evaluation.bench import break_even
+
+    base, checkpoints = found["checkpoints"][names[0]], found["checkpoints"]
+    how = "turn and turn about" if found["interleaved"] else "one after the other"
+    print(f"{found['machine']}, {found['settings']['dtype']}, {found['bandwidth'] / 1e12:.2f} TB/s; {how}")
+    rows = []
+    for name in names:
+        for entry in checkpoints[name]["prefill"]:
+            first = entry["first_token"]["ms"]
+            rows.append([name, str(entry["context"]), f"{first:.1f}", f"{entry['tokens_per_second']:,.0f}"])
+    if rows:
+        out.table(f"{path}: prefill", ["checkpoint", "context", "ms to the first token", "tokens a second"], rows)
+    rows = []
+    for name in names:
+        for entry, other in zip(checkpoints[name]["steps"], base["steps"], strict=True):
+            cell = [name, str(entry["context"]), str(entry["batch"])]
+            if entry["ms"] is None:
+                rows.append([*cell, "does not fit", "", "", f"{entry['wanted_bytes'] / GIB:.2f}", ""])
+                continue
+            times = "" if other["ms"] is None else f"{other['ms'] / entry['ms']:.2f}"
+            rows.append([
+                *cell, f"{entry['ms']:.2f}", f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}",
+                f"{(entry['kv_bytes'] + entry['state_bytes']) / GIB:.2f}", times,
+            ])  # fmt: skip
+    if rows:
+        columns = ["checkpoint", "context", "batch", "ms a step", "tokens/s", "x bytes", "cache GiB", "times as fast"]
+        out.table("decoding; x bytes: of the time that a step's bytes alone take", columns, rows)
+    for name in names[1:]:
+        for batch in found["settings"]["batches"]:
+            at = break_even(checkpoints[name]["steps"], base["steps"], batch)
+            if found["settings"]["contexts"]:
+                told = "not faster at the longest" if at is None else f"faster from {at:,.0f} tokens on"
+                print(f"{name} against {names[0]}, batch {batch}: {told}")
+    rows = []
+    for name in names:
+        for entry, other in zip(checkpoints[name]["generations"], base["generations"], strict=True):
+            cell = [name, f"{entry['prompt']} -> {entry['new']}", str(entry["batch"])]
+            if not entry["batch"]:
+                rows.append([*cell, "does not fit", "", ""])
+                continue
+            times = f"{entry['tokens_per_second'] / other['tokens_per_second']:.2f}" if other["batch"] else ""
+            rows.append([*cell, f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}", times])
+    if rows:
+        columns = ["checkpoint", "tokens", "batch that fits", "tokens/s", "x bytes, middle", "times as fast"]
+        out.table("whole generations, from steps timed at six lengths", columns, rows)

@@ -1,0 +1,289 @@
+"""How fast checkpoints read and write: prefill, decoding steps at given lengths and batches, and whole generations made of them.
+
+Every checkpoint, teacher or hybrid, runs as our own class through one decoding step (hybridize/generation), captured as a CUDA
+graph where that can be. A step's time does not depend on what the tokens are, so none are read before it is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybridize.errors import InputError
+from hybridize.generation.cache import sequence_bytes
+from hybridize.generation.decoder import Decoder, can_capture
+from hybridize.modeling import FLOAT32, HybridConfig, HybridForCausalLM, new_cache
+
+AT_ONCE = 8192  # tokens in one forward pass of a prefill, if a prompt is no longer
+POINTS = 6  # lengths at which a long generation's step is timed
+SHARE = 0.97  # of a GPU's memory, for weights, caches and the reserve
+RESERVE = {"cuda": 5 << 29}  # bytes that a prefill and the kernels' own buffers want
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """contexts, batches: the grid; generations: (prompt, new) tokens, each with the largest batch that fits; steps: timed
+    together; repeats: of which the median counts."""
+
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    generations: tuple[tuple[int, int], ...] = ()
+    steps: int = 16
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        sizes = [*self.contexts, *self.batches, self.steps, self.repeats, *(n for pair in self.generations for n in pair)]
+        if min(sizes, default=0) < 1:
+            raise InputError("contexts, batches, generations, --steps and --repeats are numbers of at least 1")
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes, the best of five."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 26)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(_timed(lambda: target.copy_(source), device) for _ in range(6))
+
+
+def step_bytes(model: HybridForCausalLM, batch: int, context: int) -> int:
+    """The least that a step moves: every weight once, each sequence's keys and values once, its states in and out.
+
+    Of the embeddings only the batch's rows are read, unless they are the output weights too. All experts count.
+    """
+    weights = weight_bytes(model)
+    if not model.config.tie_word_embeddings:
+        table = model.model.embed_tokens.weight
+        weights -= table.numel() * table.element_size()
+    kv, state = sequence_bytes(model, context, model.dtype)
+    return weights + batch * (kv + 2 * state)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def random_hybrid(config: HybridConfig, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
+    """A model without a checkpoint, to be timed: weights of no meaning, made where they stay."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = HybridForCausalLM(config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            kind = torch.float32 if name in FLOAT32 else dtype
+            made = torch.empty(parameter.shape, dtype=kind, device=device)
+            made = made.fill_(0.5) if parameter.ndim == 1 else made.normal_(0, 0.02)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+    model.tie_weights()
+    return model.to(device).eval()
+
+
+def _timed(way: Callable[[], Any], device: torch.device) -> float:
+    """Seconds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    way()
+    wait()
+    return time.perf_counter() - began
+
+
+def _step_seconds(decoder: Decoder, context: int, steps: int) -> float:
+    """A step's, where every sequence has `context` tokens."""
+
+    def run() -> None:
+        for _ in range(steps):
+            decoder.step()
+
+    decoder.cache.lengths.fill_(context)
+    return _timed(run, decoder.model.device) / steps
+
+
+@torch.no_grad()
+def _prefill(model: HybridForCausalLM, rows: int, length: int) -> None:
+    ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
+    model(ids, past_key_values=new_cache(model.config), use_cache=True, logits_to_keep=1)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _median(times: Sequence[float]) -> dict[str, float]:
+    """Of seconds: median and extremes in milliseconds."""
+    return {"ms": statistics.median(times) * 1e3, "least_ms": min(times) * 1e3, "most_ms": max(times) * 1e3}
+
+
+def time_prefill(models: dict[str, HybridForCausalLM], length: int, settings: BenchSettings) -> dict[str, dict[str, Any]]:
+    """By model: a prompt of `length` alone (time to first token), and tokens a second with AT_ONCE of them in a pass."""
+    device = next(iter(models.values())).device
+    rows = max(1, AT_ONCE // length)
+    ways = {(name, count): (model, count) for name, model in models.items() for count in {1, rows}}
+    found: dict[tuple[str, int], list[float]] = {key: [] for key in ways}
+    for turn in range(settings.repeats + 1):
+        for key, (model, count) in ways.items():
+            seconds = _timed(lambda m=model, c=count: _prefill(m, c, length), device)  # type: ignore[misc]
+            if turn:
+                found[key].append(seconds)
+    return {
+        name: {"context": length, "first_token": _median(found[name, 1]), "rows": rows,
+               "tokens_per_second": rows * length / statistics.median(found[name, rows])}
+        for name in models
+    }  # fmt: skip
+
+
+def time_steps(
+    models: dict[str, HybridForCausalLM], batch: int, context: int, settings: BenchSettings, speed: float
+) -> dict[str, dict[str, Any]]:
+    """By model, turn and turn about: a step of `batch` sequences that have `context` tokens each. speed: see `bandwidth`."""
+    decoders = {name: Decoder(model, batch, context + settings.steps) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(settings.repeats + 1):
+        for name, decoder in decoders.items():
+            seconds = _step_seconds(decoder, context, settings.steps)
+            if turn:
+                times[name].append(seconds)
+    found = {}
+    for name, model in models.items():
+        told, moved = _median(times[name]), step_bytes(model, batch, context)
+        found[name] = {
+            "context": context, "batch": batch, **told, "tokens_per_second": batch / told["ms"] * 1e3,
+            **{f"{part}_bytes": held for part, held in decoders[name].cache.bytes().items()}, "step_bytes": moved,
+            "times_floor": told["ms"] / 1e3 * speed / moved, "graph": can_capture(model),
+        }  # fmt: skip
+    return found
+
+
+def time_generation(
+    model: HybridForCausalLM, prompt: int, new: int, settings: BenchSettings, speed: float, memory: float
+) -> dict[str, Any]:
+    """prompt tokens read, `new` written, by the largest batch that `memory` bytes hold; from steps timed at POINTS lengths."""
+    kv, state = sequence_bytes(model, prompt + new, model.dtype)
+    each = kv + state + 8 * model.config.vocab_size
+    batch = int((memory * SHARE - weight_bytes(model) - RESERVE.get(model.device.type, 0)) // each)
+    if batch < 1:
+        return {"prompt": prompt, "new": new, "batch": 0}
+    lengths = sorted({prompt + round((new - 1) * point / (POINTS - 1)) for point in range(POINTS)})
+    decoder = Decoder(model, batch, prompt + new)
+    steps = min(settings.steps, new)
+    points = []
+    for length in lengths:
+        times = []
+        for _ in range(settings.repeats + 1):
+            times.append(_step_seconds(decoder, max(0, min(length, prompt + new - steps)), steps))
+        points.append((length, statistics.median(times[1:])))
+    decoder = None  # type: ignore[assignment]
+    _free(model.device)
+    pairs = list(itertools.pairwise(points))
+    writing = sum((b - a) * (s + t) / 2 for (a, s), (b, t) in pairs) * new / max(1, new - 1) if pairs else points[0][1] * new
+    reading = batch * prompt / time_prefill({"": model}, prompt, settings)[""]["tokens_per_second"]
+    middle = points[len(points) // 2]
+    return {
+        "prompt": prompt, "new": new, "batch": batch, "prefill_seconds": reading, "decode_seconds": writing,
+        "tokens_per_second": batch * new / (reading + writing), "cache_bytes": batch * (kv + state),
+        "steps": [{"context": length, "ms": seconds * 1e3} for length, seconds in points],
+        "times_floor": middle[1] * speed / step_bytes(model, batch, middle[0]),
+    }  # fmt: skip
+
+
+def bench(
+    loaders: dict[str, Callable[[], HybridForCausalLM]], settings: BenchSettings, device: torch.device,
+    memory: float | None = None, progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Of each checkpoint: its weights, prefill by context, steps by context and batch, generations.
+
+    Interleaved where all fit beside one another and no generation wants the whole memory; else one after the other. memory:
+    bytes [default: the GPU's, or 4 GiB]. A cell that does not fit has no times.
+    """
+    whole = memory or (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 4 << 30)
+    speed = bandwidth(device)
+    _free(device)
+    found: dict[str, Any] = {name: {"prefill": [], "steps": [], "generations": []} for name in loaders}
+    models: dict[str, HybridForCausalLM] = {}
+    groups: list[list[str]] = [[name] for name in loaders]
+    if not settings.generations:
+        for name, load in loaders.items():
+            progress(f"loading {name}")
+            models[name] = load()
+            if sum(map(weight_bytes, models.values())) > whole * SHARE / 2:
+                models = {}
+                break
+        else:
+            groups = [list(loaders)]
+    for group in groups:
+        for name in group:
+            if name not in models:
+                progress(f"loading {name}")
+                models[name] = load_one(loaders[name], device)
+        here = {name: models[name] for name in group}
+        for name, model in here.items():
+            found[name]["weight_bytes"] = weight_bytes(model)
+        for context in settings.contexts:
+            progress(f"prefill of {context}: {', '.join(group)}")
+            for name, entry in time_prefill(here, context, settings).items():
+                found[name]["prefill"].append(entry)
+            for batch in settings.batches:
+                progress(f"steps of {batch} at {context}: {', '.join(group)}")
+                for name, entry in _cell(here, batch, context, settings, speed, whole, device).items():
+                    found[name]["steps"].append(entry)
+        for prompt, new in settings.generations:
+            progress(f"{prompt} in, {new} out: {', '.join(group)}")
+            for name, model in here.items():
+                found[name]["generations"].append(time_generation(model, prompt, new, settings, speed, whole))
+        models, here = {}, {}
+        _free(device)
+    return {"bandwidth": speed, "memory": whole, "interleaved": len(groups) == 1, "checkpoints": found}
+
+
+def load_one(load: Callable[[], HybridForCausalLM], device: torch.device) -> HybridForCausalLM:
+    """The next model, once the memory of the last is free."""
+    _free(device)
+    return load()
+
+
+def _cell(
+    models: dict[str, HybridForCausalLM], batch: int, context: int, settings: BenchSettings, speed: float, memory: float,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """time_steps of those that fit, together if they do, else each alone."""
+    weights = sum(map(weight_bytes, models.values()))
+    wanted = {name: batch * sum(sequence_bytes(m, context + settings.steps, m.dtype)) for name, m in models.items()}
+    room = memory * SHARE - weights - RESERVE.get(device.type, 0) / 4
+    fit = {name: model for name, model in models.items() if wanted[name] <= room}
+    together = sum(wanted[name] for name in fit) <= room
+    found: dict[str, dict[str, Any]] = {
+        name: {"context": context, "batch": batch, "ms": None, "wanted_bytes": wanted[name]} for name in models
+    }
+    for part in [fit] if together else [{name: model} for name, model in fit.items()]:
+        if part:
+            found |= time_steps(part, batch, context, settings, speed)
+            _free(device)
+    return found
+
+
+def break_even(steps: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], batch: int) -> float | None:
+    """The context from which `steps` stay faster than `base` at this batch up to the longest measured, between two measured
+    ones by interpolation; the shortest measured where they always are; None where they are not."""
+    times = {entry["context"]: entry["ms"] for entry in base if entry["batch"] == batch}
+    gaps = sorted(
+        (entry["context"], entry["ms"] - times[entry["context"]])
+        for entry in steps
+        if entry["batch"] == batch and entry["ms"] is not None and times.get(entry["context"]) is not None
+    )
+    if not gaps or gaps[-1][1] >= 0:
+        return None
+    at: float = gaps[-1][0]
+    for (context, gap), (after, later) in reversed(list(itertools.pairwise(gaps))):
+        if gap >= 0:
+            return context + (after - context) * gap / (gap - later)
+        at = context
+    return at

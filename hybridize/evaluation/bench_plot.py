@@ -1,0 +1,39 @@
+"""bench.json as a picture: a step's time against the tokens before it, one panel a batch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .bench import break_even
+
+
+def draw(found: dict[str, Any], path: Path) -> bool:
+    """Writes the PNG; False where matplotlib is not installed or there is nothing to draw."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    names, batches = list(found["checkpoints"]), found["settings"]["batches"]
+    if not found["settings"]["contexts"]:
+        return True
+    figure = Figure(figsize=(4.5 * len(batches), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)
+    base = found["checkpoints"][names[0]]["steps"]
+    for panel, batch in zip(panels[0], batches, strict=True):
+        for number, name in enumerate(names):
+            steps = [e for e in found["checkpoints"][name]["steps"] if e["batch"] == batch and e["ms"] is not None]
+            panel.plot([e["context"] for e in steps], [e["ms"] for e in steps], marker="o", color=f"C{number}", label=name)
+            at = break_even(found["checkpoints"][name]["steps"], base, batch) if number else None
+            if at is not None:
+                panel.axvline(at, color=f"C{number}", linestyle=":", linewidth=1)
+        panel.set(title=f"batch {batch}", xlabel="tokens before the step", ylabel="ms a step", xscale="log", ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(title="dotted: break-even")
+    figure.suptitle(found["machine"])
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
+        figure.savefig(file, dpi=120)
+    os.replace(file.name, path)
+    return True
