@@ -123,10 +123,13 @@ def _median(times: Sequence[float]) -> dict[str, float]:
     return {"ms": statistics.median(times) * 1e3, "least_ms": min(times) * 1e3, "most_ms": max(times) * 1e3}
 
 
-def time_prefill(models: dict[str, HybridForCausalLM], length: int, settings: BenchSettings) -> dict[str, dict[str, Any]]:
-    """By model: a prompt of `length` alone (time to first token), and tokens a second with AT_ONCE of them in a pass."""
+def time_prefill(
+    models: dict[str, HybridForCausalLM], length: int, most: int, settings: BenchSettings
+) -> dict[str, dict[str, Any]]:
+    """By model: a prompt of `length` alone (time to first token), and tokens a second where AT_ONCE tokens, but no more than
+    `most` prompts, are read in one pass."""
     device = next(iter(models.values())).device
-    rows = max(1, AT_ONCE // length)
+    rows = max(1, min(most, AT_ONCE // length))
     ways = {(name, count): (model, count) for name, model in models.items() for count in {1, rows}}
     found: dict[tuple[str, int], list[float]] = {key: [] for key in ways}
     for turn in range(settings.repeats + 1):
@@ -185,7 +188,7 @@ def time_generation(
     _free(model.device)
     pairs = list(itertools.pairwise(points))
     writing = sum((b - a) * (s + t) / 2 for (a, s), (b, t) in pairs) * new / max(1, new - 1) if pairs else points[0][1] * new
-    reading = batch * prompt / time_prefill({"": model}, prompt, settings)[""]["tokens_per_second"]
+    reading = batch * prompt / time_prefill({"": model}, prompt, batch, settings)[""]["tokens_per_second"]
     middle = points[len(points) // 2]
     return {
         "prompt": prompt, "new": new, "batch": batch, "prefill_seconds": reading, "decode_seconds": writing,
@@ -229,7 +232,7 @@ def bench(
             found[name]["weight_bytes"] = weight_bytes(model)
         for context in settings.contexts:
             progress(f"prefill of {context}: {', '.join(group)}")
-            for name, entry in time_prefill(here, context, settings).items():
+            for name, entry in time_prefill(here, context, max(settings.batches, default=1), settings).items():
                 found[name]["prefill"].append(entry)
             for batch in settings.batches:
                 progress(f"steps of {batch} at {context}: {', '.join(group)}")
