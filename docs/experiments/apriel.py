@@ -29,9 +29,8 @@ def main() -> None:
     args = parser.parse_args()
     total = SHAPE["num_hidden_layers"]
     for count in args.layers:
-        kinds = [
-            "linear_attention" if (i + 1) * count // total > i * count // total else "full_attention" for i in range(total)
-        ]
+        mixers = [(i + 1) * count // total > i * count // total for i in range(total)]
+        kinds = ["linear_attention" if mixer else "full_attention" for mixer in mixers]
         hybrid = {"model_type": "hybridize", "base_model_type": "mistral", "architectures": ["HybridForCausalLM"]}
         config = SHAPE | (hybrid | {"layer_types": kinds, "mixer": MIXERS[args.mixer]} if count else {"model_type": "mistral"})
         home = args.dir / f"H-{count}"
