@@ -18,6 +18,7 @@ COMMANDS = (
     "eval",
     "export",
     "bench",
+    "generate",
     "inspect",
     "doctor",
     "demo",

@@ -47,6 +47,12 @@ class Encoder:
             self._known[name] = array("i", document.ids), bytes(document.keep)
         return document
 
+    def prompt(self, row: dict[str, Any], where: str) -> list[int]:
+        """What a model reads before it answers the row called `where`: `messages` without a last answer, or `prompt`."""
+        if "messages" in row or self.template:
+            return self._render(unanswered(row), where, prompt=True)
+        return self._plain(row["prompt"])
+
     def _encode(self, row: dict[str, Any], where: str) -> Document:
         if "messages" in row or ("prompt" in row and self.template):
             document = self._chat(self._messages(row), where)
@@ -98,6 +104,12 @@ class Encoder:
                 end = len(ids) if last else _shared(self._render(messages[: index + 1], where), ids)
                 keep[begin:end] = [True] * max(0, end - begin)
         return Document(ids, keep)
+
+
+def unanswered(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The row's messages up to where the assistant is to speak."""
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +124,14 @@ def read_mixture(spec: str, limit: int | None = None, flag: str = "--data") -> l
     return [(read_rows(name, limit, flag), weight) for name, weight in named_numbers(spec, flag, 1.0)]
 
 
-def read_rows(spec: str, limit: int | None = None, flag: str = "--data") -> Rows:
+def read_rows(
+    spec: str, limit: int | None = None, flag: str = "--data", check: Callable[[Any, str], None] | None = None
+) -> Rows:
     """Rows of a local .jsonl (or .json, a row a line), .parquet or .txt file, or of a hub data set:
     its `train` split, or ID:SPLIT.
 
-    A .txt file is one `text` row. Raises InputError naming file and line when there are no rows or one lacks its fields.
+    A .txt file is one `text` row. check: what a row must be [default: check_row]. Raises InputError naming file and line when
+    there are no rows or one lacks its fields.
     """
     path = Path(spec).expanduser()
     if path.is_file():
@@ -142,7 +145,7 @@ def read_rows(spec: str, limit: int | None = None, flag: str = "--data") -> Rows
     if not len(rows):
         raise InputError(f"{spec} has no rows")
     for index in range(len(rows)):
-        check_row(rows[index], rows.where(index))
+        (check or check_row)(rows[index], rows.where(index))
     return rows
 
 
@@ -174,17 +177,37 @@ def _read_hub(spec: str, flag: str) -> Rows:
         raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {first_line(error)}") from error
 
 
-def check_row(row: Any, where: str) -> None:
-    """InputError naming the row unless it has one of the three forms with text in every field."""
+def check_prompt(row: Any, where: str) -> None:
+    """InputError naming the row unless there is something to answer: `messages`, less a last answer, or a `prompt`."""
+    _check_object(row, where)
+    if "messages" in row:
+        messages = _check_messages(row, where)
+        if len(messages) == 1 and messages[0]["role"] == "assistant":
+            raise InputError(f"{where}: there is no message before the assistant's")
+    elif not isinstance(row.get("prompt"), str) or not row["prompt"]:
+        raise InputError(f"{where} has neither `messages` nor a `prompt` with text")
+
+
+def _check_object(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise InputError(f"{where} is not a JSON object")
+
+
+def _check_messages(row: Row, where: str) -> list[dict[str, str]]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: `messages` must be a list with at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
+    return messages
+
+
+def check_row(row: Any, where: str) -> None:
+    """InputError naming the row unless it has one of the three forms with text in every field."""
+    _check_object(row, where)
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f"{where}: `messages` must be a list with at least one message")
-        for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
+        messages = _check_messages(row, where)
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError(f"{where}: there is no assistant message to learn from")
         if not any(message["content"] for message in messages if message["role"] == "assistant"):

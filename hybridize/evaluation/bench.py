@@ -1,4 +1,4 @@
-"""How fast checkpoints read and write: prefill, decoding steps at given lengths and batches, and whole generations made of them.
+"""How fast checkpoints read and write: prefill, decoding steps by length and batch, and whole generations made of them.
 
 Every checkpoint, teacher or hybrid, runs as our own class through one decoding step (hybridize/generation), captured as a CUDA
 graph where that can be. A step's time does not depend on what the tokens are, so none are read before it is timed.
