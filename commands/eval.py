@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,12 @@ from .models import open_checkpoint
 from .output import EXIT_GATE, Output, guarded
 
 if TYPE_CHECKING:
+    import torch
+
     from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.distillation.ranks import Ranks
     from hybridize.evaluation.gate import TaskDrop
+    from hybridize.evaluation.harness import EvalSettings
 
 
 @guarded
@@ -49,6 +54,14 @@ def command(
     include_path: opt.IncludePath = None,
     apply_chat_template: opt.ApplyChatTemplate = False,
     gen_kwargs: opt.GenKwargs = None,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Answers to each document of a generating task; their majority counts.")
+    ] = 1,
+    think_end: Annotated[
+        str | None,
+        typer.Option("--think-end", help="What closes a block of thinking, as </think>: the answer is what follows."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
     batch_size: opt.EvalBatchSize = 8,
     output: opt.Output = None,
     device: opt.Device = "auto",
@@ -68,11 +81,13 @@ def command(
     results are used again where checkpoint, settings and libraries are the same.
     """
     out = Output(as_json, quiet)
+    from datetime import timedelta
+
     from hybridize.checkpoint.scores import beside
-    from hybridize.checkpoint.writer import check_writable, write_json_atomic, write_text_atomic
+    from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, compare, drops_json, write_junit
-    from hybridize.evaluation.harness import EvalSettings, open_tasks, task_names
+    from hybridize.evaluation.harness import EvalSettings, open_tasks, repeatable, task_names
     from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
     rule, began = Rule(max_drop, confidence, strict), time.monotonic()
@@ -92,20 +107,13 @@ def command(
         )  # fmt: skip
         return
     settings = EvalSettings(
-        task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, gen_kwargs, include_path, seed
-    )
-    if (target / "results.json").exists() and not overwrite:
-        raise InputError(f"{target / 'results.json'} exists; give another -o or --overwrite")
-    if target.is_file():
-        raise InputError(f"{target} is a file; results go into a directory")
-    check_writable(target / "results.json")
-    if junit is not None:
-        if junit.is_dir():
-            raise InputError(f"--junit {junit} is a directory; it names a file")
-        check_writable(junit)
+        task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, gen_kwargs, include_path, seed, samples,
+        think_end,
+    )  # fmt: skip
+    _check_target(target, junit, overwrite or resume)
     ran = ran_on(where, compute)
     other, own = _baseline(out, baseline, target, settings.to_json(), ran)
-    manager = open_tasks(settings)
+    manager = repeatable(open_tasks(settings))
     quiet_transformers()
 
     readers = [source] if own is None else [source, own]
@@ -113,25 +121,23 @@ def command(
     if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
         raise InputError("--apply-chat-template: the tokenizer has no chat template")
 
-    def measure(reader: CheckpointReader) -> dict[str, Any]:
-        from hybridize.evaluation.harness import evaluate
-        from hybridize.evaluation.results import make_results, sample_lines
-        from hybridize.runtime import load_model
+    ranks, where = join(where, timedelta(days=7))
+    if not ranks.main:
+        out = Output(quiet=True)
 
-        model = load_model(reader.path, where, compute, trust_remote_code)
-        found = evaluate(model, tokenizers[reader.path], settings, manager)
-        if log_samples:
-            name = "samples.jsonl" if reader is source else "baseline-samples.jsonl"
-            write_text_atomic(target / name, sample_lines(found["samples"]))
-        return make_results(found, settings, reader.hash, ran)
-
+    measure = functools.partial(
+        _measured, settings=settings, manager=manager, target=target, where=where, compute=compute, ran=ran, ranks=ranks,
+        resume=resume, overwrite=overwrite, log_samples=log_samples, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     out.note(f"evaluating {checkpoint} on {', '.join(settings.tasks)}")
-    results = measure(source)
-    write_json_atomic(target / "results.json", results)
+    results = measure(source, tokenizers[source.path])
+    _warn_of_cuts(out, results, samples)
     if own is not None:
         out.note(f"evaluating the baseline {baseline}")
-        other = measure(own)
-        write_json_atomic(target / "baseline.json", other)
+        other = measure(own, tokenizers[own.path], prefix="baseline-")
+    leave()
+    if not ranks.main:
+        return
     drops = [] if other is None else compare(results, other, rule.level, seed)
     failed = [drop for drop in drops if rule.fails(drop)]
     if junit is not None:
@@ -152,6 +158,63 @@ def command(
         out.warn(f"gate not met: {drop.describe(rule.level)}; --max-drop allows {max_drop}")
     if failed:
         raise typer.Exit(EXIT_GATE)
+
+
+def _check_target(target: Path, junit: Path | None, replaceable: bool) -> None:
+    from hybridize.checkpoint.writer import check_writable
+    from hybridize.errors import InputError
+
+    if (target / "results.json").exists() and not replaceable:
+        raise InputError(f"{target / 'results.json'} exists; give another -o or --overwrite")
+    if target.is_file():
+        raise InputError(f"{target} is a file; results go into a directory")
+    check_writable(target / "results.json")
+    if junit is not None:
+        if junit.is_dir():
+            raise InputError(f"--junit {junit} is a directory; it names a file")
+        check_writable(junit)
+
+
+def _measured(
+    reader: CheckpointReader, tokenizer: Any, *, settings: EvalSettings, manager: Any, target: Path, where: torch.device,
+    compute: torch.dtype, ran: dict[str, Any], ranks: Ranks, resume: bool, overwrite: bool, log_samples: bool,
+    trust_remote_code: bool, prefix: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """The checkpoint's results, written into `target` as well; nothing on any rank but the first."""
+    from hybridize.checkpoint.journal import Journal
+    from hybridize.checkpoint.writer import write_json_atomic, write_text_atomic
+    from hybridize.evaluation.harness import evaluate, generates
+    from hybridize.evaluation.results import make_results, reusable, sample_lines
+    from hybridize.runtime import load_hybrid, load_model
+
+    path, journal = target / ("baseline.json" if prefix else "results.json"), None
+    kept = ranks.first(reusable(path, reader.hash, settings.to_json(), ran) if resume and ranks.main else None)
+    if kept is not None:
+        return dict(kept)
+    writes = generates(manager, settings)
+    if ranks.main:
+        told = {**settings.to_json(), **ran, "checkpoint": reader.hash}
+        journal = Journal(target / f"{prefix}answers.part.jsonl", told, resume, overwrite)
+    if writes:  # our own class decodes faster, whatever the checkpoint
+        model: Any = load_hybrid(reader, where, compute)
+    else:
+        model = load_model(reader.path, where, compute, trust_remote_code)
+    found = evaluate(model, tokenizer, settings, manager, journal=journal, ranks=ranks)
+    if journal is None:
+        return {}
+    results = make_results(found, settings, reader.hash, ran)
+    if log_samples:
+        write_text_atomic(target / f"{prefix}samples.jsonl", sample_lines(found["samples"]))
+    write_json_atomic(path, results)
+    journal.remove()
+    return results
+
+
+def _warn_of_cuts(out: Output, results: dict[str, Any], samples: int) -> None:
+    for task, entry in results.get("tasks", {}).items():
+        if entry.get("cut"):
+            asked = len(entry["documents"]) * samples
+            out.warn(f"{task}: {entry['cut']} of {asked} answers were cut at their length; --gen-kwargs max_gen_toks=N")
 
 
 def _baseline(

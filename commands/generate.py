@@ -101,13 +101,14 @@ def command(
         wanted = (Wanted(key, read[key[0]], seed_of(seed, key)) for key in keys)
         said: dict[tuple[int, int], str] = {}
 
-        def watch(key: tuple[int, int], ids: list[int]) -> None:
+        def show(key: tuple[int, int], ids: list[int]) -> bool:
             if traces is None and not as_json and not quiet and samples == 1:
                 text = _text(tokenizer, ids).rstrip("\ufffd")  # half a character
                 print(text[len(said.get(key, "")) :], end="", flush=True)
                 said[key] = text
+            return False
 
-        for answer in write(model, wanted, longest, max_new_tokens, ends, settings, side, watch):
+        for answer in write(model, wanted, longest, max_new_tokens, ends, settings, side, show):
             text, done, made = _text(tokenizer, answer.ids), done + 1, made + len(answer.ids)
             finish = "stop" if answer.ended else "length"
             if traces is None:

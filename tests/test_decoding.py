@@ -13,9 +13,10 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.generation.attention import decode_attention, triton_missing
 from hybridize.generation.cache import sequence_bytes
 from hybridize.generation.decoder import Decoder
-from hybridize.modeling import HybridForCausalLM
+from hybridize.modeling import HybridForCausalLM, causal_conv, conv_step, selective_scan, ssd_scan
 from hybridize.runtime import load_hybrid
-from tests.conftest import hybrid
+from tests import fakes
+from tests.conftest import hybrid, worst
 from tests.families import FAMILY, make_family
 from tests.test_modeling import DEVICES
 
@@ -131,3 +132,42 @@ def test_what_is_held_is_what_was_said(kind: str) -> None:
     decoder = Decoder(model, 3, 10)
     kv, state = sequence_bytes(model, 10, torch.float32)
     assert decoder.cache.bytes() == {"kv": 3 * kv, "state": 3 * state}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_kernels_are_told_what_the_scans_are_told(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in place, by stand-ins for the kernels, against one by the scan over a sequence of one."""
+    fakes.install(monkeypatch)
+    torch.manual_seed(0)
+    batch, inner, n, groups, taps = 3, 24, 4, 6, 4
+    x, dt, D, bias = (torch.randn(*shape) for shape in ((batch, 1, inner), (batch, 1, inner), (inner,), (inner,)))
+    B, C = (torch.randn(batch, 1, groups, n).to(dtype) for _ in range(2))
+    state, A = torch.randn(batch, inner, n), -torch.rand(inner, n)
+    x, dt = x.to(dtype), dt.to(dtype)
+    wanted, last = selective_scan(x, dt, A, B, C, D, bias, state=state, engine="torch")
+    kept = state.clone()
+    found, same = selective_scan(x, dt, A, B, C, D, bias, state=kept, engine="kernel", inplace=True)
+    assert same is kept
+    assert worst(kept, last) < 1e-5
+    assert worst(found.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+    heads, p = 6, 4
+    x, B, C = (torch.randn(batch, 1, heads, p).to(dtype) for _ in range(3))
+    dt, A, D, bias = (torch.randn(batch, 1, heads).to(dtype), -torch.rand(heads), torch.randn(heads), torch.randn(heads))
+    state = torch.randn(batch, heads, p, p)
+    wanted, last = ssd_scan(x, dt, A, B, C, D, bias, state=state, engine="torch")
+    kept = state.clone()
+    found, same = ssd_scan(x, dt, A, B, C, D, bias, state=kept, engine="kernel", inplace=True)
+    assert same is kept
+    assert worst(kept, last) < 1e-5
+    assert worst(found.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+    window, weight, bias = torch.randn(batch, inner, taps).to(dtype), torch.randn(inner, taps), torch.randn(inner)
+    new = torch.randn(batch, inner).to(dtype)
+    whole = torch.cat([window[..., 1:], new.unsqueeze(-1)], -1)
+    wanted = causal_conv(whole.transpose(1, 2), weight, bias, engine="torch")[:, -1]
+    for engine in ("torch", "kernel"):
+        moved = window.clone()
+        found = conv_step(new, moved, weight, bias, engine)
+        assert torch.equal(moved, whole)
+        assert worst(found.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 5e-2)

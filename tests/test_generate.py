@@ -144,9 +144,9 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     cli(*common, "--resume")
     assert output.read_text() == whole
     assert not part.exists()
-    part.write_text("what\n")
+    part.write_text("what\n" * 2)
     output.unlink()
-    assert "no line of a run" in cli.fails(*common, "--resume")
+    assert "no line of an unfinished run" in cli.fails(*common, "--resume")
 
 
 def test_one_prompt_is_answered_on_stdout(cli: Runner, teacher: Path) -> None:

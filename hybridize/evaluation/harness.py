@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hybridize.errors import InputError, WorkError, first_line
+
+if TYPE_CHECKING:
+    from hybridize.checkpoint.journal import Journal
+    from hybridize.distillation.ranks import Ranks
 
 # read, and what its last positions should predict -> log-probability, and whether each token was the most likely
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
@@ -24,7 +28,8 @@ Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides an evaluation's figures. limit: documents per task; gen_kwargs as lm-eval reads them (a=b,c=d)."""
+    """What decides an evaluation's figures. limit: documents per task; gen_kwargs as lm-eval reads them (a=b,c=d); samples:
+    answers to each document of a generating task; think_end: what closes a block of thinking, which is no part of an answer."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
@@ -34,8 +39,16 @@ class EvalSettings:
     gen_kwargs: str | None = None
     include_path: str | None = None
     seed: int = 0
+    samples: int = 1
+    think_end: str | None = None
 
     def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"--samples {self.samples} must be at least 1")
+        if self.samples > 1 and "do_sample" not in (self.gen_kwargs or ""):
+            raise InputError("--samples needs answers that differ: --gen-kwargs do_sample=true,temperature=0.6")
+        if self.think_end == "":
+            raise InputError("--think-end is empty")
         if not self.tasks:
             raise InputError("--tasks is empty")
         if self.limit is not None and self.limit < 1:
@@ -93,36 +106,56 @@ def repeatable(manager: Any) -> Any:
 
 def check_choices(manager: Any, settings: EvalSettings) -> None:
     """Loads the tasks; InputError naming the first that asks for more than the log-likelihoods of answers."""
-    try:
-        with _hushed():
-            tasks = manager.load(list(settings.tasks))["tasks"]
-    except Exception as error:
-        raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {first_line(error)}") from error
-    for name, task in tasks.items():
+    for name, task in _loaded(manager, settings).items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
             raise InputError(f"task {name} is of kind {task.OUTPUT_TYPE}; layers can be scored by tasks of choices only")
 
 
+def generates(manager: Any, settings: EvalSettings) -> bool:
+    """Loads the tasks; whether any of them has a model write."""
+    return any(task.OUTPUT_TYPE == "generate_until" for task in _loaded(manager, settings).values())
+
+
+def _loaded(manager: Any, settings: EvalSettings) -> dict[str, Any]:
+    try:
+        with _hushed():
+            tasks: dict[str, Any] = manager.load(list(settings.tasks))["tasks"]
+    except Exception as error:
+        raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {first_line(error)}") from error
+    return tasks
+
+
 def evaluate(
-    model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None
-) -> dict[str, Any]:
-    """lm-eval's results with per-document samples. WorkError where lm-eval fails (its data cannot be had).
+    model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None,
+    journal: Journal | None = None, ranks: Ranks | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """lm-eval's results with per-document samples, and under `cut`, by task, how many answers ended for their length only.
+    WorkError where lm-eval fails (its data cannot be had).
 
     answer: takes the model's place; it is told all that is to be read and predicted, and gives log-probability and whether that
-    was the most likely answer, for each. For tasks that `check_choices` passes.
+    was the most likely answer, for each. For tasks that `check_choices` passes. journal: of what has been answered; ranks:
+    among which requests are split; only the first has the results, the others an empty object.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    class Answering(HFLM):
+    from .answering import Answering, vote
+
+    class Told(HFLM):
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> Any:
             assert answer is not None
             longest = self.max_length + 1  # what does not fit is cut off at the left, as lm-eval does
             return answer([((context + wanted)[-longest:][:-1], wanted) for _, context, wanted in requests])
 
     with _hushed():
-        kind = HFLM if answer is None else Answering
-        wrapped = kind(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
+        if answer is None:
+            wrapped: Any = Answering(model, tokenizer, settings.batch_size, settings.seed, settings.think_end, journal, ranks)
+        else:
+            wrapped = Told(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
+        if settings.samples > 1:
+            asked, load = manager, manager.load
+            manager = copy.copy(asked)
+            manager.load = lambda names: vote(load(names), settings.samples)
         try:
             found = simple_evaluate(
                 model=wrapped, tasks=list(settings.tasks), num_fewshot=settings.num_fewshot, limit=settings.limit,
@@ -135,16 +168,21 @@ def evaluate(
         except Exception as error:
             raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {first_line(error)}") from error
     if found is None:
+        if ranks is not None and not ranks.main:
+            return {}
         raise WorkError("lm-eval gave no results")
-    return found
+    return found if answer is not None else {**found, "cut": dict(wrapped.cut)}
 
 
-def main_metric(task_result: dict[str, Any]) -> tuple[str, float]:
-    """The figure a task is judged by: acc_norm's plain sibling acc before others, exact_match for generation.
+def main_metric(task_result: dict[str, Any], samples: int = 1) -> tuple[str, float]:
+    """The figure a task is judged by: acc_norm's plain sibling acc before others, exact_match for generation; of several
+    samples' their majority's.
 
     Returns lm-eval's key (`acc,none`) and its value.
     """
     figures = {k: v for k, v in task_result.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)}
+    voted = {k: v for k, v in figures.items() if samples > 1 and k.endswith(f"maj@{samples}")}
+    figures = voted or figures
     for wanted in ("acc", "exact_match", "acc_norm", "f1"):
         for key, value in figures.items():
             if key.split(",")[0] == wanted:

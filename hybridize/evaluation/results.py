@@ -18,11 +18,13 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
     """results.json's object out of lm-eval's own. `checkpoint`: the content hash; `ran`: device, type, engine."""
     tasks = {}
     for task, samples in found["samples"].items():
-        key, value = main_metric(found["results"][task])
+        key, value = main_metric(found["results"][task], settings.samples)
         better = found.get("higher_is_better", {}).get(task, {}).get(key.split(",")[0], True)
         tasks[task] = {
             "metric": key, "value": value, "higher_is_better": bool(better), "documents": document_scores(samples, key),
         }  # fmt: skip
+        if task in found.get("cut", {}):
+            tasks[task]["cut"] = found["cut"][task]
     own = {
         key: found[key] for key in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better") if key in found
     }
@@ -54,8 +56,9 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, baseline: dict[str, Any]) -> None:
     """InputError unless `baseline` was measured with these settings, in the same number type."""
-    for key in ("tasks", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs", "seed"):
-        ours, theirs = settings.get(key), baseline["settings"].get(key)
+    for key in ("tasks", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs", "seed", "samples", "think_end"):
+        usual = 1 if key == "samples" else None  # in results that are older than the setting
+        ours, theirs = settings.get(key, usual), baseline["settings"].get(key, usual)
         if ours != theirs:
             raise InputError(f"the baseline was evaluated with {key} {theirs!r}, the candidate with {ours!r}: not comparable")
     kinds = [side.get("dtype") if isinstance(side, dict) else None for side in (ran, baseline.get("ran"))]

@@ -29,14 +29,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Written:
-    """ids: the answer without the end token; ended: whether there was one, and not `new` tokens without any."""
+    """ids: the answer without the end token; ended: by such a token or by `stop`, not by its length."""
 
     key: tuple[int, int]
     ids: list[int]
     ended: bool
 
 
-def seed_of(seed: int, key: tuple[int, int]) -> int:
+def seed_of(seed: int, key: object) -> int:
     """Of one answer, the same whatever else is asked."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")
 
@@ -51,10 +51,10 @@ def rows_that_fit(model: HybridForCausalLM, length: int, most: int) -> int:
 
 def write(
     model: HybridForCausalLM, wanted: Iterable[Wanted], longest: int, new: int, ends: set[int], settings: SamplingSettings,
-    rows: int, watch: Callable[[tuple[int, int], list[int]], None] = lambda *_: None,
+    rows: int, stop: Callable[[tuple[int, int], list[int]], bool] = lambda *_: False,
 ) -> Iterator[Written]:  # fmt: skip
-    """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows: sequences side by side; watch: told
-    of every answer's tokens so far, now and then.
+    """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows: sequences side by side; stop: told
+    of every answer's tokens so far, now and then, and True where there need be no more.
     """
     sampler = Sampler(settings, rows, new, model.device)
     decoder = Decoder(model, rows, longest + new, sampler)
@@ -74,7 +74,7 @@ def write(
             begin = len(one.ids)
             made = history[row, begin : min(lengths[row] + 1, begin + new)].tolist()
             end = next((at for at, token in enumerate(made) if token in ends), None)
-            watch(one.key, made[:end])
-            if end is not None or len(made) == new:
-                yield Written(one.key, made[:end], end is not None)
+            ended = stop(one.key, made[:end]) or end is not None
+            if ended or len(made) == new:
+                yield Written(one.key, made[:end], ended)
                 del running[row]

@@ -129,7 +129,7 @@ class Mixer(nn.Module):
         return bool(layer.has_previous_state[0]) and not getattr(layer, "record_past", False)
 
     def _store(self, cache: Any, state: Tensor) -> None:
-        if cache is not None:
+        if cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]:  # else it has been moved on
             cache.layers[self.layer_idx].update_recurrent_state(state)
 
 

@@ -1,0 +1,59 @@
+"""A file of JSON lines that a long run writes as it goes, so that what it has found is not lost with it.
+
+The first line holds the settings of the run; a run with others does not go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hybridize.errors import InputError
+
+
+class Journal:
+    """lines: those of the run before, if this one goes on with it (`resume`). InputError where another run is in the way."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        begun = path.exists() and path.read_bytes().count(b"\n") > 1  # settings alone are no loss
+        if begun and not (resume or overwrite):
+            raise InputError(f"{path} is an unfinished run; --resume goes on with it, --overwrite starts anew")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = self._read(settings) if resume and begun else 0
+        self.file = path.open("r+b" if kept else "wb")
+        self.file.truncate(kept)
+        self.file.seek(kept)
+        if not kept:
+            self.put({"settings": settings})
+
+    def _read(self, settings: dict[str, Any]) -> int:
+        """Takes up whole lines; returns how many bytes of the file they are."""
+        kept = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
+            if not line.endswith(b"\n"):  # torn off when the run was killed
+                break
+            try:
+                found = json.loads(line)
+                before = found["settings"] if number == 0 else settings
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path}:{number + 1} is no line of an unfinished run; --overwrite starts anew"
+                ) from error
+            if before != settings:
+                other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+                raise InputError(f"{self.path} was begun with another {', '.join(other)}; --overwrite starts anew")
+            self.lines += [found] if number else []
+            kept += len(line)
+        return kept
+
+    def put(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+    def remove(self) -> None:
+        """Once all of it is elsewhere."""
+        self.file.close()
+        self.path.unlink()

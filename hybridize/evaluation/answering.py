@@ -1,0 +1,185 @@
+"""lm-eval's model class with our way of answering: by the decoding step of hybridize/generation, over all ranks, and with a
+journal of what has been answered, so that an interrupted evaluation is gone on with.
+
+lm-eval keeps what it is good at: tokenising, splitting a request into context and answer, scoring log-likelihoods in batches.
+Every rank runs all of lm-eval and answers its share of the requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from hybridize.checkpoint.journal import Journal
+from hybridize.distillation.ranks import Ranks
+from hybridize.generation.sampling import SamplingSettings
+from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
+from hybridize.modeling import HybridForCausalLM
+
+CHUNK = 32  # batches between two entries into the journal
+OURS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}  # other options are transformers' own
+TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
+
+
+class Answering(HFLM):
+    """think_end: what closes a block of thinking; only what follows it is the answer, and stop sequences count from there on.
+
+    cut: by task, how many answers reached their length without an end.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int, seed: int = 0, think_end: str | None = None,
+        journal: Journal | None = None, ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=think_end)
+        self.seed, self.journal, self.ranks = seed, journal, ranks or Ranks()
+        self.cut: Counter[str] = Counter()
+        before = [] if journal is None else [(line["key"], line["answer"]) for line in journal.lines]
+        self.known: dict[str, Any] = dict(self.ranks.first(before))
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        ask = lambda part, _: iter(enumerate(super(Answering, self).loglikelihood(part, disable_tqdm=True)))  # noqa: E731
+        return [(float(value), bool(greedy)) for value, greedy in self._answers("loglikelihood", requests, ask)]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        ask = lambda p, _: iter(enumerate(super(Answering, self).loglikelihood_rolling(p, disable_tqdm=True)))  # noqa: E731
+        return [float(value) for value in self._answers("rolling", requests, ask)]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        found = self._answers("generate", requests, self._written)
+        for request, (_, ended) in zip(requests, found, strict=True):
+            self.cut[request.task_name] += not ended
+        return [text for text, _ in found]
+
+    def _answers(self, kind: str, requests: Sequence[Any], ask: Any) -> list[Any]:
+        """One answer a request; the same request is asked once, but for samples, of which each is another."""
+        keys, seen = [], Counter[str]()
+        for request in requests:
+            text = json.dumps([kind, *request.args], sort_keys=True, default=str)
+            seen[text] += 1
+            if kind == "generate" and request.args[1].get("do_sample"):
+                text += f"#{seen[text]}"
+            keys.append(hashlib.sha256(text.encode()).hexdigest())
+        waiting = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
+        order = sorted(waiting, key=lambda key: (-len(waiting[key].args[0]), key))  # the longest first, as lm-eval has it
+        size = CHUNK * int(self.batch_size) * self.ranks.size
+        for begin in range(0, len(order), size):
+            mine = order[begin : begin + size][self.ranks.rank :: self.ranks.size]
+            got = []
+            for at, answer in ask([waiting[key] for key in mine], mine):
+                got.append((mine[at], answer))
+                self._note(mine[at], answer)
+            for rank, theirs in enumerate(self.ranks.all(got)):
+                for key, answer in theirs if rank != self.ranks.rank else ():
+                    self._note(key, answer)
+        return [self.known[key] for key in keys]
+
+    def _note(self, key: str, answer: Any) -> None:
+        self.known[key] = answer
+        if self.journal is not None:
+            self.journal.put({"key": key, "answer": answer})
+
+    def _written(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[tuple[int, tuple[str, bool]]]:
+        """Answers to requests, as (place, (text, whether it ended by itself))."""
+        groups: dict[str, list[int]] = {}
+        for at, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(at)
+        eos, ends = self.tok_decode(self.eot_token_id, skip_special_tokens=False), self._end_tokens()
+        for places in groups.values():
+            told = dict(normalize_gen_kwargs(requests[places[0]].args[1], self.max_gen_toks))
+            if set(told) - OURS or not isinstance(self.model, HybridForCausalLM):
+                texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
+                for at, text in zip(places, texts, strict=True):
+                    yield at, (text, self._ends(text, int(told["max_gen_toks"])))
+                continue
+            until, new = handle_stop_sequences(told["until"], eos=eos), int(told["max_gen_toks"])
+            room = self.max_length - new
+            if room <= 0:
+                raise ValueError(f"{new} new tokens leave no room for a prompt in {self.max_length}")
+            read = [self._encoded(requests[at].args[0], room) for at in places]
+            wanted = [Wanted((at, 0), ids, seed_of(self.seed, keys[at])) for at, ids in zip(places, read, strict=True)]
+            longest = max(map(len, read))
+            rows = rows_that_fit(self.model, longest + new, min(int(self.batch_size), len(wanted)))
+            for found in write(self.model, wanted, longest, new, ends, _sampling(told), rows, self._stopper(until)):
+                text = postprocess_generated_text(self.tok_decode(found.ids), until, self.think_end_token)
+                yield found.key[0], (text, found.ended)
+
+    def _encoded(self, text: str, room: int) -> list[int]:
+        ids: list[int] = self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)[0][0].tolist()
+        return ids
+
+    def _end_tokens(self) -> set[int]:
+        own = self.model.generation_config.eos_token_id
+        return {self.eot_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+
+    def _stopper(self, until: Sequence[str]) -> Any:
+        """Whether an answer holds a stop sequence, after its thinking where there is any."""
+        thought: set[Any] = set()
+
+        def stop(key: Any, ids: list[int]) -> bool:
+            tail: str = self.tok_decode(ids[-(STRIDE + TAIL) :])
+            if self.think_end_token is not None and key not in thought:
+                if self.think_end_token not in tail:
+                    return False
+                thought.add(key)
+            after = tail.rsplit(self.think_end_token, 1)[-1] if self.think_end_token else tail
+            return any(word and word in after for word in until)
+
+        return stop
+
+    def _ends(self, text: str, most: int) -> bool:
+        return len(self.tok_encode(text, add_special_tokens=False)) < most
+
+
+def _sampling(told: dict[str, Any]) -> SamplingSettings:
+    if not told.get("do_sample"):
+        return SamplingSettings()
+    return SamplingSettings(
+        float(told.get("temperature") or 1.0), int(told.get("top_k") or 0), float(told.get("top_p") or 1.0),
+        float(told.get("min_p") or 0.0),
+    )  # fmt: skip
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...}, braces balanced; None without one."""
+    begin = text.rfind("\\boxed{")
+    depth, start = 0, begin + len("\\boxed{")
+    for at in range(start, len(text)) if begin >= 0 else ():
+        depth += (text[at] == "{") - (text[at] == "}")
+        if depth < 0:
+            return text[start:at].strip()
+    return None
+
+
+class Majority:
+    """lm-eval's filter for maj@k: of a document's answers the first of those that say the same as most do."""
+
+    def apply(self, answers: Sequence[Sequence[str]], _: Any) -> list[list[str]]:
+        found = []
+        for each in answers:
+            said = [last_boxed(answer) or answer.strip() for answer in each]
+            most = Counter(said).most_common(1)[0][0]  # of equals the earliest
+            found.append([each[said.index(most)]])
+        return found
+
+
+def vote(loaded: dict[str, Any], samples: int) -> dict[str, Any]:
+    """lm-eval's loaded tasks; those that generate ask for `samples` answers, and judge their majority too."""
+    from lm_eval.api.filter import FilterEnsemble
+    from lm_eval.filters.selection import TakeFirstFilter
+
+    for task in loaded["tasks"].values():
+        if task.OUTPUT_TYPE != "generate_until" or task.config.repeats == samples:
+            continue
+        task.config.repeats = samples
+        for ensemble in list(task._filters):
+            kept = [made for made in ensemble.filters if not isinstance(made(), TakeFirstFilter)]
+            named = f"maj@{samples}" if ensemble.name == "none" else f"{ensemble.name}-maj@{samples}"
+            task._filters.append(FilterEnsemble(named, [*kept, Majority, TakeFirstFilter]))
+    return loaded
