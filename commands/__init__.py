@@ -19,6 +19,7 @@ COMMANDS = (
     "export",
     "bench",
     "generate",
+    "report",
     "inspect",
     "doctor",
     "demo",

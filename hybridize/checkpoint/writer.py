@@ -166,11 +166,16 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Likewise."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Likewise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
     os.close(handle)
     try:
-        Path(name).write_text(text, encoding="utf-8")
+        Path(name).write_bytes(data)
         _own_mode(Path(name))
         _sync(Path(name))
         os.replace(name, path)

@@ -232,7 +232,10 @@ def bench(
             found[name]["weight_bytes"] = weight_bytes(model)
         for context in settings.contexts:
             progress(f"prefill of {context}: {', '.join(group)}")
-            for name, entry in time_prefill(here, context, max(settings.batches, default=1), settings).items():
+            room = whole * SHARE - sum(map(weight_bytes, here.values())) - RESERVE.get(device.type, 0) / 4
+            read = {name: model for name, model in here.items() if sum(sequence_bytes(model, context, model.dtype)) <= room}
+            most = max(settings.batches, default=1)
+            for name, entry in (time_prefill(read, context, most, settings) if read else {}).items():
                 found[name]["prefill"].append(entry)
             for batch in settings.batches:
                 progress(f"steps of {batch} at {context}: {', '.join(group)}")

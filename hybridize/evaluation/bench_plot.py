@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 from typing import Any
+
+from hybridize.checkpoint.writer import write_bytes_atomic
 
 from .bench import break_even
 
@@ -33,7 +34,7 @@ def draw(found: dict[str, Any], path: Path) -> bool:
         panel.grid(alpha=0.3)
     panels[0][0].legend(title="dotted: break-even")
     figure.suptitle(found["machine"])
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, dpi=120)
-    os.replace(file.name, path)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    write_bytes_atomic(path, data.getvalue())
     return True

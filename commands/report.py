@@ -1,0 +1,59 @@
+"""hybridize report"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .output import Output, guarded
+
+
+@guarded
+def command(
+    paths: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Checkpoints, folders of them, or results.")],
+    output: opt.Output = None,
+    title: Annotated[str, typer.Option("--title", help="The page's heading.")] = "Hybrids",
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Reads folders of checkpoints with what eval and bench left there; writes ./report (or -o): index.html and PNGs.
+
+    Quality against throughput and against tokens spent, tasks with intervals, fidelity, speed, layouts, lineage: one page that
+    needs nothing beside it. Nothing is measured.
+    """
+    out = Output(as_json, quiet)
+    from hybridize import __version__
+    from hybridize.checkpoint.writer import check_writable, write_bytes_atomic, write_text_atomic
+    from hybridize.errors import InputError
+    from hybridize.evaluation.report import collect
+    from hybridize.evaluation.report_page import page
+    from hybridize.evaluation.report_plot import pictures
+
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+    target = output or Path("report")
+    index = target / "index.html"
+    if target.is_file():
+        raise InputError(f"{target} is a file; the report goes into a directory")
+    if index.exists() and not overwrite:
+        raise InputError(f"{index} exists; give another -o or --overwrite")
+    check_writable(index)
+    found = collect(paths)
+    drawn = pictures(found)
+    if drawn is None:
+        out.note("no pictures: matplotlib is not installed (pip install 'hybridize[plots]')")
+    for name, data in (drawn or {}).items():
+        write_bytes_atomic(target / f"{name}.png", data)
+    made = f"{time.strftime('%Y-%m-%d')}, hybridize {__version__}, {len(found.entries)} checkpoints"
+    write_text_atomic(index, page(found, drawn or {}, title, made))
+    for problem in found.problems:
+        out.warn(f"not read: {problem}")
+    names = [entry.name for entry in found.entries]
+    told = {"report": str(index), "checkpoints": names, "pictures": sorted(drawn or {}), "problems": found.problems}
+    out.result(told, lambda: print(f"{index}: {len(names)} checkpoints"))
