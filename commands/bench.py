@@ -141,6 +141,8 @@ def _show(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> N
     base, checkpoints = found["checkpoints"][names[0]], found["checkpoints"]
     how = "turn and turn about" if found["interleaved"] else "one after the other"
     print(f"{found['machine']}, {found['settings']['dtype']}, {found['bandwidth'] / 1e12:.2f} TB/s; {how}")
+    for name in names:
+        print(f"  {name}: {checkpoints[name]['weight_bytes'] / GIB:.2f} GiB of weights")
     rows = []
     for name in names:
         for entry in checkpoints[name]["prefill"]:
@@ -153,15 +155,16 @@ def _show(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> N
         for entry, other in zip(checkpoints[name]["steps"], base["steps"], strict=True):
             cell = [name, str(entry["context"]), str(entry["batch"])]
             if entry["ms"] is None:
-                rows.append([*cell, "does not fit", "", "", f"{entry['wanted_bytes'] / GIB:.2f}", ""])
+                rows.append([*cell, "does not fit", "", "", "", f"{entry['wanted_bytes'] / GIB:.2f}", ""])
                 continue
             times = "" if other["ms"] is None else f"{other['ms'] / entry['ms']:.2f}"
             rows.append([
-                *cell, f"{entry['ms']:.2f}", f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}",
+                *cell, f"{entry['ms']:.2f}", f"{(entry['most_ms'] - entry['least_ms']) / 2 / entry['ms']:.0%}",
+                f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}",
                 f"{(entry['kv_bytes'] + entry['state_bytes']) / GIB:.2f}", times,
             ])  # fmt: skip
     if rows:
-        columns = ["checkpoint", "context", "batch", "ms a step", "tokens/s", "x bytes", "cache GiB", "times as fast"]
+        columns = ["checkpoint", "context", "batch", "ms a step", "+-", "tokens/s", "x bytes", "cache GiB", "times as fast"]
         out.table("decoding; x bytes: of the time that a step's bytes alone take", columns, rows)
     for name in names[1:]:
         for batch in found["settings"]["batches"]:

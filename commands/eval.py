@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -203,6 +204,8 @@ def _measured(
     if journal is None:
         return {}
     results = make_results(found, settings, reader.hash, ran)
+    if settings.apply_chat_template:
+        results["chat_template"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
     if log_samples:
         write_text_atomic(target / f"{prefix}samples.jsonl", sample_lines(found["samples"]))
     write_json_atomic(path, results)

@@ -160,7 +160,9 @@ def command(
             _show_features(summary["features"])
         if proven:
             worst = ", ".join(f"{name} {value:.1e}" for name, value in proven["worst"].items())
-            print(f"verified on {proven['tokens']} tokens of {proven['text']}; largest deviations from the attention: {worst}")
+            of = "" if proven["text"] is None else f" of {proven['text']}"
+            on = f"{proven['tokens']} {'random ' if proven['text'] is None else ''}tokens{of}"
+            print(f"verified on {on}; largest deviations from the attention: {worst}")
 
     out.result(summary, human)
 
@@ -200,7 +202,7 @@ def _prove(
         ids, text = fit.ids[: PROVE[0], : PROVE[1]], fit.data
     else:
         high, draw = min(hybrid_config(source.config).vocab_size, 1 << 15), torch.Generator().manual_seed(seed)
-        ids, text = torch.randint(0, high, PROVE, generator=draw), "no text, but random ones"
+        ids, text = torch.randint(0, high, PROVE, generator=draw), None
     proof = prove(source, donor, CheckpointReader(path), surgery, contract, ids, pick_device(device), parts)
     return {**asdict(proof), "text": text}
 
