@@ -160,9 +160,8 @@ def command(
             _show_features(summary["features"])
         if proven:
             worst = ", ".join(f"{name} {value:.1e}" for name, value in proven["worst"].items())
-            of = "" if proven["text"] is None else f" of {proven['text']}"
-            on = f"{proven['tokens']} {'random ' if proven['text'] is None else ''}tokens{of}"
-            print(f"verified on {on}; largest deviations from the attention: {worst}")
+            on = "random tokens" if proven["text"] is None else f"tokens of {proven['text']}"
+            print(f"verified on {proven['tokens']} {on}; largest deviations from the attention: {worst}")
 
     out.result(summary, human)
 
