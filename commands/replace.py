@@ -159,9 +159,7 @@ def command(
         if chosen:
             _show_features(summary["features"])
         if proven:
-            worst = ", ".join(f"{name} {value:.1e}" for name, value in proven["worst"].items())
-            on = "random tokens" if proven["text"] is None else f"tokens of {proven['text']}"
-            print(f"verified on {proven['tokens']} {on}; largest deviations from the attention: {worst}")
+            _show_proof(proven)
 
     out.result(summary, human)
 
@@ -169,6 +167,12 @@ def command(
 def _show_features(found: dict[str, str]) -> None:
     for has, becomes in found.items():
         print(f"  {has}: {becomes}")
+
+
+def _show_proof(proven: dict[str, Any]) -> None:
+    worst = ", ".join(f"{name} {value:.1e}" for name, value in proven["worst"].items())
+    on = "random tokens" if proven["text"] is None else f"tokens of {proven['text']}"
+    print(f"verified on {proven['tokens']} {on}; largest deviations from the attention: {worst}")
 
 
 def _wanted(verify: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
