@@ -34,6 +34,7 @@ def _mixer_layer(mixer: Any, rows: int, device: torch.device, dtype: torch.dtype
     layer.lazy_initialization(conv_states=window)
     layer.lazy_initialization(recurrent_states=torch.zeros(rows, *mixer.state_shape, device=device))
     layer.has_previous_state[0] = True
+    layer.inplace = True  # type: ignore[attr-defined]
     return layer
 
 

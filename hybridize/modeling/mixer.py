@@ -121,12 +121,9 @@ class Mixer(nn.Module):
         return self.conv1d.weight.shape[0] * self.conv1d.kernel_size[0] * dtype.itemsize + 4 * math.prod(self.state_shape)
 
     def _steps(self, cache: Any, x: Tensor) -> bool:
-        """Whether x [B, T, channels] is one more token for a cache that may be moved on in place."""
-        if cache is None or x.shape[1] != 1 or x.requires_grad:
-            return False
-        layer = cache.layers[self.layer_idx]
-        # what is to be rolled back keeps its past
-        return bool(layer.has_previous_state[0]) and not getattr(layer, "record_past", False)
+        """Whether x [B, T, channels] is one more token for a cache whose states may be moved on in place, as it says itself.
+        transformers' caches may not: what is to be rolled back keeps its past."""
+        return cache is not None and x.shape[1] == 1 and getattr(cache.layers[self.layer_idx], "inplace", False)
 
     def _store(self, cache: Any, state: Tensor) -> None:
         if cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]:  # else it has been moved on
