@@ -18,8 +18,9 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 demo: $(BIN)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/quickstart.sh demo-run
 
+# two processes of one thread each: the tests are many small models
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Stock transformers, vLLM and llama.cpp on exported models; MODEL=a converted checkpoint adds one of your own. llama-cpp-python
 # is compiled (11 minutes on 2 cores), vLLM needs an older transformers and so a place of its own.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .models import open_checkpoint
+from .models import open_checkpoint, refuse_ranks
 from .output import Output, guarded
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def command(
     from hybridize.evaluation.bench import BenchSettings, bench
     from hybridize.runtime import pick_compute, quiet_transformers, ran_on
 
+    refuse_ranks("bench")
     grid = [_numbers("--contexts", contexts), _numbers("--batches", batches)]
     pairs = tuple(_numbers("--generations", pair, ":") for pair in generations.split(",") if pair.strip())
     if any(len(pair) != 2 for pair in pairs):

@@ -184,6 +184,7 @@ def _measured(
     """The checkpoint's results, written into `target` as well; nothing on any rank but the first."""
     from hybridize.checkpoint.journal import Journal
     from hybridize.checkpoint.writer import write_json_atomic, write_text_atomic
+    from hybridize.errors import InputError
     from hybridize.evaluation.harness import evaluate, generates
     from hybridize.evaluation.results import make_results, reusable, sample_lines
     from hybridize.runtime import load_hybrid, load_model
@@ -192,6 +193,8 @@ def _measured(
     kept = ranks.first(reusable(path, reader.hash, settings.to_json(), ran) if resume and ranks.main else None)
     if kept is not None:
         return dict(kept)
+    if path.exists() and not overwrite and not prefix:
+        raise InputError(f"{path} is of another checkpoint or other settings; give another -o or --overwrite")
     writes = generates(manager, settings)
     if ranks.main:
         told = {**settings.to_json(), **ran, "checkpoint": reader.hash}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .models import open_checkpoint, template_text
+from .models import open_checkpoint, refuse_ranks, template_text
 from .output import Output, guarded
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def command(
     from hybridize.generation.writing import Wanted, rows_that_fit, seed_of, write
     from hybridize.runtime import load_hybrid, load_tokenizer, pick_compute, quiet_transformers, ran_on
 
+    refuse_ranks("generate")
     if (prompt is None) == (prompts is None):
         raise InputError("say what to answer: either one prompt, or --prompts FILE")
     source = open_checkpoint(checkpoint, revision)
@@ -70,6 +72,8 @@ def command(
     quiet_transformers()
     tokenizer = load_tokenizer(source.path, trust_remote_code)
     settings, ends = _generation(source.path, tokenizer, temperature, top_k, top_p, min_p)
+    if samples > 1 and settings.temperature == 0:
+        raise InputError("--samples needs answers that differ: --temperature above 0")
     encoder = Encoder(tokenizer, "none", template_text(chat_template))
     rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "--prompts", check_prompt)
     read = [encoder.prompt(rows[i], "the prompt" if prompts is None else rows.where(i)) for i in range(len(rows))]
@@ -87,8 +91,9 @@ def command(
     traces = None
     if prompts is not None:
         told = {
-            "checkpoint": source.hash, "prompts": prompts, "rows": len(rows), "max_new_tokens": max_new_tokens, "seed": seed,
-            **vars(settings), "samples": samples, "chat_template": encoder.template, **ran_on(where, compute),
+            "checkpoint": source.hash, "prompts": hashlib.sha256(repr(read).encode()).hexdigest(), "ends": sorted(ends),
+            "max_new_tokens": max_new_tokens, "seed": seed, **vars(settings), "samples": samples,
+            "chat_template": encoder.template, **ran_on(where, compute),
         }  # fmt: skip
         traces = Traces(output or Path("traces.jsonl"), told, resume, overwrite)
         keys = [key for key in keys if key not in traces.lines]
@@ -153,15 +158,16 @@ def _generation(
             made = GenerationConfig.from_pretrained(path, local_files_only=True)
         except Exception as error:  # whatever it has against the file
             raise InputError(f"{path / 'generation_config.json'} cannot be read: {first_line(error)}") from error
-    own = (made.temperature or 1.0) if made.do_sample else 0.0
+    samples = bool(made.do_sample)
+    own = made.temperature if samples and made.temperature is not None else float(samples)
     settings = SamplingSettings(
         own if temperature is None else temperature,
-        (made.top_k or 0) if top_k is None and made.do_sample else top_k or 0,
-        (made.top_p or 1.0) if top_p is None else top_p,
-        (made.min_p or 0.0) if min_p is None else min_p,
+        (made.top_k if samples and made.top_k else 0) if top_k is None else top_k,
+        (made.top_p if samples and made.top_p else 1.0) if top_p is None else top_p,
+        (made.min_p if samples and made.min_p else 0.0) if min_p is None else min_p,
     )
-    ends = made.eos_token_id if made.eos_token_id is not None else tokenizer.eos_token_id
-    return settings, set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    ends = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
+    return settings, {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

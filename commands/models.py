@@ -43,6 +43,15 @@ def teacher_of(source: CheckpointReader, name: str, teacher: str | None) -> Chec
     return source
 
 
+def refuse_ranks(command: str) -> None:
+    """InputError under torchrun, for a command that would do the same on every rank."""
+    from hybridize.distillation.ranks import world_size
+    from hybridize.errors import InputError
+
+    if world_size() > 1:
+        raise InputError(f"{command} runs in one process, not under torchrun")
+
+
 def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) -> None:
     """Why nothing may be heard for minutes, where that can be."""
     from hybridize.modeling import engine_for

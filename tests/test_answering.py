@@ -127,6 +127,30 @@ def test_an_interrupted_evaluation_is_gone_on_with(place: Path, cli: Runner, mon
     assert sorted(p.name for p in (place / "part").iterdir()) == ["results.json"]
 
 
+def test_resuming_takes_no_other_run_s_results(place: Path, cli: Runner) -> None:
+    common = ["eval", "teacher", "--tasks", "tiny_choice", "--include-path", "tasks", "-o", "out"]
+    cli(*common)
+    before = (place / "out/results.json").read_text()
+    assert "of another checkpoint or other settings" in cli.fails(*common, "--resume", "--limit", 3)
+    assert (place / "out/results.json").read_text() == before
+    cli(*common, "--resume")
+    assert (place / "out/results.json").read_text() == before
+
+
+def test_a_temperature_alone_samples(place: Path, cli: Runner) -> None:
+    """lm-eval takes it so; answers to one question then differ, and temperature 0 cannot be sampled at."""
+    task = (place / "tasks/exact.yaml").read_text()
+    (place / "tasks/exact.yaml").write_text(
+        task.replace("max_gen_toks: 6", "max_gen_toks: 6, temperature: 1.5") + "repeats: 4\n"
+    )
+    cli("eval", "teacher", "--tasks", "tiny_exact", "--include-path", "tasks", "--log-samples")
+    lines = [json.loads(line) for line in (place / "teacher/eval/samples.jsonl").read_text().splitlines()]
+    assert all(len(line["resps"][0]) == 4 for line in lines)
+    assert sum(len(set(line["resps"][0])) > 1 for line in lines) > 6
+    told = ["--gen-kwargs", "do_sample=true,temperature=0", "--overwrite"]
+    assert "above 0" in cli.fails("eval", "teacher", "--tasks", "tiny_exact", "--include-path", "tasks", *told, code=1)
+
+
 def test_a_gate_interrupted_in_its_baseline(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     make_teacher(place / "other", seed=1)
     common = ["eval", "other", "--tasks", "tiny_choice", "--include-path", "tasks", "--baseline", "teacher", "-o", "gate"]
@@ -214,7 +238,14 @@ def test_mathematics_tasks_of_lm_eval_judge_what_is_written(place: Path, cli: Ru
         assert tasks[task]["cut"] == 0
 
 
+def test_an_end_of_thinking_that_is_never_shown_is_refused(place: Path, cli: Runner) -> None:
+    tokenizer = load_tokenizer(place / "teacher")
+    hidden = tokenizer.eos_token
+    told = cli.fails("eval", "teacher", "--tasks", "tiny_exact", "--include-path", "tasks", "--think-end", hidden)
+    assert "special token" in told
+
+
 def test_settings_that_make_no_sense() -> None:
-    for bad in ({"samples": 0}, {"samples": 3}, {"think_end": ""}):
+    for bad in ({"samples": 0}, {"samples": 3}, {"samples": 3, "gen_kwargs": "do_sample=false"}, {"think_end": ""}):
         with pytest.raises(InputError):
             EvalSettings(("x",), **bad)  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridize.evaluation import bench as under_test
 from hybridize.evaluation.bench import break_even, random_hybrid, step_bytes, weight_bytes
 from hybridize.generation.decoder import Decoder
 from tests.conftest import Runner, hybrid
@@ -104,6 +107,34 @@ def test_configs_alone_and_what_does_not_fit(cli: Runner, tmp_path: Path, monkey
     huge = json.loads(cli("bench", "full", *told, "--contexts", 10**6, "--overwrite"))
     assert all(step["ms"] is None for step in huge["checkpoints"]["full"]["steps"])
     assert huge["checkpoints"]["full"]["prefill"] == []
+
+
+def test_one_model_at_a_time_and_no_cell_that_costs_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    made: list[weakref.ref[Any]] = []
+
+    def load() -> Any:
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+        model = hybrid("amma", "mamba2").eval()
+        made.append(weakref.ref(model))
+        return model
+
+    timed = under_test.time_steps
+
+    def short(models: Any, batch: int, *told: Any) -> Any:
+        if batch == 2:
+            raise torch.OutOfMemoryError
+        return timed(models, batch, *told)
+
+    monkeypatch.setattr(under_test, "time_steps", short)
+    settings = under_test.BenchSettings((8,), (1, 2), ((2, 4),), steps=2, repeats=1)
+    memory = 2 * weight_bytes(hybrid("amma", "mamba2"))
+    found = under_test.bench({"a": load, "b": load}, settings, torch.device("cpu"), memory)
+    assert alive == [0, 0]
+    for told in found["checkpoints"].values():
+        assert [step["ms"] is None for step in told["steps"]] == [False, True]
+        assert told["generations"][0]["batch"] > 0
 
 
 def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.errors import InputError
 from hybridize.generation.attention import decode_attention, triton_missing
 from hybridize.generation.cache import sequence_bytes
 from hybridize.generation.decoder import Decoder
+from hybridize.generation.sampling import Sampler, SamplingSettings
 from hybridize.modeling import HybridForCausalLM, causal_conv, conv_step, selective_scan, ssd_scan
 from hybridize.runtime import load_hybrid
 from tests import fakes
@@ -59,14 +61,14 @@ def test_the_kernel_is_missing_where_there_is_no_gpu() -> None:
     assert (triton_missing() is None) == torch.cuda.is_available()
 
 
-def follow(model: HybridForCausalLM, prompt: torch.Tensor, count: int) -> list[int]:
-    """Greedy, everything read anew for every token, without any cache."""
-    ids = prompt.unsqueeze(0)
-    for _ in range(count):
-        with torch.no_grad():
-            logits = model(ids, use_cache=False).logits[:, -1]
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    return ids[0, len(prompt) :].tolist()
+def check_greedy(model: HybridForCausalLM, prompt: torch.Tensor, made: list[int], count: int) -> None:
+    """Every token is the likeliest by the logits of a plain forward pass over all of it, or as likely up to rounding."""
+    assert len(made) == count
+    ids = torch.cat([prompt, torch.tensor(made, device=prompt.device)]).unsqueeze(0)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    said = logits.gather(1, torch.tensor(made, device=prompt.device).unsqueeze(1))[:, 0]
+    assert bool((said >= logits.amax(1) - 1e-3 * logits.abs().amax()).all())
 
 
 def decode(model: HybridForCausalLM, prompts: list[torch.Tensor], count: int, rows: int = 2) -> list[list[int]]:
@@ -98,7 +100,8 @@ def prompts_of(device: str, sizes: tuple[int, ...], seed: int = 0) -> list[torch
 def test_rows_at_places_of_their_own(kinds: str, kind: str, device: str) -> None:
     model = hybrid(kinds, kind).eval().to(device)
     prompts = prompts_of(device, (5, 1, 17, 9))
-    assert decode(model, prompts, 12) == [follow(model, prompt, 12) for prompt in prompts]
+    for prompt, made in zip(prompts, decode(model, prompts, 12), strict=True):
+        check_greedy(model, prompt, made, 12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,7 +111,8 @@ def test_every_family(name: str, device: str, tmp_path: Path) -> None:
     source = CheckpointReader(make_family(tmp_path / name, name))
     model = load_hybrid(source, torch.device(device), torch.float32)
     prompts = prompts_of(device, (12, 3))
-    assert decode(model, prompts, 10) == [follow(model, prompt, 10) for prompt in prompts]
+    for prompt, made in zip(prompts, decode(model, prompts, 10), strict=True):
+        check_greedy(model, prompt, made, 10)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,9 +126,32 @@ def test_rows_read_together_and_rows_that_are_full(kind: str, device: str) -> No
     for _ in range(9):  # six more than there is room for
         decoder.step()
     for row, prompt in zip((2, 0, 1), prompts, strict=True):
-        assert decoder.history[row, :10].tolist() == [*prompt.tolist(), *follow(model, prompt, 4)]
+        assert decoder.history[row, :6].tolist() == prompt.tolist()
+        check_greedy(model, prompt, decoder.history[row, 6:10].tolist(), 4)
     with pytest.raises(ValueError, match="leaves no room"):
         decoder.prefill([0], torch.ones(1, 10, dtype=torch.long, device=device))
+
+
+def test_tables_that_look_at_the_longest_sequence_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(InputError, match="dynamic or longrope"):
+        Decoder(hybrid("amma", "mamba2", rope_parameters=rope), 2, 8)
+
+
+@pytest.mark.gpu
+def test_a_captured_sampler_draws_what_an_eager_one_draws() -> None:
+    model = hybrid("amma", "mamba2").eval().to("cuda")
+    prompt = torch.tensor([[3, 4, 5]], device="cuda")
+    said = []
+    for capture in (False, True):
+        sampler = Sampler(SamplingSettings(1.5, top_k=20, top_p=0.9), 2, 12, torch.device("cuda"))
+        decoder = Decoder(model, 2, 15, sampler, capture)
+        sampler.begin(1, 3, seed=4)
+        decoder.prefill([1], prompt)
+        for _ in range(11):
+            decoder.step()
+        said.append(decoder.history[1, :15].tolist())
+    assert said[0] == said[1]
 
 
 def test_what_is_held_is_what_was_said(kind: str) -> None:

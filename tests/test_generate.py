@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hybridize.commands.generate import _generation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -16,6 +20,7 @@ from hybridize.errors import InputError
 from hybridize.generation.sampling import Sampler, SamplingSettings, distribution
 from hybridize.generation.traces import Traces
 from hybridize.generation.writing import Wanted, seed_of, write
+from hybridize.runtime import load_tokenizer
 from tests.conftest import Runner, hybrid
 
 
@@ -141,6 +146,14 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     part.write_text(part.read_text() + '{"messages": [{"ro')  # the last line was torn
     assert "--resume goes on" in cli.fails(*common)
     assert "begun with another seed" in cli.fails(*common, "--seed", 3, "--resume")
+    kept = prompts.read_text()
+    prompts.write_text(kept.replace("say 0", "say no"))
+    assert "begun with another prompts" in cli.fails(*common, "--resume")
+    prompts.write_text(kept)
+    gc.collect()  # the interrupted run's file was in this process too
+    with part.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "written by another process" in cli.fails(*common, "--resume")
     cli(*common, "--resume")
     assert output.read_text() == whole
     assert not part.exists()
@@ -158,7 +171,23 @@ def test_one_prompt_is_answered_on_stdout(cli: Runner, teacher: Path) -> None:
     assert answer["tokens"] <= 5
 
 
-def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path) -> None:
+def test_what_ends_an_answer_and_what_samples(teacher: Path, tmp_path: Path) -> None:
+    """generation_config.json's own, and the tokenizer's end as well; its sampling only where it samples."""
+    home = shutil.copytree(teacher, tmp_path / "other")
+    tokenizer = load_tokenizer(home)
+    for told, wanted in (
+        ({"do_sample": False, "top_p": 0.5, "eos_token_id": [7, 9]}, SamplingSettings()),
+        ({"do_sample": True, "top_p": 0.5, "top_k": 3, "eos_token_id": 7}, SamplingSettings(1.0, 3, 0.5)),
+    ):
+        (home / "generation_config.json").write_text(json.dumps(told))
+        found, ends = _generation(home, tokenizer, None, None, None, None)
+        assert found == wanted
+        own = told["eos_token_id"] if isinstance(told["eos_token_id"], list) else [told["eos_token_id"]]
+        assert ends == {*own, tokenizer.eos_token_id}
+    assert _generation(home, tokenizer, 0.7, 0, 0.9, 0.1)[0] == SamplingSettings(0.7, 0, 0.9, 0.1)
+
+
+def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "either one prompt" in cli.fails("generate", teacher)
     assert "either one prompt" in cli.fails("generate", teacher, "hi", "--prompts", "x.jsonl")
     assert "does not exist" in cli.fails("generate", teacher, "--prompts", tmp_path / "none.jsonl")
@@ -172,3 +201,6 @@ def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl.part").exists()
     assert "is a directory" in cli.fails("generate", teacher, "--prompts", chat_prompts(rows), "-o", tmp_path)
     assert "--top-p" in cli.fails("generate", teacher, "hi", "--top-p", 0)
+    assert "answers that differ" in cli.fails("generate", teacher, "hi", "--samples", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "not under torchrun" in cli.fails("generate", teacher, "hi")

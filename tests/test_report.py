@@ -103,6 +103,19 @@ def test_a_damaged_file_is_named_and_the_rest_shown(place: Path, cli: Runner) ->
     assert "h2/eval/results.json" in " ".join(Reader((place / "report/index.html").read_text()).said)
 
 
+def test_two_benches_of_one_checkpoint(place: Path, cli: Runner) -> None:
+    """One of steps, one of generations; and one with nonsense in it, which costs no more than itself."""
+    made = {"h2": {"steps": [], "generations": [{"prompt": 1, "new": 9, "batch": 2, "tokens_per_second": 77.0}]}}
+    for name, told in (("more", made), ("odd", {"h2": {"steps": [3], "generations": []}})):
+        (place / name).mkdir()
+        (place / name / "bench.json").write_text(json.dumps({"machine": "m", "paths": {"h2": "h2"}, "checkpoints": told}))
+    told = json.loads(cli("report", ".", "--json"))
+    assert len(told["problems"]) == 1
+    said = " ".join(Reader((place / "report/index.html").read_text()).said)
+    assert "8,125" in said
+    assert "77" in said
+
+
 def test_results_without_a_checkpoint_and_folders_of_one_name(place: Path) -> None:
     (place / "runs/a").mkdir(parents=True)
     (place / "runs/a/results.json").write_text(json.dumps(results([0.0, 1.0])))

@@ -5,6 +5,7 @@ The first line holds the settings of the run; a run with others does not go on f
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,18 @@ class Journal:
         if begun and not (resume or overwrite):
             raise InputError(f"{path} is an unfinished run; --resume goes on with it, --overwrite starts anew")
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = self._read(settings) if resume and begun else 0
-        self.file = path.open("r+b" if kept else "wb")
+        self.file = path.open("ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path} is being written by another process") from error
+        kept = self._read(settings, overwrite) if resume and begun else 0
         self.file.truncate(kept)
-        self.file.seek(kept)
         if not kept:
             self.put({"settings": settings})
 
-    def _read(self, settings: dict[str, Any]) -> int:
-        """Takes up whole lines; returns how many bytes of the file they are."""
+    def _read(self, settings: dict[str, Any], overwrite: bool) -> int:
+        """Takes up whole lines; returns how many bytes of the file they are. Those of another run go where `overwrite` is."""
         kept = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             if not line.endswith(b"\n"):  # torn off when the run was killed
@@ -42,6 +46,8 @@ class Journal:
                 raise InputError(
                     f"{self.path}:{number + 1} is no line of an unfinished run; --overwrite starts anew"
                 ) from error
+            if before != settings and overwrite:
+                return 0
             if before != settings:
                 other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
                 raise InputError(f"{self.path} was begun with another {', '.join(other)}; --overwrite starts anew")

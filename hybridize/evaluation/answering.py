@@ -18,6 +18,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from hybridize.checkpoint.journal import Journal
 from hybridize.distillation.ranks import Ranks
+from hybridize.errors import InputError
+from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.generation.sampling import SamplingSettings
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 from hybridize.modeling import HybridForCausalLM
@@ -38,6 +40,8 @@ class Answering(HFLM):
         journal: Journal | None = None, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=think_end)
+        if think_end is not None and think_end not in self.tok_decode(self.tok_encode(think_end, add_special_tokens=False)):
+            raise InputError(f"--think-end {think_end}: the tokenizer does not show it in what is written (a special token?)")
         self.seed, self.journal, self.ranks = seed, journal, ranks or Ranks()
         self.cut: Counter[str] = Counter()
         before = [] if journal is None else [(line["key"], line["answer"]) for line in journal.lines]
@@ -63,7 +67,7 @@ class Answering(HFLM):
         for request in requests:
             text = json.dumps([kind, *request.args], sort_keys=True, default=str)
             seen[text] += 1
-            if kind == "generate" and request.args[1].get("do_sample"):
+            if kind == "generate" and normalize_gen_kwargs(request.args[1])["do_sample"]:
                 text += f"#{seen[text]}"
             keys.append(hashlib.sha256(text.encode()).hexdigest())
         waiting = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
@@ -92,8 +96,11 @@ class Answering(HFLM):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(at)
         eos, ends = self.tok_decode(self.eot_token_id, skip_special_tokens=False), self._end_tokens()
         for places in groups.values():
-            told = dict(normalize_gen_kwargs(requests[places[0]].args[1], self.max_gen_toks))
-            if set(told) - OURS or not isinstance(self.model, HybridForCausalLM):
+            raw = requests[places[0]].args[1]
+            told = dict(normalize_gen_kwargs(raw, self.max_gen_toks))
+            if told["do_sample"] and raw.get("temperature", 1.0) == 0:
+                raise ValueError("do_sample asks for a temperature above 0")
+            if set(told) - OURS or not isinstance(self.model, HybridForCausalLM) or looks_at_the_longest(self.model):
                 texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
                 for at, text in zip(places, texts, strict=True):
                     yield at, (text, self._ends(text, int(told["max_gen_toks"])))
@@ -175,7 +182,7 @@ def vote(loaded: dict[str, Any], samples: int) -> dict[str, Any]:
     from lm_eval.filters.selection import TakeFirstFilter
 
     for task in loaded["tasks"].values():
-        if task.OUTPUT_TYPE != "generate_until" or task.config.repeats == samples:
+        if task.OUTPUT_TYPE != "generate_until" or any("maj@" in ensemble.name for ensemble in task._filters):
             continue
         task.config.repeats = samples
         for ensemble in list(task._filters):

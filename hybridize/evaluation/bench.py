@@ -226,34 +226,47 @@ def bench(
         for name in group:
             if name not in models:
                 progress(f"loading {name}")
-                models[name] = load_one(loaders[name], device)
-        here = {name: models[name] for name in group}
-        for name, model in here.items():
-            found[name]["weight_bytes"] = weight_bytes(model)
-        for context in settings.contexts:
-            progress(f"prefill of {context}: {', '.join(group)}")
-            room = whole * SHARE - sum(map(weight_bytes, here.values())) - RESERVE.get(device.type, 0) / 4
-            read = {name: model for name, model in here.items() if sum(sequence_bytes(model, context, model.dtype)) <= room}
-            most = max(settings.batches, default=1)
-            for name, entry in (time_prefill(read, context, most, settings) if read else {}).items():
-                found[name]["prefill"].append(entry)
-            for batch in settings.batches:
-                progress(f"steps of {batch} at {context}: {', '.join(group)}")
-                for name, entry in _cell(here, batch, context, settings, speed, whole, device).items():
-                    found[name]["steps"].append(entry)
-        for prompt, new in settings.generations:
-            progress(f"{prompt} in, {new} out: {', '.join(group)}")
-            for name, model in here.items():
-                found[name]["generations"].append(time_generation(model, prompt, new, settings, speed, whole))
-        models, here = {}, {}
-        _free(device)
+                _free(device)
+                models[name] = loaders[name]()
+        _time_group({name: models.pop(name) for name in group}, found, settings, device, speed, whole, progress)
     return {"bandwidth": speed, "memory": whole, "interleaved": len(groups) == 1, "checkpoints": found}
 
 
-def load_one(load: Callable[[], HybridForCausalLM], device: torch.device) -> HybridForCausalLM:
-    """The next model, once the memory of the last is free."""
-    _free(device)
-    return load()
+def _time_group(
+    here: dict[str, HybridForCausalLM], found: dict[str, Any], settings: BenchSettings, device: torch.device, speed: float,
+    whole: float, progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Everything about models that lie beside one another, into `found`; they are free when this returns."""
+    group = ", ".join(here)
+    for name, model in here.items():
+        found[name]["weight_bytes"] = weight_bytes(model)
+    room = whole * SHARE - sum(map(weight_bytes, here.values())) - RESERVE.get(device.type, 0) / 4
+    most = max(settings.batches, default=1)
+    for context in settings.contexts:
+        progress(f"prefill of {context}: {group}")
+        read = {name: model for name, model in here.items() if sum(sequence_bytes(model, context, model.dtype)) <= room}
+        done = _unless_full(lambda r=read, c=context: time_prefill(r, c, most, settings), device) if read else None  # type: ignore[misc]
+        for name, entry in (done or {}).items():
+            found[name]["prefill"].append(entry)
+        for batch in settings.batches:
+            progress(f"steps of {batch} at {context}: {group}")
+            for name, entry in _cell(here, batch, context, settings, speed, whole, device).items():
+                found[name]["steps"].append(entry)
+    for prompt, new in settings.generations:
+        progress(f"{prompt} in, {new} out: {group}")
+        for name, model in here.items():
+            timed = _unless_full(lambda m=model, p=prompt, n=new: time_generation(m, p, n, settings, speed, whole), device)  # type: ignore[misc]
+            found[name]["generations"].append(timed or {"prompt": prompt, "new": new, "batch": 0})
+
+
+def _unless_full(way: Callable[[], Any], device: torch.device) -> Any:
+    """What it gives, or None where the memory did not suffice after all: one cell must not cost the others."""
+    try:
+        return way()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        _free(device)
 
 
 def _cell(
@@ -271,8 +284,8 @@ def _cell(
     }
     for part in [fit] if together else [{name: model} for name, model in fit.items()]:
         if part:
-            found |= time_steps(part, batch, context, settings, speed)
-            _free(device)
+            timed = _unless_full(lambda p=part: time_steps(p, batch, context, settings, speed), device)  # type: ignore[misc]
+            found |= timed or {}
     return found
 
 

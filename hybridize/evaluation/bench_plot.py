@@ -12,7 +12,7 @@ from .bench import break_even
 
 
 def draw(found: dict[str, Any], path: Path) -> bool:
-    """Writes the PNG; False where matplotlib is not installed or there is nothing to draw."""
+    """Writes the PNG; False where matplotlib is not installed. Nothing is drawn of a run without a grid."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

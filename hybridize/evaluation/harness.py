@@ -45,7 +45,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"--samples {self.samples} must be at least 1")
-        if self.samples > 1 and "do_sample" not in (self.gen_kwargs or ""):
+        if self.samples > 1 and "do_sample=true" not in (self.gen_kwargs or "").lower().replace(" ", ""):
             raise InputError("--samples needs answers that differ: --gen-kwargs do_sample=true,temperature=0.6")
         if self.think_end == "":
             raise InputError("--think-end is empty")

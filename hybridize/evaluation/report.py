@@ -49,7 +49,7 @@ class Entry:
     def throughput(self, context: int, batch: int) -> float | None:
         """Tokens a second of decoding, in that cell of the bench."""
         for step in self.steps:
-            if (step.get("context"), step.get("batch")) == (context, batch) and step.get("ms"):
+            if (step["context"], step["batch"]) == (context, batch) and step["tokens_per_second"] is not None:
                 return float(step["tokens_per_second"])
         return None
 
@@ -65,8 +65,8 @@ class Report:
         have: dict[tuple[int, int], int] = {}
         for entry in self.entries:
             for step in entry.steps:
-                if step.get("ms"):
-                    key = int(step["context"]), int(step["batch"])
+                if step["tokens_per_second"] is not None:
+                    key = step["context"], step["batch"]
                     have[key] = have.get(key, 0) + 1
         return max(have, key=lambda key: (have[key], key[0] * key[1], key), default=None)
 
@@ -132,8 +132,8 @@ def _files(path: Path, name: str) -> list[Path]:
 
 def _entry(home: Path) -> Entry:
     entry = Entry(home.name, home, anatomy(read_json(home / "config.json")))
-    entry.lineage = lineage(home)
-    entry.tokens = int(entry.lineage[-1].get("tokens") or 0)
+    entry.lineage = [{**step, "tokens": int(step.get("tokens") or 0)} for step in lineage(home)]
+    entry.tokens = entry.lineage[-1]["tokens"]
     return entry
 
 
@@ -181,5 +181,21 @@ def _add_bench(entries: list[Entry], found: dict[str, Any]) -> None:
         path = Path(str(found["paths"].get(name, name)))
         match = [e for e in entries if e.path == path.resolve()] or [e for e in entries if e.path.name == path.name]
         for entry in match[:1]:
-            entry.steps, entry.generations = list(told["steps"]), list(told["generations"])
             entry.machine = str(found["machine"])
+            kept = {(step["context"], step["batch"]): step for step in entry.steps}
+            kept |= {(step["context"], step["batch"]): step for step in map(_step, told["steps"])}
+            entry.steps = [kept[key] for key in sorted(kept)]
+            made = {(g["prompt"], g["new"]): g for g in entry.generations}
+            made |= {(g["prompt"], g["new"]): g for g in map(_generation, told["generations"])}
+            entry.generations = [made[key] for key in sorted(made)]
+
+
+def _step(told: dict[str, Any]) -> dict[str, Any]:
+    speed = None if told["ms"] is None else float(told["tokens_per_second"])
+    return {"context": int(told["context"]), "batch": int(told["batch"]), "tokens_per_second": speed}
+
+
+def _generation(told: dict[str, Any]) -> dict[str, Any]:
+    speed = told.get("tokens_per_second")
+    sizes = {key: int(told[key]) for key in ("prompt", "new", "batch")}
+    return sizes | {"tokens_per_second": None if speed is None else float(speed)}

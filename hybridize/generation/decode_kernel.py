@@ -79,7 +79,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, scale: f
     heads, places = keys.shape[1], keys.shape[2]
     group, block = all_heads // heads, triton.next_power_of_2(width)
     size = 64 if block <= 128 else 32
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 2
+    card = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
+    processors = 2 if card is None else card.multi_processor_count
+    tiles = 2 * size * block * values.element_size()  # of keys and values, in shared memory once a stage
+    stages = 1 if card is None else max(1, min(3, (getattr(card, "shared_memory_per_block_optin", 99 << 10) - 16384) // tiles))
     splits = min(-(-PROGRAMS * processors // (batch * heads)), -(-places // (2 * size)), MOST_SPLITS)
     out = torch.empty(batch, all_heads, width, dtype=values.dtype, device=query.device)
     parts = out if splits == 1 else torch.empty(batch, splits, all_heads, width, dtype=torch.float32, device=query.device)
@@ -90,7 +93,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, scale: f
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1),
         values.stride(2), heads, group, width, places, splits,
         CAPPED=cap is not None, G=max(16, triton.next_power_of_2(group)), N=size, W=max(16, block), PRECISION=exact,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _combined[(batch, all_heads)](

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridize.errors import InputError
 from hybridize.modeling import HybridForCausalLM, new_cache
 
 from .attention import NAME
@@ -29,6 +30,13 @@ def can_capture(model: HybridForCausalLM) -> bool:
     return model.device.type == "cuda" and not any(".experts." in name for name, _ in model.named_parameters())
 
 
+def looks_at_the_longest(model: HybridForCausalLM) -> bool:
+    """Whether the model's rotary tables depend on the longest sequence, so that none can be decoded beside another."""
+    told = getattr(model.config, "rope_parameters", None) or {}
+    kinds = [told, *(part for part in told.values() if isinstance(part, dict))]
+    return any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
+
+
 class Decoder:
     """`rows` sequences of up to `length` tokens, each at its own place. All on the model's device.
 
@@ -39,6 +47,8 @@ class Decoder:
     def __init__(
         self, model: HybridForCausalLM, rows: int, length: int, pick: Pick = greedy, capture: bool | None = None
     ) -> None:
+        if looks_at_the_longest(model):
+            raise InputError("a model whose RoPE is dynamic or longrope cannot be decoded side by side")
         self.model, self.rows, self.length, self.pick = model, rows, length, pick
         self.cache = DecodeCache(model, rows, length, model.dtype)
         self.history = torch.zeros(rows, length + 1, dtype=torch.long, device=model.device)

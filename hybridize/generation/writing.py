@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .sampling import Sampler, SamplingSettings
 
 STRIDE = 16  # steps between two looks at what has been written
 SHARE = 0.9  # of a GPU's free memory, for caches
+SAMPLING = 64  # bytes a token of the vocabulary and row: logits, their order, probabilities and sums
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ def rows_that_fit(model: HybridForCausalLM, length: int, most: int) -> int:
     """At most `most` sequences of `length` tokens, and no more than the GPU's free memory holds."""
     if model.device.type != "cuda":
         return most
+    gc.collect()
+    torch.cuda.empty_cache()  # what the last decoder held counts as taken until then
     room = torch.cuda.mem_get_info(model.device)[0] * SHARE
-    return max(1, min(most, int(room // (sum(sequence_bytes(model, length, model.dtype)) + 24 * model.config.vocab_size))))
+    return max(
+        1, min(most, int(room // (sum(sequence_bytes(model, length, model.dtype)) + SAMPLING * model.config.vocab_size)))
+    )
 
 
 def write(
