@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .models import open_checkpoint, refuse_ranks
+from .models import open_checkpoint, refuse_ranks, result_file
 from .output import Output, guarded
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def command(
     all, in one run, turn and turn about where they fit beside one another.
     """
     out = Output(as_json, quiet)
-    from hybridize.checkpoint.writer import check_writable, write_json_atomic
+    from dataclasses import asdict
+
+    from hybridize.checkpoint.writer import write_json_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.bench import BenchSettings, bench
     from hybridize.runtime import pick_compute, quiet_transformers, ran_on
@@ -62,12 +64,7 @@ def command(
         raise InputError(f"--generations {generations!r}: give PROMPT:NEW, such as 1024:8192")
     settings = BenchSettings(grid[0], grid[1], pairs, steps, repeats)  # type: ignore[arg-type]
     target = output or Path("bench")
-    if target.is_file():
-        raise InputError(f"{target} is a file; results go into a directory")
-    path = target / "bench.json"
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; give another -o or --overwrite")
-    check_writable(path)
+    path = result_file(target, "bench.json", overwrite)
     names = _short(checkpoints)
     where, compute = pick_compute(device, dtype)
     quiet_transformers()
@@ -75,7 +72,7 @@ def command(
     found = bench(loaders, settings, where, None if memory is None else memory * GIB, out.progress)
     on = _machine(where)
     found = {
-        "format": 1, "settings": _told(settings) | {"random_weights": random_weights} | ran_on(where, compute), "machine": on,
+        "format": 1, "settings": asdict(settings) | {"random_weights": random_weights} | ran_on(where, compute), "machine": on,
         "paths": dict(zip(names, checkpoints, strict=True)), **found,
     }  # fmt: skip
     write_json_atomic(path, found)
@@ -110,30 +107,28 @@ def _short(checkpoints: list[str]) -> list[str]:
 
 def _loader(name: str, random_weights: bool, where: torch.device, compute: torch.dtype) -> Callable[[], HybridForCausalLM]:
     """What loads it; whatever is wrong with its name or config is said now."""
+    from hybridize.generation.decoder import check_decodable
     from hybridize.runtime import load_hybrid
+    from hybridize.surgery.teacher import family_of, hybrid_config
 
     if not random_weights:
         source = open_checkpoint(name)
+        check_decodable(hybrid_config(source.config))
         return lambda: load_hybrid(source, where, compute)
     from hybridize.anatomy import config_of
     from hybridize.evaluation.bench import random_hybrid
-    from hybridize.surgery.teacher import family_of, hybrid_config
 
     path, raw = config_of(name)
     family_of(raw, str(path))
-    return lambda: random_hybrid(hybrid_config(raw), where, compute)
+    config = hybrid_config(raw)
+    check_decodable(config)
+    return lambda: random_hybrid(config, where, compute)
 
 
 def _machine(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _told(settings: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
 
 
 def _show(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> None:

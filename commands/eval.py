@@ -12,7 +12,7 @@ import typer
 
 from . import options as opt
 from .fidelity import measure_fidelity
-from .models import open_checkpoint
+from .models import open_checkpoint, result_file
 from .output import EXIT_GATE, Output, guarded
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def command(
     from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, compare, drops_json, write_junit
-    from hybridize.evaluation.harness import EvalSettings, open_tasks, repeatable, task_names
+    from hybridize.evaluation.harness import EvalSettings, check_think_end, open_tasks, repeatable, task_names
     from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
     rule, began = Rule(max_drop, confidence, strict), time.monotonic()
@@ -122,6 +122,8 @@ def command(
     if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
         raise InputError("--apply-chat-template: the tokenizer has no chat template")
 
+    for tokenizer in tokenizers.values():
+        check_think_end(tokenizer, think_end)
     ranks, where = join(where, timedelta(days=7))
     if not ranks.main:
         out = Output(quiet=True)
@@ -165,11 +167,7 @@ def _check_target(target: Path, junit: Path | None, replaceable: bool) -> None:
     from hybridize.checkpoint.writer import check_writable
     from hybridize.errors import InputError
 
-    if (target / "results.json").exists() and not replaceable:
-        raise InputError(f"{target / 'results.json'} exists; give another -o or --overwrite")
-    if target.is_file():
-        raise InputError(f"{target} is a file; results go into a directory")
-    check_writable(target / "results.json")
+    result_file(target, "results.json", replaceable)
     if junit is not None:
         if junit.is_dir():
             raise InputError(f"--junit {junit} is a directory; it names a file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import text_beside
+from .models import result_file, text_beside
 from .output import Output
 
 if TYPE_CHECKING:
@@ -25,16 +25,12 @@ def measure_fidelity(
     """Writes fidelity.json into `target` and shows it."""
     import torch
 
-    from hybridize.checkpoint.writer import check_writable, write_json_atomic
-    from hybridize.errors import InputError
+    from hybridize.checkpoint.writer import write_json_atomic
     from hybridize.evaluation.fidelity import greedy_agreement, measure
     from hybridize.runtime import load_model, load_tokenizer, quiet_transformers, ran_on
 
     quiet_transformers()
-    path = target / "fidelity.json"
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; give another -o or --overwrite")
-    check_writable(path)
+    path = result_file(target, "fidelity.json", overwrite)
     tokenizer = load_tokenizer(source.path, trust_remote_code)
     origin, text, batches = text_beside(
         source, name, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, ROWS

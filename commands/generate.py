@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybridize.errors import InputError
+
 from . import options as opt
 from .models import open_checkpoint, refuse_ranks, template_text
 from .output import Output, guarded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hybridize.distillation.encode import Encoder
     from hybridize.generation.sampling import SamplingSettings
 
 
@@ -59,15 +64,17 @@ def command(
     out = Output(as_json, quiet)
     from hybridize.distillation.encode import Encoder, unanswered
     from hybridize.distillation.rows import check_prompt, read_rows
-    from hybridize.errors import InputError
+    from hybridize.generation.decoder import check_decodable
     from hybridize.generation.traces import Traces
     from hybridize.generation.writing import Wanted, rows_that_fit, seed_of, write
     from hybridize.runtime import load_hybrid, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.surgery.teacher import hybrid_config
 
     refuse_ranks("generate")
     if (prompt is None) == (prompts is None):
         raise InputError("say what to answer: either one prompt, or --prompts FILE")
     source = open_checkpoint(checkpoint, revision)
+    check_decodable(hybrid_config(source.config))
     where, compute = pick_compute(device, dtype)
     quiet_transformers()
     tokenizer = load_tokenizer(source.path, trust_remote_code)
@@ -76,10 +83,8 @@ def command(
         raise InputError("--samples needs answers that differ: --temperature above 0")
     encoder = Encoder(tokenizer, "none", template_text(chat_template))
     rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "--prompts", check_prompt)
-    read = [encoder.prompt(rows[i], "the prompt" if prompts is None else rows.where(i)) for i in range(len(rows))]
-    empty = next((i for i, ids in enumerate(read) if not ids), None)
-    if empty is not None:
-        raise InputError(f"{'the prompt' if prompts is None else rows.where(empty)} has no token")
+    where_of = rows.where if prompts is not None else lambda _: "the prompt"
+    read = _read(encoder, rows, where_of)
     longest = max(map(len, read))
     room = source.config.get("max_position_embeddings")
     if room is not None and longest + max_new_tokens > room:
@@ -143,13 +148,22 @@ def command(
     out.result(summary, lambda: print(f"{traces.path}: {summary['answers']} answers, {summary['tokens']} tokens"))
 
 
+def _read(encoder: Encoder, rows: Sequence[dict[str, Any]], where_of: Callable[[int], str]) -> list[list[int]]:
+    """Each row's prompt in tokens; InputError naming the first without any."""
+    read = [encoder.prompt(row, where_of(i)) for i, row in enumerate(rows)]
+    for i, ids in enumerate(read):
+        if not ids:
+            raise InputError(f"{where_of(i)} has no token")
+    return read
+
+
 def _generation(
     path: Path, tokenizer: Any, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> tuple[SamplingSettings, set[int]]:
     """Sampling as asked for, else as generation_config.json has it, and the tokens that end an answer."""
     from transformers import GenerationConfig
 
-    from hybridize.errors import InputError, first_line
+    from hybridize.errors import first_line
     from hybridize.generation.sampling import SamplingSettings
 
     made = GenerationConfig()

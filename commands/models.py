@@ -43,6 +43,20 @@ def teacher_of(source: CheckpointReader, name: str, teacher: str | None) -> Chec
     return source
 
 
+def result_file(target: Path, name: str, replaceable: bool, what: str = "results go") -> Path:
+    """`name` in the folder `target`; InputError where it may not be written."""
+    from hybridize.checkpoint.writer import check_writable
+    from hybridize.errors import InputError
+
+    path = target / name
+    if path.exists() and not replaceable:
+        raise InputError(f"{path} exists; give another -o or --overwrite")
+    if target.is_file():
+        raise InputError(f"{target} is a file; {what} into a directory")
+    check_writable(path)
+    return path
+
+
 def refuse_ranks(command: str) -> None:
     """InputError under torchrun, for a command that would do the same on every rank."""
     from hybridize.distillation.ranks import world_size

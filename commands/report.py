@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
+from .models import result_file
 from .output import Output, guarded
 
 
@@ -28,7 +29,7 @@ def command(
     """
     out = Output(as_json, quiet)
     from hybridize import __version__
-    from hybridize.checkpoint.writer import check_writable, write_bytes_atomic, write_text_atomic
+    from hybridize.checkpoint.writer import write_bytes_atomic, write_text_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.report import collect
     from hybridize.evaluation.report_page import page
@@ -38,12 +39,7 @@ def command(
         if not path.exists():
             raise InputError(f"{path} does not exist")
     target = output or Path("report")
-    index = target / "index.html"
-    if target.is_file():
-        raise InputError(f"{target} is a file; the report goes into a directory")
-    if index.exists() and not overwrite:
-        raise InputError(f"{index} exists; give another -o or --overwrite")
-    check_writable(index)
+    index = result_file(target, "index.html", overwrite, "the report goes")
     found = collect(paths)
     drawn = pictures(found)
     if drawn is None:

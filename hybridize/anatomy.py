@@ -16,6 +16,7 @@ from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.reader import read_json, resolve_checkpoint
 from hybridize.checkpoint.scores import KINDS, read_scores, scores_path
 from hybridize.errors import InputError
+from hybridize.generation.cache import attention_bytes, sequence_bytes
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
 from hybridize.surgery.teacher import hybrid_config
 
@@ -51,17 +52,13 @@ def anatomy(raw: dict[str, Any]) -> Anatomy:
         "layers": count(layers), "mixers": sum(map(count, mixers)),
     }  # fmt: skip
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    wide = getattr(torch, stored, torch.float32).itemsize
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_key_value_heads * size * wide
-    window = min(LONG, getattr(config, "sliding_window", None) or LONG)
-    grown = {"sliding_attention": each * window, MIXER_LAYER: 0}
-    kept = sum(grown.get(kind, each * LONG) for kind in config.layer_types)
+    dtype = getattr(torch, stored, torch.float32)
+    kept, state = sequence_bytes(model, LONG, dtype)
     own = hybrid_config({k: v for k, v in raw.items() if k not in ("layer_types", "mixer")}).layer_types
     kinds = [old if kind == MIXER_LAYER else kind for kind, old in zip(config.layer_types, own, strict=True)]
-    before = sum(grown.get(kind, each * LONG) for kind in kinds)
-    state = sum(mixer.state_bytes(getattr(torch, stored, torch.float32)) for mixer in mixers)
-    kv = each * sum(kind not in grown for kind in config.layer_types)
+    before = sum(attention_bytes(config, kind, LONG, dtype) for kind in kinds)
+    growing = [kind for kind in config.layer_types if kind not in ("sliding_attention", MIXER_LAYER)]
+    kv = sum(attention_bytes(config, kind, 1, dtype) for kind in growing)
     return Anatomy(list(config.layer_types), config.mixer, parameters, stored, state, kv, state + kept, before)
 
 

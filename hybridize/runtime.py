@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.modeling import HybridForCausalLM
 
+T = TypeVar("T")
+WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -139,6 +142,20 @@ def compile_layers(model: Any) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.base_model.layers:
         layer.compile()
+
+
+def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """`run` as a CUDA graph, and what it returned, which each replay fills anew. What it reads must live as long."""
+    aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            run()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = run()
+    return graph, value
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

@@ -238,7 +238,9 @@ def test_mathematics_tasks_of_lm_eval_judge_what_is_written(place: Path, cli: Ru
         assert tasks[task]["cut"] == 0
 
 
-def test_an_end_of_thinking_that_is_never_shown_is_refused(place: Path, cli: Runner) -> None:
+def test_an_end_of_thinking_that_is_never_shown_is_refused(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any weight is read."""
+    monkeypatch.setattr("hybridize.runtime.load_hybrid", None)
     tokenizer = load_tokenizer(place / "teacher")
     hidden = tokenizer.eos_token
     told = cli.fails("eval", "teacher", "--tasks", "tiny_exact", "--include-path", "tasks", "--think-end", hidden)

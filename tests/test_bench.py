@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,19 @@ def test_one_model_at_a_time_and_no_cell_that_costs_the_others(monkeypatch: pyte
         assert told["generations"][0]["batch"] > 0
 
 
-def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path) -> None:
+def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = ("-o", tmp_path / "b")
     assert "whole numbers" in cli.fails("bench", teacher, "--contexts", "1k", *out)
     assert "PROMPT:NEW" in cli.fails("bench", teacher, "--generations", "100", *out)
     assert "at least 1" in cli.fails("bench", teacher, "--batches", "0", *out)
     assert "given twice" in cli.fails("bench", teacher, teacher, *out)
     assert cli.fails("bench", tmp_path / "none", *out)
+    config = json.loads((teacher / "config.json").read_text())
+    home = shutil.copytree(teacher, tmp_path / "dynamic")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (home / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    monkeypatch.setattr("hybridize.runtime.load_hybrid", None)  # all before any weight is read
+    assert "dynamic or longrope" in cli.fails("bench", home, *out)
+    assert "dynamic or longrope" in cli.fails("bench", home, "--random-weights", *out)
+    assert "dynamic or longrope" in cli.fails("generate", home, "hi")
     assert not (tmp_path / "b").exists()

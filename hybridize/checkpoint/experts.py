@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Container
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridize.checkpoint.reader import CheckpointReader
 
@@ -24,6 +24,11 @@ def locate(name: str) -> tuple[str, tuple[int, int] | None]:
         return name.replace(*_RENAMED), None
     parameter, place = _PLACES[found[3]]
     return f"{found[1].replace(*_RENAMED)}.{parameter}", (int(found[2]), place)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether any layer is a mixture of experts, whose tokens are counted on the host."""
+    return any(".experts." in name for name, _ in model.named_parameters())
 
 
 def holds(reader: CheckpointReader, parameter: str) -> bool:

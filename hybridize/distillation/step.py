@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridize.checkpoint.experts import has_experts
 from hybridize.distillation import attention
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import hidden_states, output_weight, soft_cap
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.ranks import Ranks, average_gradients
-
-WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
+from hybridize.runtime import captured
 
 
 class Student(nn.Module):
@@ -118,15 +118,7 @@ class _StepGraph:
         def run() -> Tensor:
             return backward(student, teacher, self.batch, self.scale, None)
 
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                run()
-        here.wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.value = run()
+        self.graph, self.value = captured(run)
 
     def fits(self, part: Batch) -> bool:
         packed = part.positions is not None, self.batch.positions is not None
@@ -147,6 +139,6 @@ def can_graph(*models: Any) -> bool:
     """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing on the host, and without
     experts, whose tokens are counted there."""
     given = [model for model in models if model is not None]
-    if any(".experts." in name for model in given for name, _ in model.named_parameters()):
+    if any(has_experts(model) for model in given):
         return False
     return all(m.device.type == "cuda" and m.config._attn_implementation == attention.NAME for m in given)

@@ -18,7 +18,6 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from hybridize.checkpoint.journal import Journal
 from hybridize.distillation.ranks import Ranks
-from hybridize.errors import InputError
 from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.generation.sampling import SamplingSettings
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
@@ -40,8 +39,6 @@ class Answering(HFLM):
         journal: Journal | None = None, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=think_end)
-        if think_end is not None and think_end not in self.tok_decode(self.tok_encode(think_end, add_special_tokens=False)):
-            raise InputError(f"--think-end {think_end}: the tokenizer does not show it in what is written (a special token?)")
         self.seed, self.journal, self.ranks = seed, journal, ranks or Ranks()
         self.cut: Counter[str] = Counter()
         before = [] if journal is None else [(line["key"], line["answer"]) for line in journal.lines]
@@ -100,7 +97,7 @@ class Answering(HFLM):
             told = dict(normalize_gen_kwargs(raw, self.max_gen_toks))
             if told["do_sample"] and raw.get("temperature", 1.0) == 0:
                 raise ValueError("do_sample asks for a temperature above 0")
-            if set(told) - OURS or not isinstance(self.model, HybridForCausalLM) or looks_at_the_longest(self.model):
+            if set(told) - OURS or not isinstance(self.model, HybridForCausalLM) or looks_at_the_longest(self.model.config):
                 texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
                 for at, text in zip(places, texts, strict=True):
                     yield at, (text, self._ends(text, int(told["max_gen_toks"])))

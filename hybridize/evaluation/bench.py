@@ -240,7 +240,7 @@ def _time_group(
     group = ", ".join(here)
     for name, model in here.items():
         found[name]["weight_bytes"] = weight_bytes(model)
-    room = whole * SHARE - sum(map(weight_bytes, here.values())) - RESERVE.get(device.type, 0) / 4
+    room = _room(here, whole, device)
     most = max(settings.batches, default=1)
     for context in settings.contexts:
         progress(f"prefill of {context}: {group}")
@@ -259,6 +259,11 @@ def _time_group(
             found[name]["generations"].append(timed or {"prompt": prompt, "new": new, "batch": 0})
 
 
+def _room(models: dict[str, HybridForCausalLM], memory: float, device: torch.device) -> float:
+    """Bytes for caches beside these models in a cell of the grid."""
+    return memory * SHARE - sum(map(weight_bytes, models.values())) - RESERVE.get(device.type, 0) / 4
+
+
 def _unless_full(way: Callable[[], Any], device: torch.device) -> Any:
     """What it gives, or None where the memory did not suffice after all: one cell must not cost the others."""
     try:
@@ -274,9 +279,8 @@ def _cell(
     device: torch.device,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """time_steps of those that fit, together if they do, else each alone."""
-    weights = sum(map(weight_bytes, models.values()))
     wanted = {name: batch * sum(sequence_bytes(m, context + settings.steps, m.dtype)) for name, m in models.items()}
-    room = memory * SHARE - weights - RESERVE.get(device.type, 0) / 4
+    room = _room(models, memory, device)
     fit = {name: model for name, model in models.items() if wanted[name] <= room}
     together = sum(wanted[name] for name in fit) <= room
     found: dict[str, dict[str, Any]] = {

@@ -70,6 +70,14 @@ def task_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def check_think_end(tokenizer: Any, text: str | None) -> None:
+    """InputError where `text` would never be seen in what a model writes, since special tokens are not shown."""
+    if text is not None and text not in tokenizer.decode(
+        tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True
+    ):
+        raise InputError(f"--think-end {text}: the tokenizer does not show it in what is written (a special token?)")
+
+
 def open_tasks(settings: EvalSettings) -> Any:
     """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones."""
     quiet_lm_eval()

@@ -14,7 +14,7 @@ from .gate import LEVEL
 from .report import Entry, Report
 
 STYLE = """
-:root{color-scheme:light dark;--line:#8884;--soft:#8881}
+:root{color-scheme:light dark;--line:#8884}
 *{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem}
 h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:1.2rem 0 .2rem}

@@ -8,26 +8,20 @@ Shape legend: B sequences, H query heads, K key/value heads, S places, d head si
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hybridize.modeling import missing_on_cuda
+
 NAME = "hybridize_decode"
 
 
-@functools.cache
 def triton_missing() -> str | None:
     """Why the kernel cannot be used here, or None when it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
-    except Exception as error:  # a broken install raises whatever its loader raises
-        return f"{type(error).__name__}: {error}"
-    return None
+    return missing_on_cuda("triton")
 
 
 def decode_attention(

@@ -5,6 +5,7 @@ Nothing here is ever grown or moved, so a captured step can read and write it fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,11 @@ def _attention_shape(config: HybridConfig, kind: str, length: int) -> tuple[int,
     return config.num_key_value_heads, min(length, window or length), width
 
 
+def attention_bytes(config: HybridConfig, kind: str, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one attention layer holds of one sequence of `length` tokens."""
+    return 2 * math.prod(_attention_shape(config, kind, length)) * dtype.itemsize
+
+
 def sequence_bytes(model: HybridForCausalLM, length: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that one sequence of `length` tokens holds: (keys and values, windows and states)."""
     kv = state = 0
@@ -110,6 +116,5 @@ def sequence_bytes(model: HybridForCausalLM, length: int, dtype: torch.dtype) ->
         if kind == MIXER_LAYER:
             state += layer.self_attn.state_bytes(dtype)
         else:
-            heads, places, width = _attention_shape(model.config, kind, length)
-            kv += 2 * heads * places * width * dtype.itemsize
+            kv += attention_bytes(model.config, kind, length, dtype)
     return kv, state

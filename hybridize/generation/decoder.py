@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridize.checkpoint.experts import has_experts
 from hybridize.errors import InputError
-from hybridize.modeling import HybridForCausalLM, new_cache
+from hybridize.modeling import HybridConfig, HybridForCausalLM, new_cache
+from hybridize.runtime import captured
 
 from .attention import NAME
 from .cache import DecodeCache
 
 Pick = Callable[[Tensor, Tensor], Tensor]  # logits [B, V] and lengths [B] -> the next token of each, [B]
-WARM_UP = 2
 
 
 def greedy(logits: Tensor, _: Tensor) -> Tensor:
@@ -26,15 +27,21 @@ def greedy(logits: Tensor, _: Tensor) -> Tensor:
 
 
 def can_capture(model: HybridForCausalLM) -> bool:
-    """Whether a step can be a CUDA graph. Experts cannot: their tokens are counted on the host."""
-    return model.device.type == "cuda" and not any(".experts." in name for name, _ in model.named_parameters())
+    """Whether a step can be a CUDA graph."""
+    return model.device.type == "cuda" and not has_experts(model)
 
 
-def looks_at_the_longest(model: HybridForCausalLM) -> bool:
+def looks_at_the_longest(config: HybridConfig) -> bool:
     """Whether the model's rotary tables depend on the longest sequence, so that none can be decoded beside another."""
-    told = getattr(model.config, "rope_parameters", None) or {}
+    told = getattr(config, "rope_parameters", None) or {}
     kinds = [told, *(part for part in told.values() if isinstance(part, dict))]
     return any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
+
+
+def check_decodable(config: HybridConfig) -> None:
+    """InputError for a model that no Decoder takes."""
+    if looks_at_the_longest(config):
+        raise InputError("a model whose RoPE is dynamic or longrope cannot be decoded side by side")
 
 
 class Decoder:
@@ -47,15 +54,15 @@ class Decoder:
     def __init__(
         self, model: HybridForCausalLM, rows: int, length: int, pick: Pick = greedy, capture: bool | None = None
     ) -> None:
-        if looks_at_the_longest(model):
-            raise InputError("a model whose RoPE is dynamic or longrope cannot be decoded side by side")
+        check_decodable(model.config)
         self.model, self.rows, self.length, self.pick = model, rows, length, pick
         self.cache = DecodeCache(model, rows, length, model.dtype)
         self.history = torch.zeros(rows, length + 1, dtype=torch.long, device=model.device)
         self._masks = dict.fromkeys(set(model.config.layer_types) | {"full_attention"})
         self._graph: torch.cuda.CUDAGraph | None = None
         if can_capture(model) if capture is None else capture:
-            self._capture()
+            self._graph, _ = captured(self._step)
+            self.cache.lengths.zero_()
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[int], ids: Tensor) -> Tensor:
@@ -101,15 +108,3 @@ class Decoder:
         cache.lengths.add_(1).clamp_(max=self.length)
         self.history.scatter_(1, cache.lengths.unsqueeze(1), self.pick(logits, cache.lengths).unsqueeze(1))
         return logits
-
-    def _capture(self) -> None:
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self._step()
-        here.wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._step()
-        self.cache.lengths.zero_()

@@ -9,6 +9,7 @@ Shape legend: B batch, T time, I inner channels, N state size, G groups of B/C (
 from __future__ import annotations
 
 import functools
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +22,21 @@ _NEVER, _ALWAYS = -1e4, 1e6  # pre-softplus steps that leave a state untouched /
 
 
 @functools.cache
-def kernels_missing() -> str | None:
-    """Why the CUDA kernels cannot be used here, in a few words, or None when they can."""
+def missing_on_cuda(*modules: str) -> str | None:
+    """Why code that runs on CUDA and needs these modules cannot be used here, in a few words, or None when it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        import causal_conv1d  # noqa: F401
-        import mamba_ssm.ops.selective_scan_interface  # noqa: F401
+        for name in modules:
+            importlib.import_module(name)
     except Exception as error:  # a broken extension raises whatever its loader raises
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def kernels_missing() -> str | None:
+    """Why mamba-ssm's and causal-conv1d's kernels cannot be used here, or None when they can."""
+    return missing_on_cuda("causal_conv1d", "mamba_ssm.ops.selective_scan_interface")
 
 
 def engine_for(device: torch.device) -> str:

@@ -31,10 +31,10 @@ from hybridize.distillation.optimize import choose_trained, clip_gradients, make
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import GIB, plan
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.step import WARM_UP, Accumulator, Student
+from hybridize.distillation.step import Accumulator, Student
 from hybridize.distillation.watch import model_flops
 from hybridize.modeling import HybridConfig, HybridForCausalLM
-from hybridize.runtime import compile_layers
+from hybridize.runtime import captured, compile_layers
 from tests.benchmarks.rivals import CHUNKED, Gkd, chunked, reverse_kl
 
 OURS = ["eager", "compiled", "graph", "compiled-graph"]
@@ -185,17 +185,9 @@ def step(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> 
         print(f"peak of all: {measured:.2f} GiB, planned {planned:.2f} GiB ({planned / measured - 1:+.1%})")
 
 
-def captured(way: Callable[[], Any]) -> Callable[[], Any]:
+def as_graph(way: Callable[[], Any]) -> Callable[[], Any]:
     """The same as a CUDA graph: what a small part costs the GPU, without its launches."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UP):
-            way()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        way()
+    graph, _ = captured(way)
 
     def replay(_: Any = way) -> None:  # what the graph reads lives as long as the way does
         graph.replay()
@@ -240,7 +232,7 @@ def parts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     counts: dict[str, float] = {}
 
     def add(name: str, way: Callable[[], Any], count: float) -> None:
-        ways[name], counts[name] = captured(way) if device.type == "cuda" else way, count
+        ways[name], counts[name] = as_graph(way) if device.type == "cuda" else way, count
 
     per_step = args.rows / args.micro
     layers = student.model.layers
