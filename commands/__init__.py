@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ COMMANDS = (
     "generate",
     "report",
     "inspect",
+    "verify",
     "doctor",
     "demo",
 )
@@ -50,4 +52,8 @@ for _name in COMMANDS:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the command itself has begun, or after it
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

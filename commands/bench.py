@@ -52,7 +52,7 @@ def command(
     out = Output(as_json, quiet)
     from dataclasses import asdict
 
-    from hybridize.checkpoint.writer import write_json_atomic
+    from hybridize.checkpoint.atomic import write_json_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.bench import BenchSettings, bench
     from hybridize.runtime import pick_compute, quiet_transformers, ran_on

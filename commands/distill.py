@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from . import options as opt
-from .models import data_for, open_checkpoint, say_tuning, teacher_of, template_text
+from .models import data_for, done_already, open_checkpoint, say_tuning, teacher_of, template_text
 from .output import Output, guarded
 
 
@@ -134,7 +134,7 @@ def command(
     if dry_run:
         _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype, trust_remote_code)
         return
-    check_output(target, overwrite, source.path, *([origin.path] if origin else []))
+    check_output(target, overwrite or resume, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
     from hybridize.distillation.encode import Encoder
     from hybridize.distillation.ranks import join, leave
@@ -156,6 +156,8 @@ def command(
     ran = {**ran_on(where, compute), "template": text, "data": corpus.hash}
     decisive = settings.decisive() | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
     run = RunDir(target, decisive, ranks, settings.keep_last, settings.save_every, track)
+    if done_already(out, run, target, overwrite, run.made):
+        return
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
     last: dict[str, Any] = {}

@@ -180,8 +180,8 @@ def _measured(
     trust_remote_code: bool, prefix: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """The checkpoint's results, written into `target` as well; nothing on any rank but the first."""
+    from hybridize.checkpoint.atomic import write_json_atomic, write_text_atomic
     from hybridize.checkpoint.journal import Journal
-    from hybridize.checkpoint.writer import write_json_atomic, write_text_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.harness import evaluate, generates
     from hybridize.evaluation.results import make_results, reusable, sample_lines
@@ -189,14 +189,17 @@ def _measured(
 
     path, journal = target / ("baseline.json" if prefix else "results.json"), None
     kept = ranks.first(reusable(path, reader.hash, settings.to_json(), ran) if resume and ranks.main else None)
+    asked = target / f"{prefix}answers.part.jsonl"
     if kept is not None:
+        if ranks.main:
+            asked.unlink(missing_ok=True)  # killed after the results were there
         return dict(kept)
     if path.exists() and not overwrite and not prefix:
         raise InputError(f"{path} is of another checkpoint or other settings; give another -o or --overwrite")
     writes = generates(manager, settings)
     if ranks.main:
         told = {**settings.to_json(), **ran, "checkpoint": reader.hash}
-        journal = Journal(target / f"{prefix}answers.part.jsonl", told, resume, overwrite)
+        journal = Journal(asked, told, resume, overwrite)
     if writes:  # our own class decodes faster, whatever the checkpoint
         model: Any = load_hybrid(reader, where, compute)
     else:

@@ -25,7 +25,7 @@ def measure_fidelity(
     """Writes fidelity.json into `target` and shows it."""
     import torch
 
-    from hybridize.checkpoint.writer import write_json_atomic
+    from hybridize.checkpoint.atomic import write_json_atomic
     from hybridize.evaluation.fidelity import greedy_agreement, measure
     from hybridize.runtime import load_model, load_tokenizer, quiet_transformers, ran_on
 

@@ -23,17 +23,11 @@ def command(
     from dataclasses import asdict
 
     from hybridize.anatomy import LONG, anatomy, config_of, lineage, rankings
-    from hybridize.errors import InputError
     from hybridize.surgery.teacher import family_of
 
     path, raw = config_of(checkpoint, revision)
     family = family_of(raw, checkpoint)
-    try:
-        found = anatomy(raw)
-    except InputError:
-        raise
-    except Exception as error:  # config classes raise their own kinds for a bad value
-        raise InputError(f"{path / 'config.json'} is not a valid {family} config: {error}") from error
+    found = anatomy(raw, str(path))
     steps, scores = lineage(path), rankings(path, checkpoint)
     letters = "".join({"linear_attention": "M", "sliding_attention": "w"}.get(kind, "a") for kind in found.kinds)
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.distillation.packing import Batch
+    from hybridize.distillation.run_dir import RunDir
     from hybridize.surgery.replace import Calibration
 
     from .output import Output
@@ -18,10 +21,10 @@ if TYPE_CHECKING:
 def open_checkpoint(name: str, revision: str | None = None) -> CheckpointReader:
     """A checkpoint of a supported family; InputError says what is wrong with it."""
     from hybridize.checkpoint.reader import CheckpointReader, resolve_checkpoint
-    from hybridize.surgery.teacher import family_of
+    from hybridize.surgery.teacher import check_whole
 
     reader = CheckpointReader(resolve_checkpoint(name, revision))
-    family_of(reader.config, str(reader.path))
+    check_whole(reader)
     return reader
 
 
@@ -64,6 +67,23 @@ def refuse_ranks(command: str) -> None:
 
     if world_size() > 1:
         raise InputError(f"{command} runs in one process, not under torchrun")
+
+
+def done_already(out: Output, run: RunDir, path: Path, overwrite: bool, made: Callable[[Path], bool]) -> bool:
+    """Whether `path` is there as the result of this very run, which then has nothing left to do; what it may have left behind
+    goes. InputError where `path` is another's and not to be replaced."""
+    from hybridize.distillation.ranks import leave
+    from hybridize.errors import InputError
+
+    if overwrite or not path.exists():
+        return False
+    if run.ranks.first(not made(path)):
+        raise InputError(f"{path} exists and is not of this run; give another -o or --overwrite")
+    run.remove()
+    leave()
+    out.note(f"{path} is this run's result already")
+    out.result({"output": str(path), "already": True})
+    return True
 
 
 def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) -> None:

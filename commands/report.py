@@ -29,7 +29,7 @@ def command(
     """
     out = Output(as_json, quiet)
     from hybridize import __version__
-    from hybridize.checkpoint.writer import write_bytes_atomic, write_text_atomic
+    from hybridize.checkpoint.atomic import write_bytes_atomic, write_text_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.report import collect
     from hybridize.evaluation.report_page import page

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options as opt
-from .models import calibration_for, data_for, say_tuning, teacher_of, template_text
+from .models import calibration_for, data_for, done_already, say_tuning, teacher_of, template_text
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
@@ -65,10 +65,11 @@ def command(
 
     settings = MmrSettings(steps, batch_size, seq_len, lr_mixer, loss, mask, train, repeats, seed)
     Loss.parse(loss)
-    source, path = check_score_output(checkpoint, revision, output, "mmr", overwrite)
+    source, path = check_score_output(checkpoint, revision, output, "mmr", overwrite or resume)
     origin = teacher_of(source, checkpoint, teacher)
     import torch
 
+    from hybridize.checkpoint.scores import read_scores
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.encode import Encoder
     from hybridize.distillation.ranks import join, leave
@@ -109,34 +110,37 @@ def command(
         "ranks": ranks.size,
     }  # fmt: skip
     run = RunDir(path, identity, ranks)
+    if done_already(out, run, path, overwrite, lambda path: read_scores(path).settings.get("run") == run.digest):
+        return
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
-    run.start(resume)
-    mine = share_of(contract.attention_layers, ranks.rank, ranks.size)
-    starts = starting_values(source, plan(contract, mine, shaped), source, seed, fit, together=False)
-    student = load_hybrid(source, where, torch.float32)
-    model = load_model(origin.path, where, compute, trust_remote_code)
-    started = time.time()
-    say_tuning(out, where, shape)
+    with run.started(resume):
+        mine = share_of(contract.attention_layers, ranks.rank, ranks.size)
+        starts = starting_values(source, plan(contract, mine, shaped), source, seed, fit, together=False)
+        student = load_hybrid(source, where, torch.float32)
+        model = load_model(origin.path, where, compute, trust_remote_code)
+        started = time.time()
+        say_tuning(out, where, shape)
 
-    def batches(repeat: int) -> Iterator[Any]:
-        order = replace(settings.as_distill(), seed=seed + repeat)
-        return (batch.to(where) for batch in itertools.islice(corpus.training(order), steps))
+        def batches(repeat: int) -> Iterator[Any]:
+            order = replace(settings.as_distill(), seed=seed + repeat)
+            return (batch.to(where) for batch in itertools.islice(corpus.training(order), steps))
 
-    def progress(done: int, count: int) -> None:
-        out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
+        def progress(done: int, count: int) -> None:
+            out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
 
-    found = measure(
-        student, model, shape, starts, batches, settings, compute, states=run.path, ranks=ranks, progress=progress,
-        note=out.note,
-    )  # fmt: skip
-    leave()
-    if not ranks.main:
-        return
-    made = {**used, "seconds": round(time.time() - started, 2), "metric": loss}
-    init = "mil" if fit is None else "calibrated"
-    report_scores(out, source, path, "mmr", f"{loss} after {steps} steps", shape["kind"], init, found, made)
-    run.remove()
+        found = measure(
+            student, model, shape, starts, batches, settings, compute, states=run.path, ranks=ranks, progress=progress,
+            note=out.note,
+        )  # fmt: skip
+        leave()
+        if not ranks.main:
+            return
+        used["settings"]["run"] = run.digest
+        made = {**used, "seconds": round(time.time() - started, 2), "metric": loss}
+        init = "mil" if fit is None else "calibrated"
+        report_scores(out, source, path, "mmr", f"{loss} after {steps} steps", shape["kind"], init, found, made)
+        run.remove()
 
 
 def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, dtype: str) -> None:

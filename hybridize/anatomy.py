@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
 from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.reader import read_json, resolve_checkpoint
 from hybridize.checkpoint.scores import KINDS, read_scores, scores_path
 from hybridize.errors import InputError
 from hybridize.generation.cache import attention_bytes, sequence_bytes
-from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
-from hybridize.surgery.teacher import hybrid_config
+from hybridize.modeling import MIXER_LAYER
+from hybridize.surgery.teacher import empty_model, hybrid_config
 
 LONG = 32768  # tokens
 
@@ -39,11 +38,10 @@ class Anatomy:
     teacher_at_long: int
 
 
-def anatomy(raw: dict[str, Any]) -> Anatomy:
-    """raw: config.json as it is. Raises whatever the family's config class has against it."""
-    config = hybrid_config(raw)
-    with init_empty_weights(include_buffers=False):
-        model = HybridForCausalLM(config)
+def anatomy(raw: dict[str, Any], where: str) -> Anatomy:
+    """raw: config.json of the directory `where`. InputError where it is none of its family."""
+    model = empty_model(raw, where)
+    config = model.config
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     layers, mixers = model.model.layers, [model.model.layers[i].self_attn for i in config.mixer_layers]
     head = 0 if config.tie_word_embeddings else count(model.lm_head)

@@ -110,13 +110,9 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
 
 def empty_hybrid(source: CheckpointReader) -> HybridForCausalLM:
     """The same without weights, for what can be said from its shapes."""
-    from accelerate import init_empty_weights
+    from hybridize.surgery.teacher import empty_model
 
-    from hybridize.modeling import HybridForCausalLM
-    from hybridize.surgery.teacher import hybrid_config
-
-    with init_empty_weights(include_buffers=False):
-        return HybridForCausalLM(hybrid_config(source.config))
+    return empty_model(source.config, str(source.path))
 
 
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:

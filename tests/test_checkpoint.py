@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.manifest import Manifest, descend, read_manifest, root_of
 from hybridize.checkpoint.reader import INDEX, CheckpointReader, resolve_checkpoint
 from hybridize.checkpoint.scores import LayerScore, Scores, read_scores
-from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter, check_output
+from hybridize.checkpoint.writer import CheckpointWriter, check_output
 from hybridize.errors import InputError
 
 NOTE = Manifest({"path": "p", "hash": "h"}, {"path": "p", "hash": "h"}, "test", {}, 0, [])
@@ -96,7 +97,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     script = textwrap.dedent(f"""
         import time, torch
         from pathlib import Path
-        from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
+        from hybridize.checkpoint.atomic import AtomicDirectory
+        from hybridize.checkpoint.writer import CheckpointWriter
         with AtomicDirectory(Path({str(tmp_path / "out")!r})) as folder:
             CheckpointWriter(folder).add("a", torch.ones(3))
             (folder / "config.json").write_text("{{}}")

@@ -44,17 +44,21 @@ def reference(query, keys, values, counts, scale, cap):  # type: ignore[no-untyp
 @given(
     rows=st.integers(1, 5), heads=st.sampled_from([1, 2, 3]), group=st.sampled_from([1, 3, 4]), places=st.integers(1, 300),
     width=st.sampled_from([16, 24, 64, 80, 128]), cap=st.sampled_from([None, 5.0]), seed=st.integers(0, 99),
+    accuracy=st.sampled_from([(torch.float32, 2e-5), (torch.bfloat16, 2e-2)]),
 )  # fmt: skip
 def test_decode_attention(
-    engine: str, rows: int, heads: int, group: int, places: int, width: int, cap: float | None, seed: int
-) -> None:
+    engine: str, rows: int, heads: int, group: int, places: int, width: int, cap: float | None, seed: int,
+    accuracy: tuple[torch.dtype, float],
+) -> None:  # fmt: skip
+    dtype, most = accuracy
     torch.manual_seed(seed)
-    query = torch.randn(rows, heads * group, width)
-    keys, values = (torch.randn(rows, heads, places, width) for _ in range(2))
+    query = torch.randn(rows, heads * group, width).to(dtype)
+    keys, values = (torch.randn(rows, heads, places, width).to(dtype) for _ in range(2))
     counts = torch.randint(1, places + 5, (rows,))
     on = "cuda" if engine == "kernel" else "cpu"
     found = decode_attention(*(t.to(on) for t in (query, keys, values, counts)), width**-0.5, cap, engine).cpu()
-    assert (found.double() - reference(query, keys, values, counts, width**-0.5, cap)).abs().max() < 2e-5
+    assert found.dtype == dtype
+    assert (found.double() - reference(query, keys, values, counts, width**-0.5, cap)).abs().max() < most
 
 
 def test_the_kernel_is_missing_where_there_is_no_gpu() -> None:

@@ -330,7 +330,7 @@ def test_what_cannot_be_right_is_refused(
         given = ("--indices", 1, "--no-calibrate", "--init-from", "teacher", "--teacher", homes[other], "-o", "out")
         assert "another attention than" in cli.fails("replace", hybrid, *given)
     raw = json.loads((hybrid / "config.json").read_text())
-    for wrong, said in (("head", "norm_bc"), ({"over": "head", "offset": 0}, "mixers carry")):
+    for wrong, said in (("head", "norm_bc"), ({"over": "head", "offset": 0}, "mixer.B_norm.weight, which a llama model")):
         (hybrid / "config.json").write_text(json.dumps({**raw, "mixer": {**raw["mixer"], "norm_bc": wrong}}))
         assert said in cli.fails("replace", hybrid, "--indices", 1, "--no-calibrate", "-o", "out")
     capped = json.loads((homes["gemma2"] / "config.json").read_text())
@@ -345,7 +345,7 @@ def test_what_cannot_be_right_is_refused(
 def test_the_parent_is_hashed_once(homes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     plain = reader.fingerprint
-    monkeypatch.setattr(reader, "fingerprint", lambda name, tensor: (seen.append(name), plain(name, tensor))[1])
+    monkeypatch.setattr(reader, "fingerprint", lambda name, *told: (seen.append(name), plain(name, *told))[1])
     for known in (False, True):
         source, seen[:] = CheckpointReader(homes["llama"]), []
         if known:

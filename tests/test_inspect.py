@@ -34,7 +34,7 @@ def test_parameters_and_bytes_are_those_of_the_model(name: str, kind: str, tmp_p
     replace(source, "t", surgery, tmp_path / "h", donor=source, init_from="checkpoint", seed=0, overwrite=True, settings={})
     model = load_model(tmp_path / "h", torch.device("cpu"), torch.float32)
     raw = json.loads((tmp_path / "h/config.json").read_text())
-    found = anatomy(raw)
+    found = anatomy(raw, "x")
     assert found.parameters["total"] == sum(p.numel() for p in model.parameters())
     assert found.parameters["mixers"] == sum(p.numel() for n, p in model.named_parameters() if ".mixer." in n)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_parameters_and_bytes_are_those_of_the_model(name: str, kind: str, tmp_p
     if not windows:
         assert found.state == sizes[32] - 32 * per_token
         assert found.at_long == found.state + LONG * found.kv
-    assert found.teacher_at_long == anatomy(source.config).at_long
+    assert found.teacher_at_long == anatomy(source.config, "x").at_long
 
 
 def test_the_command_shows_layout_lineage_and_scores(teacher: Path, traces: Path, tmp_path: Path, cli: Runner) -> None:

@@ -207,8 +207,17 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     RunDir(tmp_path / "out", {"lr": 1.0}).start(False)
     with pytest.raises(InputError, match=r"lr was 1\.0, now it is 2\.0"):
         RunDir(tmp_path / "out", {"lr": 2.0}).check(True, False)
-    with pytest.raises(InputError, match="there is no unfinished run"):
-        RunDir(tmp_path / "other", {}).check(True, False)
+    RunDir(tmp_path / "other", {}).check(True, False)  # nothing to go on with: a run that is started over and over begins
+
+
+def test_one_process_at_a_time_works_in_a_run_s_directory(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "out", {}).started(False):
+        for resume, overwrite in ((True, False), (False, True)):
+            with pytest.raises(InputError, match=r"out\.run is being written by another process"):
+                RunDir(tmp_path / "out", {}).check(resume, overwrite)
+            with pytest.raises(InputError, match="another process"), RunDir(tmp_path / "out", {}).started(resume):
+                pass
+    RunDir(tmp_path / "out", {}).check(True, False)
 
 
 def start(

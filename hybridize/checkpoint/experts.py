@@ -35,6 +35,23 @@ def holds(reader: CheckpointReader, parameter: str) -> bool:
     return parameter in reader or parameter in _stacked(reader)
 
 
+def stored_shape(reader: CheckpointReader, parameter: str) -> tuple[int, ...] | None:
+    """The shape that `read_parameter` gives, or None where there is nothing of it; (-1,) where its parts do not fit."""
+    if parameter in reader:
+        return reader.shape(parameter)
+    parts = _stacked(reader).get(parameter)
+    if parts is None:
+        return None
+    if None in parts:
+        return reader.shape(parts[None])
+    shapes = {reader.shape(name) for name in parts.values()}
+    experts = 1 + max(place[0] for place in parts if place is not None)
+    each = 1 + max(place[1] for place in parts if place is not None)
+    if len(shapes) != 1 or len(parts) != experts * each or len(shape := shapes.pop()) != 2:
+        return (-1,)
+    return experts, each * shape[0], shape[1]
+
+
 def read_parameter(reader: CheckpointReader, parameter: str) -> Tensor:
     """A parameter as the model has it: as it lies there, or stacked [experts, ...] of its experts' matrices."""
     if parameter in reader:

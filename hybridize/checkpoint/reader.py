@@ -19,7 +19,12 @@ from hybridize.errors import InputError, first_line
 
 Fingerprint = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha256 of the bytes
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
 NOT_HASHED = ("transformers_version", "_name_or_path")
+CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -47,14 +52,41 @@ def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[s
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError naming the file when it is missing, not JSON, or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MOST_JSON:
+            raise InputError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of its kind has")
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing") from error
+    except InputError:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def carried_files(source: Path) -> list[Path]:
+    """Tokenizer, chat template and generation files of a checkpoint directory. InputError where one leads out of it."""
+    found = sorted({file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()})
+    for file in found:
+        check_inside(source, file)
+    return found
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """InputError where a file of a checkpoint is a link to somewhere else: it would be read, and copied, as the checkpoint's.
+
+    The hub's cache links into its own store, which is inside.
+    """
+    home, real = folder.resolve(), file.resolve()
+    store = home.parent.parent if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--") else home
+    if home not in real.parents and store not in real.parents:
+        raise InputError(f"{file} is a link out of its directory, to {real}; put a copy there, or name that directory")
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 class CheckpointReader:
@@ -65,11 +97,12 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_inside(path, path / "config.json")
         self.config = read_json(path / "config.json")
         self._files = self._locate()
         self._prints: dict[str, Fingerprint] = {}
 
-    def _locate(self) -> dict[str, Any]:
+    def _locate(self) -> dict[str, tuple[str, Any]]:
         if (self.path / INDEX).exists():
             weights = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(weights, dict) or not weights:
@@ -83,10 +116,11 @@ class CheckpointReader:
         else:
             pickled = ", which pickle weights cannot replace" if list(self.path.glob("*.bin")) else ""
             raise InputError(f"{self.path} has no {SINGLE} and no {INDEX}{pickled}")
-        files: dict[str, Any] = {}
+        files: dict[str, tuple[str, Any]] = {}
         for shard in shards:
             if not (self.path / shard).exists():
                 raise InputError(f"{self.path / shard} is missing, though the index names it; is the checkpoint complete?")
+            check_inside(self.path, self.path / shard)
             try:
                 handle = safe_open(self.path / shard, framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
@@ -94,7 +128,7 @@ class CheckpointReader:
             for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
                 if name in files:
                     raise InputError(f"tensor {name} is in more than one file of {self.path}")
-                files[name] = handle
+                files[name] = shard, handle
         if weights is not None and set(weights) != set(files):
             odd = sorted(set(weights) ^ set(files))[0]
             raise InputError(f"{self.path / INDEX} and the shards disagree about tensor {odd}")
@@ -110,16 +144,29 @@ class CheckpointReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it: F32, BF16, I8 ..."""
+        return str(self._slice(name).get_dtype())
+
     def _slice(self, name: str) -> Any:
         if name not in self._files:
             raise InputError(f"{self.path} has no tensor {name}")
-        return self._files[name].get_slice(name)
+        return self._files[name][1].get_slice(name)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, backed by the file where possible."""
         if name not in self._files:
             raise InputError(f"{self.path} has no tensor {name}")
-        return self._files[name].get_tensor(name)
+        return self._files[name][1].get_tensor(name)  # type: ignore[no-any-return]
+
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self.path / self._files[name][0]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weights' files."""
+        return sorted({shard for shard, _ in self._files.values()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names:
@@ -133,21 +180,40 @@ class CheckpointReader:
             list(pool.map(self.take_print, [name for name in self.names if name not in self._prints]))
         return content_hash(list(self._prints.values()), self.config)
 
-    def take_print(self, name: str) -> None:
-        """What `hash` needs of one tensor, for who reads it anyway."""
+    def take_print(self, name: str) -> Fingerprint:
+        """What `hash` needs of one tensor, for who reads it anyway. InputError where it is not finite."""
         if name not in self._prints:
-            self._prints[name] = fingerprint(name, self.tensor(name))
+            self._prints[name] = fingerprint(name, self.tensor(name), str(self.file(name)))
+        return self._prints[name]
 
     def same_bits(self, name: str, other: CheckpointReader) -> bool:
         """Whether both have the tensor with the same type, shape and bytes."""
-        self.take_print(name)
-        other.take_print(name)
-        return self._prints[name] == other._prints[name]
+        return self.take_print(name) == other.take_print(name)
 
 
-def fingerprint(name: str, tensor: Tensor) -> Fingerprint:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), hashlib.sha256(raw).hexdigest()  # type: ignore[arg-type]
+def fingerprint(name: str, tensor: Tensor, where: str | None = None) -> Fingerprint:
+    """where: InputError with this and the tensor's name when it holds NaN or infinity, which is no use to anybody."""
+    if where is not None and not _finite(tensor):
+        raise InputError(f"{where}: tensor {name} holds values that are not finite")
+    digest = hashlib.sha256(_bytes(tensor).numpy())  # type: ignore[arg-type]
+    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest.hexdigest()
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, NaN and -0 included."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # one sum reads as fast as memory can and makes nothing; it may overflow where no value has
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def content_hash(parts: list[Fingerprint], config: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridize.checkpoint.atomic import write_json_atomic
 from hybridize.checkpoint.reader import read_json
-from hybridize.checkpoint.writer import write_json_atomic
 from hybridize.errors import InputError
 
 KINDS = ("mmr", "restore", "loo")  # in the order in which `replace` prefers them

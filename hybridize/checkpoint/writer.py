@@ -1,33 +1,23 @@
-"""Writes a checkpoint directory: streamed shard by shard into a hidden sibling, then put in place with one rename."""
+"""Writes a checkpoint: its tensors streamed shard by shard, and whatever else makes it a directory that can be used."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import json
 import os
 import shutil
-import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridize.checkpoint.atomic import write_json
+from hybridize.checkpoint.integrity import seal
 from hybridize.checkpoint.manifest import MANIFEST, Manifest
-from hybridize.checkpoint.reader import INDEX
-from hybridize.errors import InputError, WorkError
+from hybridize.checkpoint.reader import INDEX, CheckpointReader, Fingerprint, carried_files, fingerprint
+from hybridize.errors import InputError
 
 SHARD_BYTES = 2 * 10**9
-CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "chat_template*", "generation_config.json",
-)  # fmt: skip
-_LOCK = ".lock"
-
-
 OURS = ("config.json", MANIFEST, "model.safetensors", INDEX)  # one of these makes a directory a checkpoint
 
 
@@ -58,53 +48,10 @@ def check_writable(output: Path) -> None:
         raise InputError(f"{output} cannot be written: no write permission in {nearest}")
 
 
-class AtomicDirectory:
-    """A directory that appears under its name only when the `with` block ends well; else nothing is left of it.
-
-    Leftovers of killed runs for the same name are removed at the start: whoever still works holds a lock.
-    """
-
-    def __init__(self, output: Path, overwrite: bool = False) -> None:
-        self.output, self.overwrite = output.absolute(), overwrite
-
-    def __enter__(self) -> Path:
-        parent = self.output.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.output.name}.tmp-"
-        for stale in parent.glob(f"{prefix}*"):
-            with contextlib.suppress(OSError), (stale / _LOCK).open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stale)
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        self._lock = (self.path / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return self.path
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                (self.path / _LOCK).unlink()
-                _settle(self.path)
-                self._place()
-        finally:
-            self._lock.close()
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def _place(self) -> None:
-        if self.overwrite and self.output.exists():
-            _exchange(self.path, self.output)  # what was there is now in the temporary directory, which goes
-        else:
-            try:
-                os.rename(self.path, self.output)  # fails on a directory that someone else has filled meanwhile
-            except OSError as error:
-                raise WorkError(f"{self.output} appeared while this command ran; nothing was replaced") from error
-        _sync(self.output.parent)
-
-
 class CheckpointWriter:
-    """Streams tensors into shards of at most 2 GB; `close` adds index, manifest and, last, config.json.
+    """Streams tensors into shards of at most 2 GB; `close` adds index, config.json and the manifest, with hashes of it all.
 
-    `path` is the directory of an `AtomicDirectory`. Memory is one shard.
+    `path` is the directory of an `AtomicDirectory`. Memory is one shard. InputError where a tensor is not finite.
     """
 
     def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -113,8 +60,12 @@ class CheckpointWriter:
         self._bytes = self._total = 0
         self._pointers: set[int] = set()
         self._shards: list[list[str]] = []
+        self._beside = ThreadPoolExecutor(1)  # sha256 releases the interpreter lock
+        self._prints: dict[str, Future[Fingerprint]] = {}
+        self._kept: set[str] = set()
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, kept_from: CheckpointReader | None = None) -> None:
+        """kept_from: the parent, where this is its tensor of that name as it is there."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > self.shard_bytes:
             self._flush()
@@ -125,14 +76,27 @@ class CheckpointWriter:
         self._pending[name] = plain
         self._bytes += size
         self._total += size
+        if kept_from is None:
+            self._prints[name] = self._beside.submit(fingerprint, name, plain, str(self.path.parent))
+        else:  # the parent wants its print too, and has the tensor in the page cache now
+            self._kept.add(name)
+            self._prints[name] = self._beside.submit(kept_from.take_print, name)
 
     def _flush(self) -> None:
         save_file(self._pending, self.path / f"shard-{len(self._shards) + 1}", metadata={"format": "pt"})
+        self.wait()  # or tensors would gather there
         self._shards.append(list(self._pending))
         self._pending, self._bytes, self._pointers = {}, 0, set()
 
+    def wait(self) -> None:
+        """Until all tensors so far have their prints."""
+        for found in self._prints.values():
+            found.result()
+
     def close(self, config: dict[str, Any], manifest: Manifest, carry_from: Path | None) -> None:
         self._flush()
+        self.wait()
+        self._beside.shutdown()
         count, weight_map = len(self._shards), {}
         for number, names in enumerate(self._shards, start=1):
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -142,80 +106,5 @@ class CheckpointWriter:
         if carry_from is not None:
             for source in carried_files(carry_from):
                 shutil.copyfile(source, self.path / source.name)
-        write_json(self.path / MANIFEST, manifest.to_json())
         write_json(self.path / "config.json", config)
-
-
-def carried_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template and generation files of a checkpoint directory."""
-    return sorted({file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()})
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(_as_json(value), encoding="utf-8")
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """The file as a whole or not at all, synced; its directory is made if need be."""
-    write_text_atomic(path, _as_json(value))
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Likewise."""
-    write_bytes_atomic(path, text.encode())
-
-
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Likewise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-    os.close(handle)
-    try:
-        Path(name).write_bytes(data)
-        _own_mode(Path(name))
-        _sync(Path(name))
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _settle(path: Path) -> None:
-    """Gives every file the umask's mode (safetensors and mkdtemp are stricter) and syncs them, then the directories."""
-    for item in sorted(path.rglob("*"), reverse=True):
-        _own_mode(item)
-        _sync(item)
-    _own_mode(path)
-    _sync(path)
-
-
-def _own_mode(path: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swaps two directories in one step (Linux renameat2); elsewhere by way of a third name."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        rename = None
-    at_cwd, exchange = -100, 2
-    if rename is not None and rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
-        return
-    aside = one.with_name(one.name + "-old")
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
+        seal(self.path, manifest.to_json(), [found.result() for found in self._prints.values()], self._kept)

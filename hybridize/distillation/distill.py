@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.experts import as_on_disk
 from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
+from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.distillation.encode import Document, Encoder
 from hybridize.distillation.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
 from hybridize.distillation.prefetch import prefetched
@@ -174,37 +175,42 @@ def distill(
         student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
         ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,
     )  # fmt: skip
-    run.start(resume)
-    with contextlib.closing(prefetched(corpus.training(settings))) as batches:
-        used = training.go(batches, resume)
-    made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
-    manifest = descend(source, name, output, "distill", made, settings.seed)
-    shares = sum(weight for _, weight in corpus.sources)
-    data = [
-        {"path": Path(rows.name).name if Path(rows.name).is_file() else rows.name, "rows": len(rows),
-         "tokens": round(used * weight / shares)}
-        for rows, weight in corpus.sources
-    ]  # fmt: skip
-    manifest = dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
-    trained = student.state_dict()
+    with run.started(resume):
+        with contextlib.closing(prefetched(corpus.training(settings))) as batches:
+            used = training.go(batches, resume)
+        made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size, "run": run.digest}
+        manifest = descend(source, name, output, "distill", made, settings.seed)
+        shares = sum(weight for _, weight in corpus.sources)
+        data = [
+            {"path": Path(rows.name).name if Path(rows.name).is_file() else rows.name, "rows": len(rows),
+             "tokens": round(used * weight / shares)}
+            for rows, weight in corpus.sources
+        ]  # fmt: skip
+        manifest = dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
+        trained = student.state_dict()
 
-    @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
-    def gathered(parameter: str) -> torch.Tensor:
-        return whole(trained[parameter])
+        @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
+        def gathered(parameter: str) -> torch.Tensor:
+            return whole(trained[parameter])
 
-    found = ((name, as_on_disk(name, trained, gathered), old) for name, old in source.tensors())
-    final = ((name, old if new is None else new.to(old.dtype)) for name, new, old in found)
-    if not ranks.main:
-        for _ in final:  # what is sharded becomes whole only if all ranks take part
-            pass
+        def final() -> Iterator[tuple[str, torch.Tensor, bool]]:
+            """Name, value, whether that is the source's: buffers that no model keeps, and what was not to be trained."""
+            for tensor_name, old in source.tensors():
+                new = as_on_disk(tensor_name, trained, gathered)  # what is sharded becomes whole only if all ranks take part
+                kept = new is None or not settings.trains(tensor_name)
+                yield tensor_name, old if new is None or kept else new.to(old.dtype), kept
+
+        if not ranks.main:
+            for _ in final():
+                pass
+            ranks.wait()
+            return used
+        with AtomicDirectory(output, overwrite) as path:
+            writer = CheckpointWriter(path)
+            for tensor_name, value, kept in final():
+                writer.add(tensor_name, value, source if kept else None)
+            run.finish(path)
+            writer.close(source.config, manifest, carry_from=source.path)
+        run.remove()
         ranks.wait()
         return used
-    with AtomicDirectory(output, overwrite) as path:
-        writer = CheckpointWriter(path)
-        for tensor_name, value in final:
-            writer.add(tensor_name, value)  # buffers that no model keeps stay as they are
-        run.finish(path)
-        writer.close(source.config, manifest, carry_from=source.path)
-    run.remove()
-    ranks.wait()
-    return used

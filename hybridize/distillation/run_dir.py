@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from hybridize.checkpoint.atomic import hold, json_text, write_json_atomic
+from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.reader import read_json
-from hybridize.checkpoint.writer import write_json_atomic
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.watch import Trackers, draw_curve
 from hybridize.errors import InputError
@@ -41,24 +45,49 @@ class RunDir:
         self.trackers = Trackers(track if self.ranks.main else "", self.path, settings)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """InputError when there is an unfinished run and neither flag says what to do with it, or it cannot be resumed."""
-        if resume:
-            if not (self.path / "settings.json").exists():
-                raise InputError(f"--resume: there is no unfinished run in {self.path}")
+        """InputError when there is an unfinished run and neither flag says what to do with it, it is not of these settings, or
+        another process is at it."""
+        begun = (self.path / "settings.json").exists()
+        if self.path.exists() and self.ranks.main:
+            os.close(hold(self.path))
+        if resume and begun:
             before = read_json(self.path / "settings.json")
             now = json.loads(json.dumps(self.settings))
             changed = [key for key in now if before.get(key) != now[key]]
             if changed:
                 raise InputError(f"--resume: {changed[0]} was {before.get(changed[0])!r}, now it is {now[changed[0]]!r}")
-        elif self.path.exists() and not overwrite:
+        elif begun and not (overwrite or resume):
             raise InputError(f"{self.path} holds an unfinished run; continue it with --resume, or start over with --overwrite")
 
     def start(self, resume: bool) -> None:
-        if not resume and self.ranks.main:
+        if self.ranks.main and not (resume and (self.path / "settings.json").exists()):
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
             write_json_atomic(self.path / "settings.json", self.settings)
         self.ranks.wait()
+
+    @contextlib.contextmanager
+    def started(self, resume: bool) -> Iterator[None]:
+        """The directory, there and this run's alone, as long as the block lasts."""
+        if self.ranks.main and self.path.exists():
+            os.close(hold(self.path))
+        self.start(resume)
+        lock = hold(self.path) if self.ranks.main else None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def made(self, output: Path) -> bool:
+        """Whether a checkpoint is what this run comes to."""
+        found = read_manifest(output) or {}
+        return isinstance(found.get("settings"), dict) and found["settings"].get("run") == self.digest
+
+    @property
+    def digest(self) -> str:
+        """By which a result says what run it is of."""
+        return hashlib.sha256(json_text(self.settings).encode()).hexdigest()
 
     def log(self, name: str, record: dict[str, Any]) -> None:
         if not self.ranks.main:

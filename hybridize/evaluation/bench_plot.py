@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint.writer import write_bytes_atomic
+from hybridize.checkpoint.atomic import write_bytes_atomic
 
 from .bench import break_even
 

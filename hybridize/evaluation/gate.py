@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridize.checkpoint.writer import write_text_atomic
+from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.results import check_comparable
 

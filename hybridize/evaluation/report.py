@@ -131,7 +131,7 @@ def _files(path: Path, name: str) -> list[Path]:
 
 
 def _entry(home: Path) -> Entry:
-    entry = Entry(home.name, home, anatomy(read_json(home / "config.json")))
+    entry = Entry(home.name, home, anatomy(read_json(home / "config.json"), str(home)))
     entry.lineage = [{**step, "tokens": int(step.get("tokens") or 0)} for step in lineage(home)]
     entry.tokens = entry.lineage[-1]["tokens"]
     return entry

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from hybridize.checkpoint.atomic import AtomicDirectory, write_json
+from hybridize.checkpoint.integrity import seal_again
 from hybridize.checkpoint.manifest import MANIFEST, descend, read_manifest
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.checkpoint.writer import AtomicDirectory, write_json
 from hybridize.errors import InputError
 from hybridize.export import card
 from hybridize.export.gguf import check_gguf, write_gguf
@@ -94,7 +95,7 @@ def export(
             if embedding.explicit_head:
                 use = use.replace(card.VLLM, card.NOT_VLLM)
         else:
-            write_hf(source, path)
+            write_hf(source, path, lineage)
         verdict = None
         if missing is None:
             report("computing the checkpoint's own answers")
@@ -106,4 +107,5 @@ def export(
                 verdict = (ask_own_code if settings.form == "hf" else ask_transformers)(made, wanted, device)
         said = verdict.sentence() if verdict else f"not verified: {missing}"
         (path / "README.md").write_text(card.model_card(source, manifest, use, said), encoding="utf-8")
+        seal_again(path)
     return Exported(sorted(file.name for file in output.iterdir()), verdict, missing)

@@ -5,14 +5,14 @@ The weights are the checkpoint's own files, byte for byte; hybridize.modeling's 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from hybridize import modeling
-from hybridize.checkpoint.manifest import MANIFEST, read_manifest
-from hybridize.checkpoint.reader import INDEX, SINGLE, CheckpointReader
-from hybridize.checkpoint.writer import carried_files, write_json
+from hybridize.checkpoint.atomic import write_json
+from hybridize.checkpoint.integrity import seal
+from hybridize.checkpoint.manifest import Manifest
+from hybridize.checkpoint.reader import INDEX, CheckpointReader, carried_files, check_inside
 from hybridize.errors import InputError
 
 AUTO_MAP = {
@@ -34,21 +34,14 @@ def check_hf(source: CheckpointReader, name: str) -> None:
         raise InputError(f"{name} is no hybrid (model_type {source.config.get('model_type')!r}); replace comes before export")
 
 
-def write_hf(source: CheckpointReader, path: Path) -> None:
+def write_hf(source: CheckpointReader, path: Path, lineage: Manifest) -> None:
     """Fills the directory `path`."""
-    for file in [*(source.path / f for f in _weight_files(source.path)), *carried_files(source.path), *modeling_files()]:
+    weights = [*([INDEX] if (source.path / INDEX).exists() else []), *source.files]
+    for file in [*(source.path / name for name in weights), *carried_files(source.path), *modeling_files()]:
         shutil.copyfile(file, path / file.name)
     for extra in CARRIED_LOGS:
         if (source.path / extra).is_file():
+            check_inside(source.path, source.path / extra)
             shutil.copyfile(source.path / extra, path / extra)
-    manifest = read_manifest(source.path)
-    if manifest is not None:
-        write_json(path / MANIFEST, manifest)
     write_json(path / "config.json", source.config | {"auto_map": AUTO_MAP})
-
-
-def _weight_files(path: Path) -> list[str]:
-    if not (path / INDEX).exists():
-        return [SINGLE]
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    return [INDEX, *sorted(set(index["weight_map"].values()))]
+    seal(path, lineage.to_json(), [source.take_print(name) for name in source.names], source.names)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.checkpoint.journal import Journal
-from hybridize.checkpoint.writer import write_text_atomic
 from hybridize.errors import InputError
 
 
@@ -18,9 +18,10 @@ class Traces:
         self.path = path
         if path.is_dir():
             raise InputError(f"{path} is a directory; it names a file")
-        if path.exists() and not overwrite:
+        part = path.with_name(path.name + ".part")
+        if path.exists() and not overwrite and not (resume and part.exists()):  # both: killed just before the end
             raise InputError(f"{path} exists; give another -o or --overwrite")
-        self.journal = Journal(path.with_name(path.name + ".part"), settings, resume, overwrite)
+        self.journal = Journal(part, settings, resume, overwrite)
         try:
             self.lines = {(int(line["row"]), int(line["sample"])): line for line in self.journal.lines}
         except (KeyError, TypeError, ValueError) as error:

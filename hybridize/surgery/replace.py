@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.checkpoint.writer import AtomicDirectory, CheckpointWriter
+from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import CARRIED_KEYS, MIXER_LAYER, HybridConfig
 from hybridize.surgery.calibrate import PARTS, calibrate
 from hybridize.surgery.mapping import DEFAULT_MIXER, Target, build, mixer_shape, plan_layer, stored
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.teacher import Teacher, hybrid_config
-
-AHEAD = 32  # tensors that may be written before their part of the parent's hash is there
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,8 @@ def starting_values(
             values = {name: value.cpu() for name, value in mixer.state_dict().items()}
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
-                raise WorkError(f"layer {layer}: {name} is not finite; are the weights or the calibration data damaged?")
+                _ = source.hash, donor.hash  # which name the tensor, if it is the weights
+                raise WorkError(f"layer {layer}: {name} is not finite, though all weights are; --no-calibrate, or other text")
         yield layer, values
 
 
@@ -155,18 +154,13 @@ def replace(
     """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest; check: looks at the
     finished directory before it becomes the output, and raises what speaks against that."""
     settings = settings | {"calibration": None if calibration is None else calibration.settings()}
-    origin, prints = "mil" if calibration is None else "calibrated", list[Future[None]]()
-    with AtomicDirectory(output, overwrite) as path, ThreadPoolExecutor(1) as beside:
+    origin = "mil" if calibration is None else "calibrated"
+    with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
         for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed, calibration):
-            if tensor_name in source:  # the parent's hash is taken of what is read anyway, while it is in the page cache
-                prints.append(beside.submit(source.take_print, tensor_name))
-            writer.add(tensor_name, tensor)
-            while len(prints) > AHEAD:
-                prints.pop(0).result()
+            writer.add(tensor_name, tensor, source if tensor_name in source else None)
             progress(tensor_name)
-        for fingerprint in prints:
-            fingerprint.result()
+        writer.wait()  # the parent's hash wants the same prints
         manifest = descend(source, name, output, "replace", settings, seed)
         for layer in surgery.layers:
             manifest.layers[layer] = {"origin": origin, "from": init_from}

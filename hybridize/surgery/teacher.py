@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
+from hybridize.checkpoint.experts import locate, stored_shape
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError
-from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridModel
+from hybridize.errors import InputError, first_line
+from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel
 
 # embeddings are scaled, norms stand behind attention and MLP too, and multiply by 1 + weight
+FLOATS = ("F32", "BF16", "F16", "F64")
+MOST = {  # beyond what any model has, and far from what would fill memory to look at
+    "num_hidden_layers": 1000, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 26,
+    "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 14, "max_position_embeddings": 1 << 30,
+    "num_experts": 1 << 14, "num_local_experts": 1 << 14,
+}  # fmt: skip
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 GEMMA = ("gemma2", "gemma3_text")
 
 
@@ -76,6 +86,43 @@ def family_of(config: dict[str, Any], where: str) -> str:
     if config.get("quantization_config"):
         raise InputError(f"{where} is quantised; surgery needs the plain weights (dequantise it first)")
     return family
+
+
+def check_whole(reader: CheckpointReader) -> None:
+    """InputError naming the file and the tensor unless the weights are those of a model of this config: none missing, which
+    transformers would draw at random, none left over, each of the right shape and of a type to compute with."""
+    where, family = reader.path / "config.json", family_of(reader.config, str(reader.path))
+    there = {int(layer[1]) for name in reader.names if (layer := _LAYER.match(name))}
+    count = reader.config.get("num_hidden_layers", len(there))
+    if there != set(range(len(there))) or len(there) != count:
+        raise InputError(f"{where} says {count} layers, the weights have {len(there)}")
+    model = empty_model(reader.config, str(reader.path))
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, shape in wanted.items():
+        found = stored_shape(reader, name)
+        if found is None and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            raise InputError(f"{reader.path} has no tensor {name}, which a {family} model of its config.json has")
+        if found is not None and found != shape:
+            raise InputError(f"{reader.path}: {name} has shape {found}, the config says {shape}")
+    for name in reader.names:
+        if _LAYER.match(name) and locate(name)[0] not in wanted and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{reader.file(name)}: {name} has no place in a {family} model of {where}")
+        if locate(name)[0] in wanted and reader.dtype(name) not in FLOATS:
+            raise InputError(f"{reader.file(name)}: {name} is of type {reader.dtype(name)}; weights are {', '.join(FLOATS)}")
+
+
+def empty_model(raw: dict[str, Any], where: str) -> HybridForCausalLM:
+    """The model of a config, without storage. InputError where the config is none of its family."""
+    family = family_of(raw, where)
+    for key, most in MOST.items():
+        value = raw.get(key)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise InputError(f"{where}/config.json: {key} is {value!r}, not a whole number from 1 to {most}")
+    try:
+        with init_empty_weights(include_buffers=False):
+            return HybridForCausalLM(hybrid_config(raw))
+    except Exception as error:  # config classes raise their own kinds for a bad value, layers whatever comes of it
+        raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
 
 
 def read_teacher(reader: CheckpointReader) -> Teacher:

@@ -1,0 +1,52 @@
+"""hybridize verify"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .output import Output, guarded
+
+SHOWN = 20
+
+
+@guarded
+def command(
+    checkpoint: opt.Checkpoint = "./teacher",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Compare what was to stay as it was with the parent, bit for bit.")
+    ] = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Reads a checkpoint or an export that hybridize wrote; writes nothing: is every byte as it was written?
+
+    Each tensor and file is held against its hash in the manifest, which has one of its own. Exit 1 names what differs.
+    """
+    out = Output(as_json, quiet)
+    from dataclasses import asdict
+
+    from hybridize.checkpoint.integrity import verify
+    from hybridize.checkpoint.reader import resolve_checkpoint
+
+    path, started = resolve_checkpoint(checkpoint), time.monotonic()
+    found = verify(path, deep, lambda done, count: out.progress(f"{done} of {count} tensors", last=done == count))
+    seconds = time.monotonic() - started
+
+    def human() -> None:
+        for line in found.damage[:SHOWN]:
+            print(line)
+        if len(found.damage) > SHOWN:
+            print(f"and {len(found.damage) - SHOWN} more")
+        state = f"{len(found.damage)} differ" if found.damage else "all as written"
+        kept = "" if found.kept is None else f", {found.kept} tensors held against the parent"
+        size = f"{found.tensors} tensors ({found.bytes / 1e6:,.1f} MB), {found.files} files{kept}"
+        print(f"{checkpoint}: {state}: {size}, {seconds:.1f} s")
+
+    out.result({"checkpoint": checkpoint, "intact": not found.damage, **asdict(found), "seconds": round(seconds, 2)}, human)
+    if found.damage:
+        out.warn(found.damage[0]) if as_json or quiet else None
+        raise typer.Exit(1)

@@ -1,0 +1,169 @@
+"""Whether a checkpoint is what was written: hashes of every byte of it in its manifest, and the comparison with them.
+
+The manifest has, beside lineage: `weights`, name -> dtype, shape, sha256 of the bytes, and `kept` where the tensor is the
+parent's as it was; `files`, name -> sha256, of a safetensors file that of its header, since the tensors cover the rest; `hash`,
+the content hash; and `seal`, the sha256 of the manifest without its last entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridize.checkpoint.atomic import json_text, write_json
+from hybridize.checkpoint.manifest import MANIFEST, read_manifest
+from hybridize.checkpoint.reader import (
+    CARRIED,
+    CheckpointReader,
+    Fingerprint,
+    content_hash,
+    fingerprint,
+    read_json,
+    same_bytes,
+)
+from hybridize.errors import InputError
+
+SAFETENSORS = ".safetensors"
+MOST_HEADER = 100 << 20  # what safetensors itself reads at most
+CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "adapter_*", "processor_config.json", "preprocessor_config.json")
+CHUNK = 1 << 24
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at: tensors, their bytes, other files; kept: tensors compared with the parent, None without `deep`.
+    damage: a sentence for each thing that is not as it was written."""
+
+    tensors: int
+    bytes: int
+    files: int
+    kept: int | None
+    damage: list[str]
+
+
+def seal(path: Path, manifest: dict[str, Any], prints: Collection[Fingerprint], kept: Collection[str] = ()) -> None:
+    """Writes the manifest with the hashes of all that the directory holds.
+
+    prints: of all tensors, none where they are in no safetensors file; kept: names of those that are the parent's.
+    """
+    weights = {
+        name: {"dtype": dtype, "shape": list(shape), "sha256": body} | ({"kept": True} if name in kept else {})
+        for name, dtype, shape, body in sorted(prints)
+    }
+    content = content_hash(list(prints), read_json(path / "config.json")) if prints else None
+    _write(path, manifest | {"hash": content, "weights": weights})
+
+
+def seal_again(path: Path) -> None:
+    """After files were added to what has a manifest."""
+    found = read_json(path / MANIFEST)
+    _write(path, {"hash": None, "weights": {}} | {key: value for key, value in found.items() if key not in ("files", "seal")})
+
+
+def _write(path: Path, manifest: dict[str, Any]) -> None:
+    files = {file.name: _file_hash(file) for file in sorted(path.iterdir()) if file.is_file() and file.name != MANIFEST}
+    whole = manifest | {"files": files}
+    write_json(path / MANIFEST, whole | {"seal": _digest(whole)})
+
+
+def verify(path: Path, deep: bool = False, progress: Progress = lambda *_: None) -> Verified:
+    """Reads every byte of a checkpoint or export. deep: holds what was to stay as it was against the parent too.
+
+    InputError where there is nothing to hold it against: no manifest, none with hashes, or a parent that is gone.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise InputError(f"{path} has no {MANIFEST}: only what hybridize wrote can be verified")
+    weights, files = manifest.get("weights"), manifest.get("files")
+    if not isinstance(weights, dict) or not isinstance(files, dict) or "seal" not in manifest:
+        raise InputError(f"{path / MANIFEST} has no hashes: an older hybridize wrote it, or it was damaged")
+    parent = _parent(path, manifest) if deep else None
+    damage = [] if _sealed(path, manifest) else [f"{path / MANIFEST} is not as it was written"]
+    damage += _changed(path, files)
+    if not weights:
+        return Verified(0, 0, len(files), None if parent is None else 0, damage)
+    try:
+        reader = CheckpointReader(path)
+    except InputError as error:
+        return Verified(0, 0, len(files), None, [*damage, str(error)])
+    damage += [f"{path}: tensor {name} is missing" for name in sorted(set(weights) - set(reader.names))]
+    damage += [f"{reader.file(name)}: tensor {name} was not written" for name in sorted(set(reader.names) - set(weights))]
+    names = sorted(set(weights) & set(reader.names))
+
+    def look(name: str) -> tuple[int, list[str]]:
+        tensor, said = reader.tensor(name), weights[name]
+        _, dtype, shape, body = fingerprint(name, tensor)
+        found = {"dtype": dtype, "shape": list(shape), "sha256": body}
+        wrong = not isinstance(said, dict) or any(said.get(key) != value for key, value in found.items())
+        return tensor.numel() * tensor.element_size(), (
+            [f"{reader.file(name)}: tensor {name} is not as it was written"] if wrong else []
+        )
+
+    size = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # sha256 releases the interpreter lock
+        for done, (read, said) in enumerate(pool.map(look, names), start=1):
+            size, damage = size + read, damage + said
+            progress(done, len(names))
+    kept = [name for name in names if parent is not None and isinstance(weights[name], dict) and weights[name].get("kept")]
+    for name in kept:
+        assert parent is not None
+        if name not in parent or not same_bytes(reader.tensor(name), parent.tensor(name)):
+            damage.append(f"{reader.file(name)}: tensor {name} is not what its parent {parent.path} has")
+    return Verified(len(names), size, len(files), None if parent is None else len(kept), damage)
+
+
+def _parent(path: Path, manifest: dict[str, Any]) -> CheckpointReader:
+    said = manifest.get("parent")
+    where = str(said.get("path", "")) if isinstance(said, dict) else ""
+    if not where or not (path / where).is_dir():
+        raise InputError(f"{path}: its parent {where or 'has no name'} is not on this disk, and --deep needs it")
+    return CheckpointReader(path / where)
+
+
+def _changed(path: Path, files: dict[str, Any]) -> list[str]:
+    """Sentences about files that differ, are missing, or would be read with the checkpoint though nobody wrote them."""
+    found = []
+    for name, said in sorted(files.items()):
+        file = path / name
+        if Path(name).name != name:
+            found.append(f"{path / MANIFEST} names {name!r}, which is not a file of this directory")
+        elif not file.is_file():
+            found.append(f"{file} is missing")
+        elif _file_hash(file) != said:
+            found.append(f"{file} is not as it was written")
+    strange = {
+        file for pattern in (*CARRIED, *CODE, f"*{SAFETENSORS}") for file in path.glob(pattern) if file.name not in files
+    }
+    return found + [f"{file} was not written by the command that made this" for file in sorted(strange)]
+
+
+def _sealed(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the manifest is, to the byte, what `_write` makes of its content, and its seal that content's."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    try:
+        return manifest["seal"] == _digest(rest) and (path / MANIFEST).read_text(encoding="utf-8") == json_text(manifest)
+    except ValueError:  # NaN
+        return False
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json_text(manifest).encode()).hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    """sha256 of a file, of a safetensors file's header (the length before it included)."""
+    digest = hashlib.sha256()
+    with file.open("rb") as read:
+        if file.suffix == SAFETENSORS:
+            length = read.read(8)
+            digest.update(length + read.read(min(int.from_bytes(length, "little"), MOST_HEADER)))
+        else:
+            while part := read.read(CHUNK):
+                digest.update(part)
+    return digest.hexdigest()
