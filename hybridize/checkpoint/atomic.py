@@ -14,7 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hybridize.errors import InputError, WorkError
+from safetensors import SafetensorError
+
+from hybridize.errors import InputError, WorkError, first_line
 
 
 class AtomicDirectory:
@@ -44,6 +46,8 @@ class AtomicDirectory:
             if kind is None:
                 _settle(self.path)
                 self._place()
+            elif isinstance(error, OSError | SafetensorError):  # the disk is full, as a rule
+                raise WorkError(f"{self.output} could not be made: {first_line(error)}") from error
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
@@ -141,6 +145,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         _own_mode(Path(name))
         _sync(Path(name))
         os.replace(name, path)
+    except OSError as error:
+        raise WorkError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         os.close(handle)
         Path(name).unlink(missing_ok=True)

@@ -12,8 +12,8 @@ TEACHER, TASKS = (Path(__file__).parent / name for name in ("teacher", "tasks"))
 
 
 def write_demo(folder: Path, overwrite: bool = False) -> tuple[Path, Path]:
-    """Copies both to FOLDER/teacher and FOLDER/tasks. InputError when one is there already and not `overwrite`, but for one that
-    a run which was cut short has left as it should be."""
+    """Copies both to FOLDER/teacher and FOLDER/tasks. InputError when one is there already and not `overwrite`, unless
+    it is what a run that was cut short had done of it."""
     targets = [(TEACHER, folder / "teacher"), (TASKS, folder / "tasks")]
     missing = [(source, target) for source, target in targets if overwrite or not _same(source, target)] or targets
     for _, target in missing:

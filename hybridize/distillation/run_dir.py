@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -23,7 +24,7 @@ from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.reader import read_json
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.watch import Trackers, draw_curve
-from hybridize.errors import InputError
+from hybridize.errors import InputError, first_line
 
 LOGS = ("metrics", "eval")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that a state has one writer is no news
@@ -111,7 +112,8 @@ class RunDir:
         if self.ranks.first(self._whole(step)):
             return
         place = {"checkpoint_id": self.path / f"step-{step:08}", "process_group": self.group, "no_dist": self.ranks.size == 1}
-        self.pending = async_save(_state(student, optimizer), **place)
+        with _explained(f"the state of the run could not be written to {self.path}"):
+            self.pending = async_save(_state(student, optimizer), **place)
         if wait:
             self.settle()
 
@@ -119,12 +121,9 @@ class RunDir:
         """Until the state that is being written is whole; OSError where it could not be."""
         if self.pending is None:
             return
-        try:
-            self.pending.result()
-        except Exception as error:
-            self.pending = None
-            raise OSError(f"the state of the run could not be written to {self.path}: {error}") from error
-        self.pending = None
+        pending, self.pending = self.pending, None
+        with _explained(f"the state of the run could not be written to {self.path}"):
+            pending.result()
         if self.ranks.main:
             for step in set(self.steps()) - self._spared():
                 shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
@@ -143,7 +142,8 @@ class RunDir:
         sums = {name: torch.zeros_like(p) for name, p in trained.items()}
         for step in steps:
             one = {name: torch.empty_like(p) for name, p in trained.items()}
-            load(one, checkpoint_id=self.path / f"step-{step:08}", no_dist=self.ranks.size == 1)
+            with _explained(f"{self.path}: the state after step {step} cannot be read"):
+                load(one, checkpoint_id=self.path / f"step-{step:08}", no_dist=self.ranks.size == 1)
             for name, value in one.items():
                 sums[name] += value
         with torch.no_grad():
@@ -174,7 +174,8 @@ class RunDir:
         self.ranks.wait()
         if step:
             place = self.path / f"step-{step:08}"
-            saved = FileSystemReader(place).read_metadata().state_dict_metadata
+            with _explained(f"{place} cannot be read"):
+                saved = FileSystemReader(place).read_metadata().state_dict_metadata
             kept = {key.split("/")[1] for key in saved if key.startswith("moments/")}
             names = {id(p): name for name, p in student.named_parameters()}
             for group in optimizer.param_groups:
@@ -185,7 +186,8 @@ class RunDir:
                     counted = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
                     optimizer.state[parameter] = {"step": torch.zeros((), device=counted), **moments}
             state = _state(student, optimizer)
-            load(state, checkpoint_id=place, no_dist=self.ranks.size == 1)
+            with _explained(f"{place} cannot be read"):
+                load(state, checkpoint_id=place, no_dist=self.ranks.size == 1)
         return step
 
     @staticmethod
@@ -214,6 +216,20 @@ class RunDir:
     def remove(self) -> None:
         if self.ranks.main:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """OSError with one sentence where torch's checkpointing fails, which raises tracebacks, and no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        inner = [failure for failure, _ in error.failures.values()]
+        if any(isinstance(failure, KeyboardInterrupt) for failure in inner):
+            raise KeyboardInterrupt from error
+        raise OSError(f"{what}: {first_line(inner[0] if inner else error)}") from error
+    except Exception as error:
+        raise OSError(f"{what}: {first_line(error)}") from error
 
 
 def _state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -154,7 +154,8 @@ class Training:
                     wait = 60 * settings.save_minutes
                     late = wait > 0 and self.ranks.first(time.monotonic() - saved_at > wait)
                     if late or (settings.save_every and (finished % settings.save_every == 0 or finished == steps)):
-                        run.save(self.student, self.optimizer, finished)
+                        with uninterrupted():  # or a state would be on its way that nobody knows of
+                            run.save(self.student, self.optimizer, finished)
                         saved_at = time.monotonic()
                     if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
                         self.measure(finished)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.checkpoint.journal import Journal
+from hybridize.checkpoint.writer import check_writable
 from hybridize.errors import InputError
 
 
@@ -21,6 +22,7 @@ class Traces:
         part = path.with_name(path.name + ".part")
         if path.exists() and not overwrite and not (resume and part.exists()):  # both: killed just before the end
             raise InputError(f"{path} exists; give another -o or --overwrite")
+        check_writable(path)
         self.journal = Journal(part, settings, resume, overwrite)
         try:
             self.lines = {(int(line["row"]), int(line["sample"])): line for line in self.journal.lines}

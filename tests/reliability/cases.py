@@ -104,10 +104,14 @@ CASES = [
         ("score-restore", "teacher", "--steps", "2", "--windows", "2", "--calibration-tokens", "600", *SMALL),
         "teacher/scores/restore.json", scores,
     ),
-    Case("eval", ("eval", "h2", *TASKS, "-o", "results"), "results/results.json", results, ("--resume",), ("answers.part.jsonl",)),
+    Case(
+        "eval", ("eval", "h2", *TASKS, "-o", "results"), "results/results.json", results, ("--resume",),
+        ("answers.part.jsonl",),
+    ),
     Case(
         "eval --fidelity",
-        ("eval", "h2", "--fidelity", "teacher/traces.jsonl", "--windows", "2", "--seq-len", "64", "--limit", "20", "-o", "results"),
+        ("eval", "h2", "--fidelity", "teacher/traces.jsonl", "--windows", "2", "--seq-len", "64", "--limit", "20", "-o",
+         "results"),
         "results/fidelity.json", fidelity,
     ),
     Case("export hf", ("export", "h2", "-o", "out"), "out", exported),

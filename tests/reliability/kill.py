@@ -157,8 +157,9 @@ def main() -> None:
             table[told.name] = found
             failed += len(found["broken"])
             seconds = time.monotonic() - began
-            said = f"{told.name:34} {found['events']:5} touches, ends {found['ends']}, {found['complete']} complete, {seconds:.0f} s"
-            print(said, f"{len(found['broken'])} BROKEN" if found["broken"] else "all kept", flush=True)
+            said = f"{found['events']:5} touches, ends {found['ends']}, {found['complete']} complete, {seconds:.0f} s"
+            kept = f"{len(found['broken'])} BROKEN" if found["broken"] else "all kept"
+            print(f"{told.name:34} {said} {kept}", flush=True)
             for entry in found["broken"][:6]:
                 print("   ", entry, flush=True)
     server.close()

@@ -1,13 +1,15 @@
 """Runs hybridize's commands as processes of their own, a fork each, so that a run costs what the command does and no imports.
 
-`python -m tests.reliability.server` reads a request a line (JSON) and answers each with one. `Server` is its other end. A fault
-strikes after so many seconds, or at the k-th time that the command touches its working directory through Python: opens, renames,
-removes or makes a file there.
+`python -m tests.reliability.server` reads a request a line (JSON) and answers each with one. `Server` is its other end. A
+fault strikes after so many seconds, or at the k-th time that the command touches its working directory through Python: opens,
+renames, removes or makes a file there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import importlib
 import json
 import mmap
@@ -27,6 +29,7 @@ TOUCHES = frozenset(
     ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.listdir", "os.scandir", "os.truncate", "os.link")
 )  # fmt: skip
 LIMIT = 120.0
+ROOM = 1 << 20
 
 
 class Server:
@@ -77,21 +80,25 @@ def watch(counter: mmap.mmap, cwd: str, event: int | None, act: Any) -> None:
     sys.addaudithook(hook)
 
 
-def child(told: dict[str, Any], counter: mmap.mmap, out: Path) -> None:
+def drop_rights() -> None:
+    """Root, for whom modes of files mean nothing, becomes a user like others, who owns root's files."""
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def child(told: dict[str, Any], counter: mmap.mmap, out: Path, pipes: list[tuple[int, int]]) -> None:
     from hybridize.commands import main
 
     os.chdir(told["cwd"])
     os.environ.update(told.get("env", {}), TMPDIR=str(out))
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        handle = os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-        os.close(handle)
+    for number, pipe in zip((1, 2), pipes, strict=True):
+        os.dup2(pipe[1], number)
     if told.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_limit"],) * 2)
-    if told.get("uid"):
-        os.setgid(told["uid"])
-        os.setuid(told["uid"])
+    if told.get("ordinary"):
+        drop_rights()
     at, what = told.get("event"), told.get("signal")
 
     def act() -> None:
@@ -128,9 +135,13 @@ def serve() -> None:
         home.mkdir()
         home.chmod(0o777)
         counter, began = mmap.mmap(-1, 8), time.monotonic()
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]  # no files: those have limits
+        for read, _ in pipes:
+            fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, ROOM)
+            os.set_blocking(read, False)
         pid = os.fork()
         if pid == 0:
-            child(told, counter, home)
+            child(told, counter, home, pipes)
         after, limit, killed = told.get("after"), told.get("limit", LIMIT), False
         while True:
             done, status, used = os.wait4(pid, os.WNOHANG)
@@ -144,10 +155,8 @@ def serve() -> None:
                 os.kill(pid, signal.SIGKILL)
                 killed = True
             time.sleep(0.002)
-        texts = {
-            name: (home / name).read_text(errors="replace") if (home / name).exists() else "" for name in ("stdout", "stderr")
-        }
-        left = sorted(p.name for p in home.iterdir() if p.name not in texts)
+        texts = {name: drained(*pipe) for name, pipe in zip(("stdout", "stderr"), pipes, strict=True)}
+        left = sorted(path.name for path in home.iterdir())
         answer = {
             "rc": os.waitstatus_to_exitcode(status), "seconds": spent, "events": struct.unpack("q", counter[:8])[0],
             "peak": used.ru_maxrss / 1024, "hung": killed, "left": left, **texts,
@@ -157,10 +166,21 @@ def serve() -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
+def drained(read: int, write: int) -> str:
+    os.close(write)
+    text = b""
+    with contextlib.suppress(BlockingIOError):  # a grandchild may live on
+        while part := os.read(read, ROOM):
+            text += part
+    os.close(read)
+    return text.decode(errors="replace")
+
+
 def preload() -> None:
     """All that commands import, with nothing computed: a fork has no threads but the one that forks."""
-    import hybridize
     import torch
+
+    import hybridize
 
     torch.set_num_threads(1)
     for name in ("lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks", "datasets", "matplotlib.pyplot", "gguf"):
