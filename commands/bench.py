@@ -75,10 +75,10 @@ def command(
         "format": 1, "settings": asdict(settings) | {"random_weights": random_weights} | ran_on(where, compute), "machine": on,
         "paths": dict(zip(names, checkpoints, strict=True)), **found,
     }  # fmt: skip
-    write_json_atomic(path, found)
     from hybridize.evaluation.bench_plot import draw
 
     drawn = draw(found, target / "bench.png")
+    write_json_atomic(path, found)  # last: a run whose picture is not there yet may be started again
     out.progress(f"wrote {path}", last=True)
     if not drawn:
         out.note("no bench.png: matplotlib is not installed (pip install 'hybridize[plots]')")

@@ -180,7 +180,7 @@ def _measured(
     trust_remote_code: bool, prefix: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """The checkpoint's results, written into `target` as well; nothing on any rank but the first."""
-    from hybridize.checkpoint.atomic import write_json_atomic, write_text_atomic
+    from hybridize.checkpoint.atomic import clear_leftovers, write_json_atomic, write_text_atomic
     from hybridize.checkpoint.journal import Journal
     from hybridize.errors import InputError
     from hybridize.evaluation.harness import evaluate, generates
@@ -193,6 +193,7 @@ def _measured(
     if kept is not None:
         if ranks.main:
             asked.unlink(missing_ok=True)  # killed after the results were there
+            clear_leftovers(path)
         return dict(kept)
     if path.exists() and not overwrite and not prefix:
         raise InputError(f"{path} is of another checkpoint or other settings; give another -o or --overwrite")

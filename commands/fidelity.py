@@ -35,6 +35,7 @@ def measure_fidelity(
     origin, text, batches = text_beside(
         source, name, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, ROWS
     )
+    _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
     student, model = (load_model(reader.path, where, compute, trust_remote_code) for reader in (source, origin))
     found = measure(student, model, [batch.to(where) for batch in batches], compute)
     prompts = torch.cat([batch.ids[:, : min(PROMPT, seq_len // 2)] for batch in batches]).to(where)

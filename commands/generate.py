@@ -170,6 +170,7 @@ def _generation(
     if (path / "generation_config.json").is_file():
         try:
             made = GenerationConfig.from_pretrained(path, local_files_only=True)
+            _check(made)
         except Exception as error:  # whatever it has against the file
             raise InputError(f"{path / 'generation_config.json'} cannot be read: {first_line(error)}") from error
     samples = bool(made.do_sample)
@@ -182,6 +183,16 @@ def _generation(
     )
     ends = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
     return settings, {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+
+def _check(made: Any) -> None:
+    """ValueError where something that is used here is of no use."""
+    for name in ("temperature", "top_p", "min_p", "top_k"):
+        if not isinstance(getattr(made, name), int | float | None):
+            raise ValueError(f"{name} is {getattr(made, name)!r}")
+    for end in made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]:
+        if not isinstance(end, int | None):
+            raise ValueError(f"eos_token_id is {made.eos_token_id!r}")
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from .output import Output
 
 
-def open_checkpoint(name: str, revision: str | None = None) -> CheckpointReader:
-    """A checkpoint of a supported family; InputError says what is wrong with it."""
+def open_checkpoint(name: str, revision: str | None = None, network: bool = True) -> CheckpointReader:
+    """A checkpoint of a supported family; InputError says what is wrong with it. network: see resolve_checkpoint."""
+    from hybridize.checkpoint.manifest import check_manifest
     from hybridize.checkpoint.reader import CheckpointReader, resolve_checkpoint
     from hybridize.surgery.teacher import check_whole
 
-    reader = CheckpointReader(resolve_checkpoint(name, revision))
+    reader = CheckpointReader(resolve_checkpoint(name, revision, network=network))
     check_whole(reader)
+    check_manifest(reader)
     return reader
 
 
@@ -38,7 +40,7 @@ def teacher_of(source: CheckpointReader, name: str, teacher: str | None) -> Chec
     root = root_of(source.path)
     if root is not None:
         try:
-            return open_checkpoint(root)
+            return open_checkpoint(root, network=False)  # a checkpoint's word is no reason to call anybody
         except InputError as error:
             raise InputError(f"the teacher of {name} cannot be opened ({error}); say where it is with --teacher") from error
     if source.config.get("model_type") == "hybridize":
@@ -72,6 +74,7 @@ def refuse_ranks(command: str) -> None:
 def done_already(out: Output, run: RunDir, path: Path, overwrite: bool, made: Callable[[Path], bool]) -> bool:
     """Whether `path` is there as the result of this very run, which then has nothing left to do; what it may have left behind
     goes. InputError where `path` is another's and not to be replaced."""
+    from hybridize.checkpoint.atomic import clear_leftovers
     from hybridize.distillation.ranks import leave
     from hybridize.errors import InputError
 
@@ -80,6 +83,7 @@ def done_already(out: Output, run: RunDir, path: Path, overwrite: bool, made: Ca
     if run.ranks.first(not made(path)):
         raise InputError(f"{path} exists and is not of this run; give another -o or --overwrite")
     run.remove()
+    clear_leftovers(path)
     leave()
     out.note(f"{path} is this run's result already")
     out.result({"output": str(path), "already": True})

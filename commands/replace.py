@@ -236,7 +236,10 @@ def _choose(
     if ranking.checkpoint != source.hash:
         raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
     out.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
-    chosen, tied = lowest(contract, ranking, count), astride(ranking.layers, count)
+    try:
+        chosen, tied = lowest(contract, ranking, count), astride(ranking.layers, count)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if tied:
         names = ", ".join(map(str, tied))
         out.warn(f"the cut after {count} layers falls inside a tie: {names} could be on either side of it (90% of resamples)")

@@ -58,6 +58,7 @@ def command(
     quiet_transformers()
     where, compute = pick_compute(device, dtype)
     tokenizer = load_tokenizer(source.path, trust_remote_code)
+    _ = source.hash  # what is measured; whether it is finite shows here
     started = time.time()
 
     def progress(done: int, count: int) -> None:

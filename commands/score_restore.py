@@ -86,6 +86,7 @@ def command(
     held = corpus.measuring(replace(settings.as_distill(), batch_size=rows, eval_windows=windows))
     if not held or corpus.density(settings.as_distill()) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len or --eval-data may")
+    _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
     student = load_hybrid(source, where, torch.float32)
     model = load_model(origin.path, where, compute, trust_remote_code)
     started = time.time()

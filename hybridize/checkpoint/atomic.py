@@ -122,6 +122,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def clear_leftovers(path: Path) -> None:
+    """Of killed writers of a file or directory; who writes it again does so anyway."""
+    _clear(path.parent, f".{path.name}.tmp-")
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """The file as a whole or not at all, synced; its directory is made if need be."""
     write_text_atomic(path, json_text(value))

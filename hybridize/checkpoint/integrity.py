@@ -135,6 +135,8 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
             found.append(f"{path / MANIFEST} names {name!r}, which is not a file of this directory")
         elif not file.is_file():
             found.append(f"{file} is missing")
+        elif file.resolve().parent != path.resolve():
+            found.append(f"{file} is a link out of its directory, to {file.resolve()}")
         elif _file_hash(file) != said:
             found.append(f"{file} is not as it was written")
     strange = {

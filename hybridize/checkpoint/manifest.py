@@ -51,10 +51,29 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     if not (checkpoint / MANIFEST).exists():
         return None
     found = read_json(checkpoint / MANIFEST)
-    kinds = {"root": dict, "layers": list, "data": list, "tokens": int}
-    if found.get("format") != FORMAT or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+    kinds = {"parent": dict, "root": dict, "command": str, "settings": dict, "layers": list, "data": list, "tokens": int}
+    good = found.get("format") == FORMAT and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    good = good and all(isinstance(found[end].get(key), str) for end in ("parent", "root") for key in ("path", "hash"))
+    good = good and all(_is_path(checkpoint, found[end]["path"]) for end in ("parent", "root"))
+    if not good or not all(isinstance(entry, dict) for entry in (*found["layers"], *found["data"])) or found["tokens"] < 0:
         raise InputError(f"{checkpoint / MANIFEST} is not a manifest of format {FORMAT}")
     return found
+
+
+def _is_path(checkpoint: Path, name: str) -> bool:
+    try:
+        (checkpoint / name).is_dir()
+    except (OSError, ValueError):  # too long, a NUL
+        return False
+    return bool(name)
+
+
+def check_manifest(source: CheckpointReader) -> None:
+    """InputError where there is a manifest and it is damaged, or of a model with another number of layers."""
+    found = read_manifest(source.path)
+    count = source.config.get("num_hidden_layers")
+    if found is not None and len(found["layers"]) != count:
+        raise InputError(f"{source.path / MANIFEST} describes {len(found['layers'])} layers, config.json {count}")
 
 
 def descend(

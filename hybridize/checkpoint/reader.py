@@ -19,6 +19,7 @@ from hybridize.errors import InputError, first_line
 
 Fingerprint = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha256 of the bytes
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MOST_NAME = 255  # bytes that file systems allow
 MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
 NOT_HASHED = ("transformers_version", "_name_or_path")
 CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
@@ -29,10 +30,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES) -> Path:
+def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES, network: bool = True) -> Path:
     """The directory that `name` means: a path if it starts with . or /, else an existing directory, else a hub id.
 
-    files: patterns of what is wanted of a hub id. Raises InputError where there is none, or the hub does not have it.
+    files: patterns of what is wanted of a hub id. network: or only what is in the hub's cache on this disk, for a name that no
+    user has typed. Raises InputError where there is none, or the hub does not have it.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -44,8 +46,10 @@ def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[s
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not network))
     except Exception as error:  # the hub raises its own, httpx's and OSError, all meaning: not to be had
+        if not network:
+            raise InputError(f"{name} is no local directory, and not in the hub's cache") from error
         raise InputError(f"{name} is no local directory, and the hub did not give it: {first_line(error)}") from error
 
 
@@ -108,7 +112,7 @@ class CheckpointReader:
             if not isinstance(weights, dict) or not weights:
                 raise InputError(f"{self.path / INDEX} has no weight_map")
             shards = sorted(set(map(str, weights.values())))
-            outside = [s for s in shards if Path(s).name != s]
+            outside = [s for s in shards if Path(s).name != s or len(s) > MOST_NAME or "\0" in s]
             if outside:
                 raise InputError(f"{self.path / INDEX} names {outside[0]!r}, which is not a file of this directory")
         elif (self.path / SINGLE).exists():

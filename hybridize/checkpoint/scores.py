@@ -56,10 +56,11 @@ def read_scores(path: Path) -> Scores:
     fields: dict[str, Any] = {key: found.get(key) for key in Scores.__dataclass_fields__}
     try:
         layers = [
-            LayerScore(int(s["layer"]), float(s["score"]), s.get("stderr"), _pair(s.get("ranks"))) for s in fields.pop("layers")
+            LayerScore(int(s["layer"]), float(s["score"]), _number(s.get("stderr")), _pair(s.get("ranks")))
+            for s in fields.pop("layers")
         ]
         scores = Scores(**fields, layers=layers)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a score file: {error}") from error
     for score in layers:
         if not math.isfinite(score.score):
@@ -69,6 +70,10 @@ def read_scores(path: Path) -> Scores:
     if not isinstance(scores.checkpoint, str) or not isinstance(scores.kind, str):
         raise InputError(f"{path} does not say what it was measured on")
     return scores
+
+
+def _number(found: Any) -> float | None:
+    return None if found is None else float(found)
 
 
 def _pair(found: Any) -> tuple[int, int] | None:

@@ -81,6 +81,8 @@ def family_of(config: dict[str, Any], where: str) -> str:
     if family not in FAMILIES:
         raise InputError(f"{where} is a {family!r} model; supported families: {', '.join(FAMILIES)}")
     classes = config.get("architectures") or ["ForCausalLM"]
+    if not isinstance(classes, list):
+        raise InputError(f"{where}: architectures is {classes!r}, not a list of classes")
     if not any(str(name).endswith("ForCausalLM") for name in classes):
         raise InputError(f"{where} is no causal language model but {classes[0]}")
     if config.get("quantization_config"):
@@ -135,7 +137,7 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     try:
         config, attention = hybrid_config(raw), _attention(raw)
     except Exception as error:  # config classes raise their own kinds for a bad value
-        raise InputError(f"{where}/config.json is not a valid {family} config: {error}") from error
+        raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         raise InputError(f"{where} has RoPE of type longrope, which turns old keys anew beyond a length: no cache of ours does")
     if not attention.is_causal:
