@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +44,20 @@ class Manifest:
     tokens: int = 0  # training tokens since the root, all steps together
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "version": __version__, "libraries": libraries()}
+        return {"format": FORMAT, **hidden(asdict(self)), "version": __version__, "libraries": libraries()}
+
+
+def hidden(value: Any) -> Any:
+    """A value without what opens doors: users and queries of URLs, tokens of the hub, of wandb and of OpenAI's kind."""
+    if isinstance(value, dict):
+        return {key: hidden(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [hidden(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    without = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", value)
+    without = re.sub(r"(\w+://[^?#\s]*)[?#]\S*", r"\1?***", without)
+    return re.sub(r"\b(hf_|sk-|wandb_v1_|ghp_)[A-Za-z0-9_-]{16,}", "***", without)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

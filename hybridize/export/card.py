@@ -68,7 +68,7 @@ def model_card(source: CheckpointReader, manifest: dict[str, Any] | None, use: s
         f"- Mamba layers: {', '.join(mixers) or 'none'}",
         f"- training tokens since the teacher: {manifest['tokens'] if manifest else 0:,}",
     ]  # fmt: skip
-    lines += [f"- data: `{_plain(part.get('path', '?'))}`, {part.get('rows', '?')} rows" for part in data]
+    lines += [f"- data: `{_plain(part.get('path', '?'))}`, {_plain(part.get('rows', '?'))} rows" for part in data]
     if manifest:
         lines.append(f"- last step: `{_plain(manifest['command'])}`, made by hybridize {_plain(manifest['version'])}")
     return "\n".join(lines) + "\n"

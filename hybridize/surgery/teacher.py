@@ -85,6 +85,9 @@ def family_of(config: dict[str, Any], where: str) -> str:
         raise InputError(f"{where}: architectures is {classes!r}, not a list of classes")
     if not any(str(name).endswith("ForCausalLM") for name in classes):
         raise InputError(f"{where} is no causal language model but {classes[0]}")
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if config.get(key) not in (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
+            raise InputError(f"{where}: {key} is {config[key]!r}; a checkpoint does not choose what code runs")
     if config.get("quantization_config"):
         raise InputError(f"{where} is quantised; surgery needs the plain weights (dequantise it first)")
     return family
