@@ -89,7 +89,7 @@ def command(
     trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUTPUT.run/.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run/, if there is one.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it takes in memory, FLOPs and hours, and do nothing.")
     ] = False,

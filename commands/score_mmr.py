@@ -48,7 +48,7 @@ def command(
     trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside the scores.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run beside the scores, if there is one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes in memory, and do nothing.")] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
