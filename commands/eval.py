@@ -102,6 +102,13 @@ def command(
     if tasks is None:
         if baseline is not None:
             raise InputError("--baseline compares tasks; give --tasks")
+        of_tasks = {
+            "--junit": junit, "--log-samples": log_samples, "--samples": samples > 1, "--think-end": think_end,
+            "--resume": resume, "--gen-kwargs": gen_kwargs, "--num-fewshot": num_fewshot is not None, "--include-path": include_path,
+        }  # fmt: skip
+        for flag, given in of_tasks.items():
+            if given:
+                raise InputError(f"{flag} has no use with --fidelity; it belongs to --tasks")
         measure_fidelity(
             out, source, checkpoint, teacher, fidelity, target, overwrite, mask, chat_template, limit, windows, seq_len,
             where, compute, trust_remote_code,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import pkgutil
@@ -102,6 +103,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_traces(tmp_path_factory.mktemp("data") / "traces.jsonl")
+
+
+def make_place(place: Path, *commands: tuple[object, ...]) -> Path:
+    """A folder with the tiny teacher and its traces, in which `commands` have run."""
+    make_teacher(place / "teacher")
+    write_traces(place / "traces.jsonl", 40)
+    with contextlib.chdir(place):
+        for command in commands:
+            Runner()(*command)
+    return place
 
 
 class Runner:

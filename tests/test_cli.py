@@ -396,6 +396,8 @@ BAD = [
     (("eval", "--tasks", "no_such_task", "--include-path", "tasks"), "no task 'no_such_task'"),
     (("eval", "--tasks", "tiny_choice", "--include-path", "nowhere"), "nowhere is not a directory"),
     (("eval", "--tasks", "tiny_choice", "--include-path", "tasks", "--max-drop", 1), "needs a --baseline"),
+    (("eval", "--fidelity", "traces.jsonl", "--junit", "x.xml"), "--junit has no use with --fidelity"),
+    (("eval", "--fidelity", "traces.jsonl", "--samples", 3), "--samples has no use with --fidelity"),
     (("score-loo", "--metric", "speed"), "--metric speed is unknown"),
     (("score-mmr", "--steps", 0), "must be positive"),
     (("score-mmr", "--repeats", 0), "--repeats 0 must be positive"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from hybridize.checkpoint.integrity import verify
 from hybridize.checkpoint.manifest import MANIFEST
 from hybridize.checkpoint.reader import INDEX
-from tests.conftest import Runner, make_teacher, write_traces
+from tests.conftest import Runner, make_place
 from tests.damage import changed_bytes, changed_json, read_all
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -30,19 +30,14 @@ Damage = Callable[[Path], Any]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher with scores, and a hybrid of it with results."""
-    place = tmp_path_factory.mktemp("damage")
-    make_teacher(place / "teacher")
-    write_traces(place / "traces.jsonl", 40)
-    cli, before = Runner(), Path.cwd()
-    os.chdir(place)
-    try:
-        small = ("--data", "traces.jsonl", "--seq-len", 32, "--windows", 2)
-        cli("replace", "teacher", "--indices", "1,2", "--calibrate", "traces.jsonl", "--calibration-tokens", 400, "-o", "h2")
-        cli("score-loo", "h2", "--metric", "kl", *small, "--teacher", "teacher")
-        cli("eval", "h2", "--fidelity", "traces.jsonl", "--seq-len", 32, "--windows", 2)
-        (place / "h2/eval/results.json").write_text(json.dumps({"format": 1, "tasks": {}}))
-    finally:
-        os.chdir(before)
+    small = ("--data", "traces.jsonl", "--seq-len", 32, "--windows", 2)
+    place = make_place(
+        tmp_path_factory.mktemp("damage"),
+        ("replace", "teacher", "--indices", "1,2", "--calibrate", "traces.jsonl", "--calibration-tokens", 400, "-o", "h2"),
+        ("score-loo", "h2", "--metric", "kl", *small, "--teacher", "teacher"),
+        ("eval", "h2", "--fidelity", "traces.jsonl", "--seq-len", 32, "--windows", 2),
+    )
+    (place / "h2/eval/results.json").write_text(json.dumps({"format": 1, "tasks": {}}))
     return place
 
 

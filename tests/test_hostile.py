@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hybridize.checkpoint.manifest import hidden
-from tests.conftest import Runner, make_teacher, write_traces
+from tests.conftest import Runner, make_place
 
 SMALL = ("--data", "traces.jsonl", "--seq-len", 16, "--limit", 12)
 COMMANDS: dict[str, tuple[Any, ...]] = {
@@ -74,16 +74,8 @@ def evil(path: Path, marker: Path) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("hostile")
-    make_teacher(place / "teacher")
-    write_traces(place / "traces.jsonl", 40)
-    cli, before = Runner(), Path.cwd()
-    os.chdir(place)
-    try:
-        cli("replace", "teacher", "--indices", "1,2", "--no-calibrate", "-o", "h2")
-    finally:
-        os.chdir(before)
-    return place
+    command = ("replace", "teacher", "--indices", "1,2", "--no-calibrate", "-o", "h2")
+    return make_place(tmp_path_factory.mktemp("hostile"), command)
 
 
 @pytest.fixture
