@@ -104,7 +104,8 @@ def command(
             raise InputError("--baseline compares tasks; give --tasks")
         of_tasks = {
             "--junit": junit, "--log-samples": log_samples, "--samples": samples > 1, "--think-end": think_end,
-            "--resume": resume, "--gen-kwargs": gen_kwargs, "--num-fewshot": num_fewshot is not None, "--include-path": include_path,
+            "--resume": resume, "--gen-kwargs": gen_kwargs, "--num-fewshot": num_fewshot is not None,
+            "--include-path": include_path,
         }  # fmt: skip
         for flag, given in of_tasks.items():
             if given:
