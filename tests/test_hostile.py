@@ -228,6 +228,7 @@ def test_secrets_stay_out_of_manifests(place: Path, cli: Runner, monkeypatch: py
         ("hf_" + "x" * 30 + ".jsonl", "***.jsonl"),
         ("org/data:train", "org/data:train"),
         ("traces.jsonl", "traces.jsonl"),
+        ("../task-sk-learn-on-long-documents/x.jsonl", "../task-sk-learn-on-long-documents/x.jsonl"),
     ],
 )
 def test_what_is_hidden(given: str, kept: str) -> None:

@@ -44,7 +44,9 @@ class Manifest:
     tokens: int = 0  # training tokens since the root, all steps together
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **hidden(asdict(self)), "version": __version__, "libraries": libraries()}
+        told = asdict(self)
+        told |= {key: hidden(told[key]) for key in ("settings", "data")}
+        return {"format": FORMAT, **told, "version": __version__, "libraries": libraries()}
 
 
 def hidden(value: Any) -> Any:
@@ -57,7 +59,7 @@ def hidden(value: Any) -> Any:
         return value
     without = re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", value)
     without = re.sub(r"(\w+://[^?#\s]*)[?#]\S*", r"\1?***", without)
-    return re.sub(r"\b(hf_|sk-|wandb_v1_|ghp_)[A-Za-z0-9_-]{16,}", "***", without)
+    return re.sub(r"\b(hf_|sk-|ghp_|wandb_v1_)[A-Za-z0-9]{20,}", "***", without)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

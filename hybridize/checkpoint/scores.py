@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.atomic import write_json_atomic
+from hybridize.checkpoint.manifest import hidden
 from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError
 
@@ -41,7 +42,7 @@ class Scores:
     layers: list[LayerScore]
 
     def write(self, path: Path) -> None:
-        write_json_atomic(path, {"format": FORMAT, **asdict(self)})
+        write_json_atomic(path, {"format": FORMAT, **asdict(self), "settings": hidden(self.settings)})
 
     def ranking(self) -> list[int]:
         """Layers, least important first; equal scores by lower index."""
