@@ -70,7 +70,8 @@ def test_a_hub_id_costs_its_json_files(teacher: Path, tmp_path: Path, monkeypatc
 
     asked = {}
 
-    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def fetch(name: str, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         asked.update(name=name, patterns=allow_patterns)
         folder = tmp_path / "hub"
         folder.mkdir()

@@ -84,8 +84,8 @@ def test_code_that_does_not_run_never_appears(tmp_path: Path, cli: Runner, monke
     """hf is verified through the files that are exported, not through the classes of this package."""
     source, real = make_hybrid(tmp_path), exporting.write_hf
 
-    def spoiled(checkpoint: object, path: Path) -> None:
-        real(checkpoint, path)
+    def spoiled(checkpoint: object, path: Path, lineage: object) -> None:
+        real(checkpoint, path, lineage)
         (path / "mamba2.py").write_text("raise RuntimeError('spoiled')")
 
     monkeypatch.setattr(exporting, "write_hf", spoiled)
