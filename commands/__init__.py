@@ -10,6 +10,8 @@ import typer
 
 from hybridize import __version__
 
+from .output import EXIT_INTERRUPTED
+
 COMMANDS = (
     "score_loo",
     "score_mmr",
@@ -56,4 +58,4 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # before the command itself has begun, or after it
         print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)

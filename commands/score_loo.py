@@ -58,7 +58,6 @@ def command(
     quiet_transformers()
     where, compute = pick_compute(device, dtype)
     tokenizer = load_tokenizer(source.path, trust_remote_code)
-    _ = source.hash  # what is measured; whether it is finite shows here
     started = time.time()
 
     def progress(done: int, count: int) -> None:
@@ -72,6 +71,7 @@ def command(
         origin, text, measuring = text_beside(
             source, checkpoint, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, rows
         )
+        _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
         batches = [batch.to(where) for batch in measuring]
         same = origin.path == source.path
         other = None if same else load_model(origin.path, where, compute, trust_remote_code)
@@ -85,6 +85,7 @@ def command(
         )
         manager = repeatable(open_tasks(evaluation))
         check_choices(manager, evaluation)
+        _ = source.hash  # as above
         by_metric = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
         found = by_metric[metric]
         _doubt(out, metric, found, by_metric.get("margin"))

@@ -145,11 +145,12 @@ def command(
 
 def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, dtype: str) -> None:
     from hybridize.distillation.ranks import world_size
-    from hybridize.runtime import empty_hybrid, load_empty, planned_dtype
+    from hybridize.runtime import load_empty, planned_dtype
     from hybridize.scoring.mmr import memory
+    from hybridize.surgery.teacher import empty_model
 
-    compute = planned_dtype(dtype)
-    found = memory(empty_hybrid(source), load_empty(origin.path, compute), mixer, settings, world_size(), compute)
+    compute, student = planned_dtype(dtype), empty_model(source.config, str(source.path))
+    found = memory(student, load_empty(origin.path, compute), mixer, settings, world_size(), compute)
     total = sum(found.values())
 
     def human() -> None:

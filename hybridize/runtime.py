@@ -108,13 +108,6 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
     return model.to(device).eval()
 
 
-def empty_hybrid(source: CheckpointReader) -> HybridForCausalLM:
-    """The same without weights, for what can be said from its shapes."""
-    from hybridize.surgery.teacher import empty_model
-
-    return empty_model(source.config, str(source.path))
-
-
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
     import transformers

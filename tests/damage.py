@@ -16,11 +16,25 @@ from hybridize.checkpoint.reader import CheckpointReader, carried_files, read_js
 from hybridize.checkpoint.scores import find_scores, read_scores
 from hybridize.evaluation.results import read_results
 from hybridize.surgery.teacher import check_whole, read_teacher
+from tests.conftest import make_place
 
 ODD: list[Any] = [
     None, True, -1, 0, 1, 7, 2**31, 2**70, -(2**70), 1.5, 1e308, "", "x", "../x", "\x00", "1" * 500, [], [1], ["x"] * 50, {},
     {"x": 1}, {"kind": "mamba2"}, {"rope_type": "yarn"}, [[[[]]]], {"": None}, "linear_attention", ["linear_attention"] * 4,
 ]  # fmt: skip
+
+
+def subject(place: Path) -> Path:
+    """PLACE/teacher, and PLACE/h2, a hybrid of it with scores and results."""
+    small = ("--data", "traces.jsonl", "--seq-len", 32, "--windows", 2)
+    make_place(
+        place,
+        ("replace", "teacher", "--indices", "1,2", "--calibrate", "traces.jsonl", "--calibration-tokens", 400, "-o", "h2"),
+        ("score-loo", "h2", "--metric", "kl", *small, "--teacher", "teacher"),
+        ("eval", "h2", "--fidelity", "traces.jsonl", "--seq-len", 32, "--windows", 2),
+    )
+    (place / "h2/eval/results.json").write_text(json.dumps({"format": 1, "tasks": {}}))
+    return place
 
 
 def read_all(path: Path) -> None:

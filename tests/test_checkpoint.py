@@ -21,7 +21,7 @@ from hybridize.checkpoint.manifest import Manifest, descend, read_manifest, root
 from hybridize.checkpoint.reader import INDEX, CheckpointReader, resolve_checkpoint
 from hybridize.checkpoint.scores import LayerScore, Scores, read_scores
 from hybridize.checkpoint.writer import CheckpointWriter, check_output
-from hybridize.errors import InputError
+from hybridize.errors import InputError, WorkError
 
 NOTE = Manifest({"path": "p", "hash": "h"}, {"path": "p", "hash": "h"}, "test", {}, 0, [])
 
@@ -90,6 +90,18 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert CheckpointReader(tmp_path / "out").hash == old
     new = write(tmp_path / "out", {"a": torch.ones(1)}, overwrite=True)
     assert new.names == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_another_has_made_meanwhile_is_not_replaced(tmp_path: Path, there: bool) -> None:
+    """overwrite means what was there at the beginning."""
+    if there:
+        write(tmp_path / "out", TENSORS)
+    with pytest.raises(WorkError, match="made by another command"), AtomicDirectory(tmp_path / "out", overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+        write(tmp_path / "out", {"a": torch.ones(1)}, overwrite=True)
+    assert CheckpointReader(tmp_path / "out").names == ["a"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

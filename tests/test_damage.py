@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from hybridize.checkpoint.integrity import verify
 from hybridize.checkpoint.manifest import MANIFEST
 from hybridize.checkpoint.reader import INDEX
-from tests.conftest import Runner, make_place
-from tests.damage import changed_bytes, changed_json, read_all
+from tests.conftest import Runner
+from tests.damage import changed_bytes, changed_json, read_all, subject
 
 SHARD = "model-00001-of-00001.safetensors"
 Damage = Callable[[Path], Any]
@@ -30,15 +30,7 @@ Damage = Callable[[Path], Any]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher with scores, and a hybrid of it with results."""
-    small = ("--data", "traces.jsonl", "--seq-len", 32, "--windows", 2)
-    place = make_place(
-        tmp_path_factory.mktemp("damage"),
-        ("replace", "teacher", "--indices", "1,2", "--calibrate", "traces.jsonl", "--calibration-tokens", 400, "-o", "h2"),
-        ("score-loo", "h2", "--metric", "kl", *small, "--teacher", "teacher"),
-        ("eval", "h2", "--fidelity", "traces.jsonl", "--seq-len", 32, "--windows", 2),
-    )
-    (place / "h2/eval/results.json").write_text(json.dumps({"format": 1, "tasks": {}}))
-    return place
+    return subject(tmp_path_factory.mktemp("damage"))
 
 
 @pytest.fixture

@@ -24,14 +24,14 @@ from hybridize.distillation.optimize import clip_gradients, make_optimizer, upda
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import margins
-from hybridize.runtime import empty_hybrid, load_empty, load_hybrid, load_model, load_tokenizer
+from hybridize.runtime import load_empty, load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.candidates import Candidates
 from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
 from hybridize.scoring.mmr import MmrSettings, alone, measure, memory, share_of
 from hybridize.scoring.restore import RestoreSettings, restore
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
-from hybridize.surgery.teacher import read_teacher
+from hybridize.surgery.teacher import empty_model, read_teacher
 from tests.conftest import Runner, make_teacher, write_traces
 from tests.test_surgery import convert
 
@@ -332,7 +332,7 @@ def test_a_margin_needs_answers_that_differ() -> None:
 def test_memory_is_counted_from_shapes(teacher: Path) -> None:
     source = CheckpointReader(teacher)
     surgery = plan(read_teacher(source), [0, 1, 2, 3], MixerSettings("mamba2"))
-    student, origin = empty_hybrid(source), load_empty(teacher, torch.float32)
+    student, origin = empty_model(source.config, "x"), load_empty(teacher, torch.float32)
     settings = MmrSettings(batch_size=2, seq_len=32)
     found = memory(student, origin, surgery.mixer, settings, 1, torch.float32)
     values = next(iter(starting_values(source, surgery, source, 0, None, together=False)))[1]

@@ -45,8 +45,7 @@ def stored_shape(reader: CheckpointReader, parameter: str) -> tuple[int, ...] | 
     if None in parts:
         return reader.shape(parts[None])
     shapes = {reader.shape(name) for name in parts.values()}
-    experts = 1 + max(place[0] for place in parts if place is not None)
-    each = 1 + max(place[1] for place in parts if place is not None)
+    experts, each = _extent(parts)
     if len(shapes) != 1 or len(parts) != experts * each or len(shape := shapes.pop()) != 2:
         return (-1,)
     return experts, each * shape[0], shape[1]
@@ -61,8 +60,7 @@ def read_parameter(reader: CheckpointReader, parameter: str) -> Tensor:
         return reader.tensor(parameter)  # whose absence is the reader's to explain
     if None in parts:
         return reader.tensor(parts[None])
-    experts = 1 + max(place[0] for place in parts if place is not None)
-    each = 1 + max(place[1] for place in parts if place is not None)
+    experts, each = _extent(parts)
     return torch.stack([torch.cat([reader.tensor(parts[e, p]) for p in range(each)]) for e in range(experts)])
 
 
@@ -79,6 +77,12 @@ def as_on_disk(name: str, known: Container[str], value: Callable[[str], Tensor])
         return found
     of_expert = found[place[0]]
     return of_expert.chunk(2)[place[1]] if parameter.endswith("gate_up_proj") else of_expert
+
+
+def _extent(parts: dict[tuple[int, int] | None, str]) -> tuple[int, int]:
+    """How many experts, and how many matrices of each."""
+    places = [place for place in parts if place is not None]
+    return 1 + max(expert for expert, _ in places), 1 + max(part for _, part in places)
 
 
 def _stacked(reader: CheckpointReader) -> dict[str, dict[tuple[int, int] | None, str]]:

@@ -21,6 +21,7 @@ from hybridize.checkpoint.reader import (
     CARRIED,
     CheckpointReader,
     Fingerprint,
+    check_inside,
     content_hash,
     fingerprint,
     read_json,
@@ -119,10 +120,9 @@ def verify(path: Path, deep: bool = False, progress: Progress = lambda *_: None)
 
 
 def _parent(path: Path, manifest: dict[str, Any]) -> CheckpointReader:
-    said = manifest.get("parent")
-    where = str(said.get("path", "")) if isinstance(said, dict) else ""
-    if not where or not (path / where).is_dir():
-        raise InputError(f"{path}: its parent {where or 'has no name'} is not on this disk, and --deep needs it")
+    where = manifest["parent"]["path"]
+    if not (path / where).is_dir():
+        raise InputError(f"{path}: its parent {where} is not on this disk, and --deep needs it")
     return CheckpointReader(path / where)
 
 
@@ -133,11 +133,16 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
         file = path / name
         if Path(name).name != name:
             found.append(f"{path / MANIFEST} names {name!r}, which is not a file of this directory")
-        elif not file.is_file():
+            continue
+        if not file.is_file():
             found.append(f"{file} is missing")
-        elif file.resolve().parent != path.resolve():
-            found.append(f"{file} is a link out of its directory, to {file.resolve()}")
-        elif _file_hash(file) != said:
+            continue
+        try:
+            check_inside(path, file)
+        except InputError as error:
+            found.append(str(error))
+            continue
+        if _file_hash(file) != said:
             found.append(f"{file} is not as it was written")
     strange = {
         file for pattern in (*CARRIED, *CODE, f"*{SAFETENSORS}") for file in path.glob(pattern) if file.name not in files

@@ -14,7 +14,6 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, first_line
 from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel
 
-# embeddings are scaled, norms stand behind attention and MLP too, and multiply by 1 + weight
 FLOATS = ("F32", "BF16", "F16", "F64")
 MOST = {  # beyond what any model has, and far from what would fill memory to look at
     "num_hidden_layers": 1000, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 26,
@@ -22,6 +21,7 @@ MOST = {  # beyond what any model has, and far from what would fill memory to lo
     "num_experts": 1 << 14, "num_local_experts": 1 << 14,
 }  # fmt: skip
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# embeddings are scaled, norms stand behind attention and MLP too, and multiply by 1 + weight
 GEMMA = ("gemma2", "gemma3_text")
 
 
@@ -131,9 +131,9 @@ def empty_model(raw: dict[str, Any], where: str) -> HybridForCausalLM:
 
 
 def read_teacher(reader: CheckpointReader) -> Teacher:
-    """Checks the whole contract without loading a weight.
+    """Of a checkpoint that `check_whole` has passed; loads no weight.
 
-    Raises InputError naming the family, the tensor or the shape that cannot be converted.
+    Raises InputError naming the family, or the tensor, that cannot be converted.
     """
     where, raw = str(reader.path), reader.config
     family = family_of(raw, where)
@@ -155,16 +155,6 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
         config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of 1 must leave every bit alone
         config.rms_norm_eps,
     )  # fmt: skip
-    for layer, kind in enumerate(teacher.layer_types):
-        prefix = f"model.layers.{layer}."
-        if kind == MIXER_LAYER:
-            if f"{prefix}mixer.in_proj.weight" not in reader:
-                raise InputError(f"{where}: the config calls layer {layer} a mixer, but its tensors are missing")
-            continue
-        for short, shape in tensors.items():
-            name = f"{prefix}self_attn.{short}"
-            if reader.shape(name) != shape:
-                raise InputError(f"{where}: {name} has shape {reader.shape(name)}, the config says {shape}")
     known = (*(f".self_attn.{short}" for short in tensors), "rotary_emb.inv_freq")
     for name in reader.names:
         if ".self_attn." in name and not name.endswith(known):

@@ -17,8 +17,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["hybridize"]):
-    from tests.conftest import make_place
-    from tests.damage import read_all
+    from tests.damage import read_all, subject
 
 FILES = (
     "config.json", "hybridize.json", "model.safetensors.index.json", "scores/loo.json", "eval/results.json",
@@ -29,27 +28,8 @@ FILES = (
 def main() -> None:
     corpus = Path(sys.argv[1])
     corpus.mkdir(parents=True, exist_ok=True)
-    place = make_place(
-        Path(tempfile.mkdtemp(dir="/dev/shm")),
-        ("replace", "teacher", "--indices", "1,2", "--no-calibrate", "-o", "h2"),
-        (
-            "score-loo",
-            "h2",
-            "--metric",
-            "kl",
-            "--data",
-            "traces.jsonl",
-            "--seq-len",
-            32,
-            "--windows",
-            2,
-            "--teacher",
-            "teacher",
-        ),
-    )
+    place = subject(Path(tempfile.mkdtemp(dir="/dev/shm")))
     home = place / "h2"
-    (home / "eval").mkdir()
-    (home / "eval/results.json").write_text('{"format": 1, "tasks": {}}')
     whole = {name: (home / name).read_bytes() for name in FILES}
     if not any(corpus.iterdir()):
         for number, name in enumerate(FILES):
