@@ -112,11 +112,12 @@ def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
     """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
     import transformers
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     import hybridize.modeling  # noqa: F401  (registers the hybrid)
 
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         told = _how(config, path, dtype)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)
     return model.eval()

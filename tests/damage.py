@@ -14,6 +14,7 @@ from hybridize.checkpoint.integrity import verify
 from hybridize.checkpoint.manifest import read_manifest, root_of
 from hybridize.checkpoint.reader import CheckpointReader, carried_files, read_json
 from hybridize.checkpoint.scores import find_scores, read_scores
+from hybridize.evaluation.gate import compare
 from hybridize.evaluation.results import read_results
 from hybridize.surgery.teacher import check_whole, read_teacher
 from tests.conftest import make_place
@@ -33,7 +34,10 @@ def subject(place: Path) -> Path:
         ("score-loo", "h2", "--metric", "kl", *small, "--teacher", "teacher"),
         ("eval", "h2", "--fidelity", "traces.jsonl", "--seq-len", 32, "--windows", 2),
     )
-    (place / "h2/eval/results.json").write_text(json.dumps({"format": 1, "tasks": {}}))
+    scores = [{"doc": n, "hash": str(n), "score": float(n % 2)} for n in range(4)]
+    task = {"metric": "acc,none", "value": 0.5, "higher_is_better": True, "documents": scores}
+    results = {"format": 1, "checkpoint": "0", "settings": {"tasks": "t"}, "ran": {"dtype": "float32"}, "tasks": {"t": task}}
+    (place / "h2/eval/results.json").write_text(json.dumps(results))
     return place
 
 
@@ -64,7 +68,9 @@ def read_all(path: Path) -> None:
     scores = find_scores(path, str(path))
     if scores is not None:
         answered(lambda: read_scores(scores))
-    answered(lambda: read_results(path / "eval/results.json"))
+    results = answered(lambda: read_results(path / "eval/results.json"))
+    if results is not None:
+        answered(lambda: compare(results, results))
     answered(lambda: verify(path))
     answered(lambda: verify(path, deep=True))
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from hybridize.checkpoint.integrity import verify
 from hybridize.checkpoint.manifest import MANIFEST
 from hybridize.checkpoint.reader import INDEX
+from hybridize.demo import TASKS
 from tests.conftest import Runner
 from tests.damage import changed_bytes, changed_json, read_all, subject
 
@@ -128,8 +129,8 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("config of 100 MB", lambda p: os.truncate(p / "config.json", 100 << 20), "has 100 MiB"),
     ("config without bottom", text("config.json", "[" * 100_000), "config.json is not readable JSON"),
     ("config with NaN", text("config.json", '{"model_type": "llama", "rms_norm_eps": NaN}'), "NaN is no number of JSON"),
-    ("layers without number", config(num_hidden_layers=10**9), "says 1000000000 layers"),
-    ("layers in words", config(num_hidden_layers="four"), "says four layers"),
+    ("layers without number", config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, not"),
+    ("layers in words", config(num_hidden_layers="four"), "num_hidden_layers is 'four', not"),
     ("no hidden size", config(hidden_size=0), "hidden_size is 0"),
     ("a hidden size in words", config(hidden_size="32"), "hidden_size is '32'"),
     ("heads as big as the sky", config(head_dim=10**12), "head_dim is 1000000000000"),
@@ -144,6 +145,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("a mixer of another kind", config(mixer={"kind": "rwkv"}), "of kind 'rwkv'"),
     ("a mixer in words", config(mixer="mamba2"), "not a valid llama config"),
     ("a mixer without sizes", config(mixer={"kind": "mamba2"}), "lacks d_inner"),
+    ("a mixer of no size", config(mixer={"kind": "mamba2", "d_inner": 32, "d_state": 8, "d_conv": []}), "has d_conv [], where"),
     ("a mixer of another size", config(mixer={"kind": "mamba2", "d_inner": 64, "d_state": 8, "d_conv": 4}), "the config says"),
     ("RoPE in words", config(rope_parameters="default"), "not a valid llama config"),
 ]  # fmt: skip
@@ -227,6 +229,21 @@ def scores(**changes: Any) -> Damage:
 def test_damaged_scores(place: Path, cli: Runner, apply: Damage, says: str) -> None:
     apply(place / "h2")
     assert says in cli.fails("replace", "h2", "--layers", 3, "--no-calibrate", "-o", "out")
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"value": None}, {"value": 10**400}, {"metric": 1}, {"higher_is_better": "yes"}, {"documents": [1]},
+     {"documents": [{"doc": 0, "hash": "0", "score": "x"}]}, {"documents": [{"doc": [], "hash": "0", "score": 1.0}]}],
+)  # fmt: skip
+def test_damaged_results(place: Path, cli: Runner, changes: dict[str, Any]) -> None:
+    """Told before a model is loaded, not when there is something to compare."""
+    found = json.loads((place / "h2/eval/results.json").read_text())
+    found["tasks"]["t"] |= changes
+    (place / "bad.json").write_text(json.dumps(found))
+    argv = ("eval", "teacher", "--tasks", "wordproblems_choice", "--include-path", TASKS, "--baseline", "bad.json")
+    assert "bad.json: task t has not metric, value, direction" in cli.fails(*argv, "-o", "out")
     assert not (place / "out").exists()
 
 

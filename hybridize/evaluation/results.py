@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,23 @@ def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """InputError when the file is not one of ours."""
+    """InputError when the file is not one of ours, or a task of it lacks what a comparison needs."""
     found = read_json(path)
     if found.get("format") != FORMAT or not all(isinstance(found.get(key), dict) for key in ("tasks", "settings")):
         raise InputError(f"{path} is not a results.json of format {FORMAT}")
+    for task, told in found["tasks"].items():
+        try:
+            whole = isinstance(told["metric"], str) and isinstance(told["higher_is_better"], bool) and _is_number(told["value"])
+            documents = [(isinstance(d["doc"], int), isinstance(d["hash"], str), _is_number(d["score"])) for d in told["documents"]]
+        except (KeyError, TypeError, OverflowError):
+            whole = False
+        if not whole or not all(map(all, documents)):
+            raise InputError(f"{path}: task {task} has not metric, value, direction and a score for each document")
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, baseline: dict[str, Any]) -> None:

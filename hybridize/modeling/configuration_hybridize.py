@@ -70,6 +70,10 @@ class HybridConfig(PreTrainedConfig):
         missing = [key for key in MIXER_KEYS[kind] if key not in self.mixer]
         if missing:
             raise ValueError(f"the config's `mixer` lacks {', '.join(missing)}")
+        sizes = {key: self.mixer[key] for key in MIXER_KEYS[kind] if key != "expand"}
+        odd = [f"{key} {size!r}" for key, size in sizes.items() if type(size) is not int or size < 1]
+        if odd:
+            raise ValueError(f"the config's `mixer` has {', '.join(odd)}, where whole numbers above 0 belong")
         norm = self.mixer.get("norm_bc")
         if norm is not None and not (isinstance(norm, dict) and norm.get("over") in ("head", "all") and "offset" in norm):
             raise ValueError(f"the config's `mixer` has norm_bc {norm!r}, not over: head or all, and an offset")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from transformers.initialization import no_init_weights
 
 from hybridize.checkpoint.experts import locate, stored_shape
 from hybridize.checkpoint.reader import CheckpointReader
@@ -88,6 +89,10 @@ def family_of(config: dict[str, Any], where: str) -> str:
     for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         if config.get(key) not in (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
             raise InputError(f"{where}: {key} is {config[key]!r}; a checkpoint does not choose what code runs")
+    for key, most in MOST.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise InputError(f"{where}/config.json: {key} is {value!r}, not a whole number from 1 to {most}")
     if config.get("quantization_config"):
         raise InputError(f"{where} is quantised; surgery needs the plain weights (dequantise it first)")
     return family
@@ -119,12 +124,8 @@ def check_whole(reader: CheckpointReader) -> None:
 def empty_model(raw: dict[str, Any], where: str) -> HybridForCausalLM:
     """The model of a config, without storage. InputError where the config is none of its family."""
     family = family_of(raw, where)
-    for key, most in MOST.items():
-        value = raw.get(key)
-        if value is not None and (type(value) is not int or not 0 < value <= most):
-            raise InputError(f"{where}/config.json: {key} is {value!r}, not a whole number from 1 to {most}")
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             return HybridForCausalLM(hybrid_config(raw))
     except Exception as error:  # config classes raise their own kinds for a bad value, layers whatever comes of it
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
