@@ -65,6 +65,10 @@ def command(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits every time, at some cost on a GPU.")
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Of several processes each holds its part of the weights, or all of them."),
+    ] = None,
     eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
     eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
     stop_when_flat: Annotated[
@@ -108,7 +112,7 @@ def command(
         "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
         "checkpoint_layers": checkpoint_layers,
-        "compile": compile, "cuda_graph": cuda_graph, "deterministic": deterministic,
+        "compile": compile, "cuda_graph": cuda_graph, "deterministic": deterministic, "shard": shard,
         "lr_groups": lr_groups, "schedule": schedule,
         "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
         "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,
@@ -182,10 +186,10 @@ def command(
                 last=done,
             )
 
-    density = corpus.density(settings)
+    packing = corpus.packing(settings)
     out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
-    if density is not None:
-        out.note(f"packing: {density[0]:.1%} of the positions hold text, {density[1]:.1%} are learnt")
+    if packing is not None:
+        out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
     out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
     used = distill(
         source, checkpoint, origin, corpus, settings, target, device=where, dtype=compute, overwrite=overwrite, resume=resume,
@@ -205,13 +209,25 @@ def command(
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
 
 
+def _cut(packing: Any) -> str:
+    """What becomes of long documents, if there are any."""
+    if not packing.cut:
+        return ""
+    return (
+        f"; {packing.cut} of {packing.documents} documents are longer than --seq-len and cut into pieces that do not see each "
+        f"other: --seq-len {packing.longest} would keep the longest of them whole"
+    )
+
+
 def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
     """InputError when the run cannot be on these devices or layers."""
     from hybridize.errors import InputError
 
     ranks.share(settings.batch_size, "--batch-size")
-    if settings.cuda_graph and (where.type != "cuda" or ranks.size > 1):
-        raise InputError("--cuda-graph needs one CUDA device")
+    if settings.cuda_graph and where.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
+    if settings.cuda_graph and settings.shard and ranks.size > 1:
+        raise InputError("--cuda-graph cannot hold weights that are split over processes: give --no-shard too")
     if settings.cuda_graph and settings.mask != "none" and (source.config.get("mixer") or {}).get("kind") == "mamba":
         raise InputError("--cuda-graph with documents side by side needs mamba2 layers; --mask none has no documents")
     if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":

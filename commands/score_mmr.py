@@ -100,8 +100,7 @@ def command(
         trust_remote_code,
     )  # fmt: skip
     corpus = open_corpus(text, None, encoder, limit)
-    density = corpus.density(settings.as_distill())
-    if density is None:
+    if corpus.packing(settings.as_distill()) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}
     used = {"settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()}}

@@ -84,7 +84,7 @@ def command(
     corpus = open_corpus(text, eval_data, encoder, limit)
     rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
     held = corpus.measuring(replace(settings.as_distill(), batch_size=rows, eval_windows=windows))
-    if not held or corpus.density(settings.as_distill()) is None:
+    if not held or corpus.packing(settings.as_distill()) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len or --eval-data may")
     _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
     student = load_hybrid(source, where, torch.float32)

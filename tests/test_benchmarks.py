@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks import distill
+from tests.benchmarks import distill, scaling
 
 TOY = ("--shape", "tiny", "--rows", "4", "--length", "16", "--micro", "2", "--repeats", "1")
 
@@ -28,3 +28,11 @@ def test_distill(
     for name in says:
         (line,) = [line for line in lines if line.strip().startswith(name) and " ms" in line]
         assert float(line.split(" ms")[0].split()[-1]) > 0
+
+
+def test_scaling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = ("--shape", "tiny", "--rows", "2", "--length", "16", "--micro", "1", "--steps", "4")
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *toy, "--ways", "whole", "sharded+gradient_checkpointing"])
+    scaling.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if " ms (spread" in line]
+    assert [line.split()[0] for line in lines] == ["whole"] * 2 + ["sharded+gradient_checkpointing"] * 2

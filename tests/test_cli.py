@@ -107,6 +107,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TRAIN = ("--steps", 3, "--batch-size", 2, "--seq-len", 48, "--eval-every", 0)
 
 
+def test_documents_that_are_cut_are_told(place: Path, cli: Runner) -> None:
+    cli("distill", "teacher", "--loss", "ce", *TRAIN, "--seq-len", 16)
+    assert "documents are longer than --seq-len and cut into pieces that do not see each other: --seq-len " in cli.stderr
+
+
 def test_the_whole_chain(place: Path, cli: Runner) -> None:
     cli("score-loo", "--metric", "margin", "--tasks", "tiny_choice", "--include-path", "tasks")
     cli("replace", "--layers", 1)
@@ -353,7 +358,7 @@ def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) 
 
 
 BAD = [
-    (("distill", "--loss", "ce", "--steps", 1, "--cuda-graph"), "--cuda-graph needs one CUDA device"),
+    (("distill", "--loss", "ce", "--steps", 1, "--cuda-graph"), "--cuda-graph needs a CUDA device"),
     (("distill", "--steps", 1, "--stage", "align", "--cuda-graph"), "--cuda-graph needs --stage distill"),
     (("distill", "--steps", 1, "--stage", "align", "--compile"), "--compile needs --stage distill"),
     (("distill", "--loss", "ce", "--steps", 1, "--checkpoint-layers", "4"), "the model has layers 0 to 3"),

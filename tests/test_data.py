@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -198,9 +199,12 @@ def test_density_and_the_example_show_what_is_learnt(tmp_path: Path) -> None:
     corpus = open_corpus(str(path), str(path), encoder)
     document = encoder.encode({"prompt": "ab", "response": "cde"}, "")
     each = 16 // len(document.ids)  # whole documents fit into a row
-    held, learnt = corpus.density(plan, sample=each * 10)
-    assert held == pytest.approx(each * len(document.ids) / 16)
-    assert learnt == pytest.approx(each * sum(document.keep) / 16)
+    found = corpus.packing(plan, sample=each * 10)
+    assert found.held == pytest.approx(each * len(document.ids) / 16)
+    assert found.learnt == pytest.approx(each * sum(document.keep) / 16)
+    assert (found.documents, found.cut, found.longest) == (each * 10, 0, len(document.ids))
+    short = corpus.packing(dataclasses.replace(plan, seq_len=len(document.ids) - 1), sample=20)
+    assert (short.documents, short.cut, short.longest) == (20, 20, len(document.ids))
     decode = encoder.tokenizer.decode
     begin = document.keep.index(True)
     assert corpus.example(0) == f"{decode(document.ids[:begin])}\u27e6{decode(document.ids[begin:])}\u27e7"

@@ -28,13 +28,20 @@ from tests.test_training import batch, settings
 def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resume: bool, options: dict[str, Any]) -> None:
     """One rank's run; the first one keeps the weights at the end and what kind of tensor each parameter is."""
     if size > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         torch.set_num_threads(1)
-    ranks, _ = join(torch.device("cpu"))
-    dtype = options.pop("dtype", torch.float32)
+    ranks, device = join(torch.device(options.pop("device", "cpu")))
+    dtype, kind = options.pop("dtype", torch.float32), options.pop("kind", "mamba")
     given = {key: value for key, value in options.items() if key != "break"}
     plan = settings(**{"save_every": 2, "eval_every": 3, "keep_last": 9, **given})
-    student, teacher = hybrid("mam", seed=1, tie_word_embeddings=options.get("train") == "mixers"), hybrid("aaa", seed=2)
+    student = hybrid("mam", kind, seed=1, tie_word_embeddings=options.get("train") == "mixers").to(device)
+    teacher = hybrid("aaa", seed=2).to(device)
     home = RunDir(path / "out", {"a": 1}, ranks, plan.keep_last)
     home.start(resume)
 
@@ -44,7 +51,7 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
                 signal.raise_signal(signal.SIGINT)  # one process stops before the step, several after one that they agree on
             yield batch(n)
 
-    training = Training(student, teacher, [batch(999)], plan, home, device=torch.device("cpu"), dtype=dtype, ranks=ranks)
+    training = Training(student, teacher, [batch(999)], plan, home, device=device, dtype=dtype, ranks=ranks)
     inside: set[tuple[str, str]] = set()
 
     def look(mixer: torch.nn.Module, _: Any) -> None:
@@ -61,10 +68,14 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
         assert stop_at is not None
     except WorkError as error:
         (path / f"said-{rank}").write_text(str(error))
+        if "out of GPU memory" in str(error):  # the other rank waits for this one for ever
+            raise
     weights = {name: whole(p.detach()) for name, p in student.named_parameters()}
     kinds = {name: (type(p).__name__, str(p.dtype)) for name, p in student.named_parameters()}
     if ranks.main:
-        torch.save({"weights": weights, "kinds": kinds, "inside": inside}, path / "end.pt")
+        torch.save(
+            {"weights": {name: w.cpu() for name, w in weights.items()}, "kinds": kinds, "inside": inside}, path / "end.pt"
+        )
     ranks.wait()
     leave()
 
@@ -83,18 +94,69 @@ def go(size: int, path: Path, stop_at: int | None = None, resume: bool = False, 
     return {**torch.load(path / "end.pt"), "losses": lines, "measures": measures}
 
 
-@pytest.mark.parametrize("options", [{}, {"train": "mixers", "micro_batch_size": 1, "gradient_checkpointing": True}])
+def equal(one: dict[str, Any], two: dict[str, Any], bound: float) -> None:
+    """All losses and measures, and the norm of the first gradient; what comes later is a gradient at weights that have drifted
+    by rounding, as the weights at the end have."""
+    losses, norms = (
+        [torch.tensor([line[key] for line in found["losses"]]) for found in (one, two)] for key in ("loss", "grad_norm")
+    )
+    assert worst(losses[1], losses[0]) <= bound
+    assert worst(norms[1][0], norms[0][0]) <= bound
+    assert worst(norms[1], norms[0]) <= 10 * bound
+    assert worst(*(torch.tensor([m["reverse_kl"] for m in found["measures"]]) for found in (two, one))) <= bound
+    for name, value in one["weights"].items():
+        assert worst(two["weights"][name], value) <= 10 * bound, name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"train": "mixers", "micro_batch_size": 1, "gradient_checkpointing": True}, {"shard": False}]
+)
 def test_two_ranks_equal_one(tmp_path: Path, options: dict[str, Any]) -> None:
     one, two = go(1, tmp_path / "one", **options), go(2, tmp_path / "two", **options)
-    for key in ("loss", "grad_norm"):
-        a, b = (torch.tensor([line[key] for line in found["losses"]]) for found in (one, two))
-        assert worst(b, a) <= 1e-5
-    assert worst(*(torch.tensor([m["reverse_kl"] for m in found["measures"]]) for found in (two, one))) <= 1e-5
-    for name, value in one["weights"].items():
-        assert worst(two["weights"][name], value) <= 1e-4, name
-    kinds = two["kinds"]
+    equal(one, two, 1e-5)
+    kinds, sharded = two["kinds"], options.get("shard", True)
     assert {kinds[n] for n in small(hybrid("mam"))} == {("Parameter", "torch.float32")}
-    assert kinds["model.layers.0.mixer.in_proj.weight"][0] == kinds["model.embed_tokens.weight"][0] == "DTensor"
+    for name in ("model.layers.0.mixer.in_proj.weight", "model.embed_tokens.weight"):
+        assert kinds[name][0] == ("DTensor" if sharded else "Parameter")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("options", [{}, {"shard": False}, {"shard": False, "cuda_graph": True}, {"compile": True}])
+def test_two_gpus_equal_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    """NCCL, the kernels, graphs captured beside a process group."""
+    common = {"device": "cuda", "kind": "mamba2"}
+    alone = {key: value for key, value in options.items() if key != "cuda_graph"}
+    equal(go(1, tmp_path / "one", **common, **alone), go(2, tmp_path / "two", **common, **options), 1e-4)
+
+
+def hungry(_: Training, rank: int) -> None:
+    """The second rank's memory holds one sequence."""
+    if rank != 1:
+        return
+    from hybridize.distillation import step
+
+    real = step.hidden_states
+
+    def forward(model: torch.nn.Module, part: Any, dtype: torch.dtype) -> torch.Tensor:
+        if len(part.ids) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(model, part, dtype)
+
+    step.hidden_states = forward
+
+
+def test_ranks_halve_the_micro_batch_together(tmp_path: Path) -> None:
+    """At once where each holds all weights. Ranks with a part of them meet in every layer: the run ends, and the next start
+    takes what fits."""
+    options = {"steps": 2, "eval_every": 0}
+    whole_run = go(1, tmp_path / "whole", **options)
+    both = {**options, "break": hungry}
+    equal(whole_run, go(2, tmp_path / "whole2", **both, shard=False), 1e-5)
+    assert RunDir(tmp_path / "whole2/out", {}).micro == 1
+    with pytest.raises(mp.ProcessRaisedException, match="out of GPU memory with 2 sequences at once; --resume goes on with 1"):
+        go(2, tmp_path / "parts", **both)
+    equal(whole_run, go(2, tmp_path / "parts", resume=True, **both), 1e-5)
 
 
 def test_bfloat16_sharding_leaves_decays_and_steps_in_float32(tmp_path: Path) -> None:

@@ -38,6 +38,18 @@ HELDOUT_ROWS = 64  # at most so many of the training rows are held out when ther
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Shares of positions that hold text and that are learnt; of so many `documents` how many are longer than a row, and the
+    longest, in tokens."""
+
+    held: float
+    learnt: float
+    documents: int
+    cut: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Training sources, each with its share of the tokens, held-out rows, and how both become batches."""
 
@@ -75,16 +87,17 @@ class Corpus:
         chosen = [line for _, line in zip(range(settings.eval_windows), lines, strict=False)]
         return list(batched(chosen, settings.micro, last=True))
 
-    def density(self, settings: DistillSettings, sample: int = 512) -> tuple[float, float] | None:
-        """Shares of positions that hold text and that are learnt, over the first `sample` training documents; None where
-        they do not fill a row."""
+    def packing(self, settings: DistillSettings, sample: int = 512) -> Packing | None:
+        """How the first `sample` training documents are packed; None where they do not fill a row."""
         documents = list(itertools.islice(self.documents(settings.seed), sample))
         lines = list(self.lines(iter(documents), settings.seq_len))
         if not lines:
             return None
+        lengths = [len(d.ids) for d in documents]
         places = len(lines) * settings.seq_len
-        held = places if self.encoder.mask == "none" else sum(len(d.ids) for d in documents)
-        return min(1.0, held / places), sum(sum(line[3]) for line in lines) / places
+        held = places if self.encoder.mask == "none" else sum(lengths)
+        cut = 0 if self.encoder.mask == "none" else sum(length > settings.seq_len for length in lengths)
+        return Packing(min(1.0, held / places), sum(sum(line[3]) for line in lines) / places, len(documents), cut, max(lengths))
 
     def example(self, seed: int, most: int = 400) -> str:
         """The first training document as text, what is learnt between brackets, long stretches cut in the middle."""
@@ -162,7 +175,7 @@ def distill(
     """
     ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
-    streams = ranks.size > 1  # weights go to their shards layer by layer; alignment needs the student whole
+    streams = ranks.size > 1 and settings.shard  # weights go to their shards layer by layer; alignment needs the student whole
 
     def load(reader: CheckpointReader, kind: torch.dtype, streamed: bool) -> Any:
         if streamed:

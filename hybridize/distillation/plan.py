@@ -68,7 +68,7 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     """student, teacher: models without storage, teacher None for a loss that needs none."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
-    config, wide = student.config, dtype.itemsize
+    config, wide, shards = student.config, dtype.itemsize, ranks if settings.shard else 1
     count = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     rows = min(settings.micro, settings.batch_size // ranks)
@@ -80,15 +80,15 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     kept += max((size for index, size in enumerate(layers) if index in again), default=0)
     logits = min(CHUNK_BYTES, 2 * wide * tokens * config.vocab_size)
     parts = {
-        "student's weights": 4 * count / ranks,
-        "gradients": 4 * trained / ranks,
-        "AdamW's moments": 8 * trained / ranks,
-        "teacher's weights": 0 if teacher is None else wide * sum(p.numel() for p in teacher.parameters()) / ranks,
-        "weights as computed in": wide * (count if ranks == 1 else _largest(student) + _rest(student)),
+        "student's weights": 4 * count / shards,
+        "gradients": 4 * trained / shards,
+        "AdamW's moments": 8 * trained / shards,
+        "teacher's weights": 0 if teacher is None else wide * sum(p.numel() for p in teacher.parameters()) / shards,
+        "weights as computed in": wide * (count if shards == 1 else _largest(student) + _rest(student)),
         "activations": tokens * (kept + 3 * residual),
         "logits": logits + (0 if not student.get_output_embeddings().weight.requires_grad else wide * _head(student)),
     }
-    if ranks > 1 and teacher is not None:
+    if shards > 1 and teacher is not None:
         parts["teacher's layer, gathered"] = wide * (_largest(teacher) + _rest(teacher))
     if wide == 4:
         parts.pop("weights as computed in")

@@ -6,6 +6,7 @@ One process is a run without any of this: nothing is wrapped, sums are the tenso
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,8 @@ from hybridize.checkpoint.experts import holds, read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.modeling import FLOAT32
+
+BUCKET_BYTES = 64 << 20  # gradients that travel together
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,6 @@ def shard(
     float32. `root` must be what is called. source: where weights without storage are read from, layer by layer, so that no
     rank ever holds more than its share and one layer.
     """
-    if ranks.size == 1:
-        return
     mesh = init_device_mesh(device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
@@ -156,10 +157,27 @@ def reshard(root: nn.Module) -> None:
 
 def average_gradients(model: nn.Module, ranks: Ranks) -> None:
     """The mean over the ranks for all parameters that are whole on each, as FSDP has it for those that it sharded."""
-    if ranks.size > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None and not isinstance(parameter, DTensor):
-                ranks.sum(parameter.grad).div_(ranks.size)
+    if ranks.size == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    for bucket in _buckets(grads):  # a message each for hundreds of small gradients would take longer than their bytes
+        flat = ranks.sum(torch.cat([g.flatten() for g in bucket])).div_(ranks.size)
+        parts = flat.split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of one type, each of at most BUCKET_BYTES or of one tensor."""
+    bucket: list[Tensor] = []
+    held = 0
+    for grad in grads:
+        if bucket and (grad.dtype != bucket[0].dtype or held + grad.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(grad)
+        held += grad.nbytes
+    if bucket:
+        yield bucket
 
 
 def local(tensor: Tensor) -> Tensor:

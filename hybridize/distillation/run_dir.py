@@ -90,6 +90,16 @@ class RunDir:
         """By which a result says what run it is of."""
         return hashlib.sha256(json_text(self.settings).encode()).hexdigest()
 
+    @property
+    def micro(self) -> int | None:
+        """The largest micro-batch that memory has been found to hold, None where none was too large."""
+        path = self.path / "micro-batch.json"
+        return read_json(path).get("sequences") if path.exists() else None
+
+    @micro.setter
+    def micro(self, sequences: int) -> None:
+        write_json_atomic(self.path / "micro-batch.json", {"sequences": sequences})
+
     def log(self, name: str, record: dict[str, Any]) -> None:
         if not self.ranks.main:
             return

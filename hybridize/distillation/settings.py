@@ -13,7 +13,12 @@ from hybridize.errors import InputError
 from hybridize.surgery.select import parse_indices
 
 STAGES = ("distill", "align")
-UNDECISIVE = ("save_every", "save_minutes", "keep_last")  # what a resumed run may have otherwise than the run before it
+UNDECISIVE = (
+    "save_every",
+    "save_minutes",
+    "keep_last",
+    "shard",
+)  # what a resumed run may have otherwise than the run before it
 
 
 def check_positive(settings: Any, names: Iterable[str]) -> None:
@@ -35,6 +40,7 @@ class DistillSettings:
     assistant's tokens, `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
     checkpoint_layers: which layers gradient_checkpointing is for, all unless given, and then it need not be.
     checkpoint_merge: the result is the mean of the last so many saved states, 0: the last one.
+    shard: whether several processes split the weights among them, or each holds all of them and gradients alone are exchanged.
     deterministic: the same bits every time on one machine, see runtime.be_deterministic.
     stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
     """
@@ -61,6 +67,7 @@ class DistillSettings:
     compile: bool = False
     cuda_graph: bool = False
     deterministic: bool = False
+    shard: bool = True
     eval_every: int = 100
     eval_windows: int = 24
     stop_when_flat: int = 0

@@ -58,11 +58,20 @@ class Accumulator:
 
         batch: this rank's rows; count: kept tokens of all ranks.
         """
-        count, total = batch.kept if count is None else count, torch.zeros((), device=batch.ids.device)
+        count = batch.kept if count is None else count
+        return self.averaged(self.add(batch, count), count)
+
+    def add(self, batch: Batch, count: int) -> Tensor:
+        """This rank's part of it: no rank waits for another here, unless its weights are sharded."""
+        total = torch.zeros((), device=batch.ids.device)
+        for part in batch.split(self.micro) if count else ():
+            total = total + self.one(part, count)
+        return total
+
+    def averaged(self, total: Tensor, count: int) -> Tensor:
+        """The mean over all ranks, of what `add` returned and of gradients that are not sharded."""
         if count == 0:
             return total
-        for part in batch.split(self.micro):
-            total = total + self.one(part, count)
         average_gradients(self.student, self.ranks)
         return self.ranks.sum(total) / self.ranks.size
 
@@ -71,7 +80,7 @@ class Accumulator:
         if self.wanted and self.graph is None:
             self.graph = _StepGraph(self.student, self.teacher, part)
         if self.graph is not None and self.graph.fits(part):
-            return self.graph(part, count)
+            return self.graph(part, self.ranks.size / count)
         return backward(self.student, self.teacher, part, self.ranks.size / count, part.keep.flatten())
 
     def shrink(self) -> None:
@@ -124,13 +133,13 @@ class _StepGraph:
         packed = part.positions is not None, self.batch.positions is not None
         return packed[0] == packed[1] and part.ids.shape == self.batch.ids.shape and part.documents <= self.batch.documents
 
-    def __call__(self, part: Batch, count: int) -> Tensor:
+    def __call__(self, part: Batch, scale: float) -> Tensor:
         self.batch.ids.copy_(part.ids)
         self.batch.labels.copy_(part.labels)
         if self.batch.positions is not None and part.positions is not None:
             self.batch.positions.copy_(part.positions)
         self.scale.copy_(part.keep.flatten())
-        self.scale.div_(count)
+        self.scale.mul_(scale)
         self.graph.replay()
         return self.value.clone()
 

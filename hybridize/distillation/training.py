@@ -62,6 +62,7 @@ class Training:
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
         self.rows = self.ranks.share(settings.batch_size, "--batch-size")
+        self.sharded = settings.shard and self.ranks.size > 1
         if settings.deterministic:
             be_deterministic()
         loss = Loss.parse(settings.loss, settings.temperature)
@@ -76,19 +77,20 @@ class Training:
         if device.type == "cuda" and all(can_attend(model, settings.seq_len) for model in models):
             for model in models:
                 use_packed_attention(model)
-        if settings.cuda_graph and not (self.ranks.size == 1 and can_graph(*models)):
-            raise InputError("--cuda-graph needs one CUDA device and SDPA attention without a window")
+        if settings.cuda_graph and (self.sharded or not can_graph(*models)):
+            raise InputError("--cuda-graph needs CUDA, weights that are whole (--no-shard) and SDPA attention without a window")
         flops = model_flops(student, teacher)
         root = Student(student, loss, dtype)
         narrow = dtype if dtype != torch.float32 else None
         aligns = settings.stage == "align"
         if teacher is not None:
             teacher.requires_grad_(False)
+        if self.sharded and teacher is not None:
             shard(teacher.base_model, teacher, self.ranks, device, None, sources[1])
-        if aligns:  # mixers are called apart from their layers, which FSDP cannot see
-            student.to(device)
-        else:
+        if self.sharded and not aligns:
             shard(root, student, self.ranks, device, narrow, sources[0])
+        else:  # alignment calls mixers apart from their layers, which FSDP cannot see
+            student.to(device)
         for model in (student, teacher):
             if settings.compile and model is not None:
                 compile_layers(model)
@@ -114,6 +116,7 @@ class Training:
         settings, run = self.settings, self.run
         steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
         finished = start = run.load(self.student, self.optimizer) if resume else 0
+        self.accumulate.micro = min(self.accumulate.micro, run.micro or self.accumulate.micro)
         self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
         self.ranks.wait()  # the first rank is about to write more
@@ -220,17 +223,31 @@ class Training:
         return min(found[-wait:]) > (1 - FLAT) * min(found[:-wait])
 
     def _gradient(self, batch: Batch, count: int) -> tuple[float, float]:
-        """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long as memory runs out."""
+        """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long as memory runs out, on all
+        ranks where it does on one; of ranks with sharded weights, which meet in every layer, none can go on, so that the run
+        ends with a note that the next start heeds."""
         self.student.train()
         while True:
+            value, micro = None, self.accumulate.micro
             try:
-                value = self.accumulate(batch, count)
+                value = self.accumulate.add(batch, count)
+            except torch.cuda.OutOfMemoryError as error:
+                if micro == 1:
+                    raise
+                if self.sharded:
+                    self.run.micro = micro // 2
+                    raise WorkError(
+                        f"out of GPU memory with {micro} sequences at once; --resume goes on with {micro // 2} "
+                        "(torchrun --max-restarts 4 by itself)"
+                    ) from error
+            if self.sharded or not self.ranks.found("full" if value is None else ""):
+                assert value is not None
+                value = self.accumulate.averaged(value, count)
                 found = torch.stack([value.float(), clip_gradients(self.student, self.settings.clip, self.ranks)]).tolist()
                 return found[0], found[1]
-            except torch.cuda.OutOfMemoryError:
-                micro = self.accumulate.micro
-                if micro == 1 or self.ranks.size > 1:  # ranks would no longer agree on how often they meet
-                    raise
+            del value
+            if self.ranks.main:
+                self.run.micro = micro // 2
             self.accumulate.shrink()
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()

@@ -55,7 +55,9 @@ def read_results(path: Path) -> dict[str, Any]:
     for task, told in found["tasks"].items():
         try:
             whole = isinstance(told["metric"], str) and isinstance(told["higher_is_better"], bool) and _is_number(told["value"])
-            documents = [(isinstance(d["doc"], int), isinstance(d["hash"], str), _is_number(d["score"])) for d in told["documents"]]
+            documents = [
+                (isinstance(d["doc"], int), isinstance(d["hash"], str), _is_number(d["score"])) for d in told["documents"]
+            ]
         except (KeyError, TypeError, OverflowError):
             whole = False
         if not whole or not all(map(all, documents)):
