@@ -120,6 +120,7 @@ def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
     with init_empty_weights(include_buffers=False), no_init_weights():
         told = _how(config, path, dtype)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)
+    model.tie_weights()  # which goes with the drawing of weights that is left out
     return model.eval()
 
 

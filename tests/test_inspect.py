@@ -10,10 +10,10 @@ import torch
 
 from hybridize.anatomy import LONG, anatomy
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.runtime import load_model
+from hybridize.runtime import load_empty, load_model
 from hybridize.surgery.replace import MixerSettings, plan, replace
-from hybridize.surgery.teacher import read_teacher
-from tests.conftest import Runner
+from hybridize.surgery.teacher import empty_model, read_teacher
+from tests.conftest import Runner, make_teacher
 from tests.families import FAMILY, make_family
 
 
@@ -82,3 +82,14 @@ def test_a_hub_id_costs_its_json_files(teacher: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert "llama, 4 layers" in cli("inspect", "some/model")
     assert asked == {"name": "some/model", "patterns": ["*.json"]}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_without_storage_are_those_that_are_loaded(tmp_path: Path, tied: bool) -> None:
+    """The same parameters under the same names: tied ones once."""
+    path = make_teacher(tmp_path / "teacher", tie_word_embeddings=tied)
+    raw = json.loads((path / "config.json").read_text())
+    loaded = {name: p.shape for name, p in load_model(path, torch.device("cpu"), torch.float32).named_parameters()}
+    for model in (empty_model(raw, str(path)), load_empty(path, torch.float32)):
+        assert {name: p.shape for name, p in model.named_parameters()} == loaded
+        assert all(p.is_meta for p in model.parameters())

@@ -126,9 +126,11 @@ def empty_model(raw: dict[str, Any], where: str) -> HybridForCausalLM:
     family = family_of(raw, where)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            return HybridForCausalLM(hybrid_config(raw))
+            model = HybridForCausalLM(hybrid_config(raw))
+        model.tie_weights()  # which goes with the drawing of weights that is left out
     except Exception as error:  # config classes raise their own kinds for a bad value, layers whatever comes of it
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
+    return model
 
 
 def read_teacher(reader: CheckpointReader) -> Teacher:
