@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from hybridize.evaluation.results import read_results
 from hybridize.surgery.teacher import check_whole, read_teacher
 from tests.conftest import make_place
 
+WEIGHTS = "model-00001-of-00001.safetensors"
+FILES = ("config.json", "hybridize.json", "model.safetensors.index.json", "scores/loo.json", "eval/results.json", WEIGHTS)
+KEPT = Path(__file__).parent / "reliability/corpus.zip"  # inputs that a fuzz run has found to reach code that others do not
 ODD: list[Any] = [
     None, True, -1, 0, 1, 7, 2**31, 2**70, -(2**70), 1.5, 1e308, "", "x", "../x", "\x00", "1" * 500, [], [1], ["x"] * 50, {},
     {"x": 1}, {"kind": "mamba2"}, {"rope_type": "yarn"}, [[[[]]]], {"": None}, "linear_attention", ["linear_attention"] * 4,
@@ -39,6 +44,18 @@ def subject(place: Path) -> Path:
     results = {"format": 1, "checkpoint": "0", "settings": {"tasks": "t"}, "ran": {"dtype": "float32"}, "tasks": {"t": task}}
     (place / "h2/eval/results.json").write_text(json.dumps(results))
     return place
+
+
+@contextlib.contextmanager
+def replaced(home: Path, data: bytes) -> Iterator[None]:
+    """An input of the fuzz run in its place: the first byte says in that of which of FILES."""
+    file = home / FILES[data[0] % len(FILES)] if data else home / FILES[0]
+    before = file.read_bytes()
+    file.write_bytes(data[1:])
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
 
 
 def read_all(path: Path) -> None:

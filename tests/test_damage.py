@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hybridize.checkpoint.manifest import MANIFEST
 from hybridize.checkpoint.reader import INDEX
 from hybridize.demo import TASKS
 from tests.conftest import Runner
-from tests.damage import changed_bytes, changed_json, read_all, subject
+from tests.damage import KEPT, changed_bytes, changed_json, read_all, replaced, subject
 
 SHARD = "model-00001-of-00001.safetensors"
 Damage = Callable[[Path], Any]
@@ -281,6 +282,16 @@ def test_readers_answer_whatever_they_are_given(
     assert time.monotonic() - began < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300 << 10  # KiB
     shutil.rmtree(path.parent)
+
+
+def test_what_the_fuzz_run_kept_is_answered(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "h2", tmp_path / "h2")
+    with zipfile.ZipFile(KEPT) as kept:
+        inputs = [kept.read(name) for name in kept.namelist()]
+    assert len(inputs) > 50
+    for data in inputs:
+        with replaced(tmp_path / "h2", data):
+            read_all(tmp_path / "h2")
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))

@@ -221,7 +221,7 @@ def hurry(_: Training, rank: int) -> None:
 
 
 def test_torchrun_on_the_command_line(tmp_path: Path, traces: Path, cli: Runner) -> None:
-    """One checkpoint, one voice, and the same numbers as without torchrun; the file lacks the output matrix, as small models' do."""
+    """One checkpoint, one voice, the numbers of a run without torchrun; tied weights, as small models have them."""
     teacher = make_teacher(tmp_path / "teacher", tie_word_embeddings=True)
     cli("replace", teacher, "--indices", "1,2", "--no-calibrate", "-o", tmp_path / "h2")
     common = ["distill", str(tmp_path / "h2"), "--data", str(traces), "--steps", "2", "--batch-size", "2", "--seq-len", "48"]

@@ -19,6 +19,9 @@ from hybridize.surgery.teacher import GEMMA
 
 GIB = 2**30
 QK_NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2")
+# The share that torch.compile keeps of a layer: what is cheap is computed again in backward. Measured on H100s, SmolLM2 and
+# Llama-3B shapes, graph or not, one rank or two: 0.55 to 0.62 (docs/performance.md)
+COMPILED = 0.6
 ASSUMED = 0.4 * PEAKS["H100"] * 1e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
 
 
@@ -73,7 +76,8 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     rows = min(settings.micro, settings.batch_size // ranks)
     tokens = rows * settings.seq_len
-    layers = [layer_bytes(config, kind, settings.seq_len) for kind in config.layer_types]
+    share = COMPILED if settings.compile else 1.0
+    layers = [share * layer_bytes(config, kind, settings.seq_len) for kind in config.layer_types]
     residual = 4 * config.hidden_size
     again = settings.recomputed(len(layers))
     kept = sum(residual if index in again else size for index, size in enumerate(layers))

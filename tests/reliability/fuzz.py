@@ -3,9 +3,10 @@
     pip install atheris
     python -m tests.reliability.fuzz CORPUS [-max_total_time=600]
 
-CORPUS is a folder of inputs; one that is empty gets the files of a tiny hybrid as seeds. An input's first byte says which
-file of the hybrid the rest of it takes the place of. JSON, a safetensors header too, has its values replaced as often as its
-bytes, since few changed bytes are JSON still. What is neither an answer nor an InputError stops the run with a stack.
+CORPUS is a folder of inputs; one that is empty gets the files of a tiny hybrid and what earlier runs kept (corpus.zip, which CI
+reads too) as seeds. An input's first byte says which file of the hybrid the rest of it takes the place of. JSON, a safetensors
+header too, has its values replaced as often as its bytes, since few changed bytes are JSON still. What is neither an answer nor
+an InputError stops the run with a stack.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ import random
 import shutil
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["hybridize"]):
-    from tests.damage import ODD, places, put, read_all, subject
-
-WEIGHTS = "model-00001-of-00001.safetensors"
-FILES = ("config.json", "hybridize.json", "model.safetensors.index.json", "scores/loo.json", "eval/results.json", WEIGHTS)
+    from tests.damage import FILES, KEPT, ODD, WEIGHTS, places, put, read_all, replaced, subject
 
 
 def twisted(text: bytes, rng: random.Random) -> bytes:
@@ -70,24 +69,19 @@ def main() -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     place = subject(Path(tempfile.mkdtemp(dir="/dev/shm")))
     home = place / "h2"
-    whole = {name: (home / name).read_bytes() for name in FILES}
-    seeds = [bytes([number]) + whole[name] for number, name in enumerate(FILES)]
+    seeds = [bytes([number]) + (home / name).read_bytes() for number, name in enumerate(FILES)]
     if not any(corpus.iterdir()):
+        with zipfile.ZipFile(KEPT) as kept:
+            kept.extractall(corpus)
         for number, content in enumerate(seeds):
             (corpus / f"seed-{number}").write_bytes(content)
 
     def one(data: bytes) -> None:
-        if not data:
-            return
-        name = FILES[data[0] % len(FILES)]
-        (home / name).write_bytes(data[1:])
-        try:
+        with replaced(home, data):
             read_all(home)
-        finally:
-            (home / name).write_bytes(whole[name])
 
     # whole files all reach the same code: without keep_seed libFuzzer would keep the shortest alone
-    flags = ["-keep_seed=1", "-len_control=0", f"-max_len={2 * max(map(len, whole.values()))}"]
+    flags = ["-keep_seed=1", "-len_control=0", f"-max_len={2 * max(map(len, seeds))}"]
     atheris.Setup([sys.argv[0], str(corpus), *flags, *sys.argv[2:]], one, custom_mutator=functools.partial(mutate, seeds=seeds))
     try:
         atheris.Fuzz()
