@@ -82,7 +82,6 @@ def command(
     results are used again where checkpoint, settings and libraries are the same.
     """
     out = Output(as_json, quiet)
-    from datetime import timedelta
 
     from hybridize.checkpoint.scores import beside
     from hybridize.distillation.ranks import join, leave
@@ -132,7 +131,7 @@ def command(
 
     for tokenizer in tokenizers.values():
         check_think_end(tokenizer, think_end)
-    ranks, where = join(where, timedelta(days=7))
+    ranks, where = join(where)
     if not ranks.main:
         out = Output(quiet=True)
 

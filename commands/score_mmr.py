@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -90,7 +89,7 @@ def command(
         _dry_run(out, source, origin, shape, settings, dtype)
         return
     where, compute = pick_compute(device, dtype, training=True)
-    ranks, where = join(where, timedelta(days=7))  # who has fewer layers waits for who has more
+    ranks, where = join(where)
     if not ranks.main:
         out = Output(quiet=True)
     encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))

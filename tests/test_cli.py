@@ -107,6 +107,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TRAIN = ("--steps", 3, "--batch-size", 2, "--seq-len", 48, "--eval-every", 0)
 
 
+def test_a_metric_that_tells_nothing_says_so(place: Path, cli: Runner) -> None:
+    """Accuracy on twelve questions that a random model answers by chance."""
+    cli("score-loo", "--tasks", "tiny_choice", "--include-path", "tasks")
+    assert "warning: accuracy can hardly tell these layers apart: a rank is uncertain by" in cli.stderr
+    assert "layers by --metric kl or score-mmr trained far better" in cli.stderr
+
+
 def test_documents_that_are_cut_are_told(place: Path, cli: Runner) -> None:
     cli("distill", "teacher", "--loss", "ce", *TRAIN, "--seq-len", 16)
     assert "documents are longer than --seq-len and cut into pieces that do not see each other: --seq-len " in cli.stderr

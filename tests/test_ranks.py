@@ -167,12 +167,13 @@ def test_bfloat16_sharding_leaves_decays_and_steps_in_float32(tmp_path: Path) ->
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """And with weights that are whole where they were split, or split where they were whole."""
     whole_run = go(1, tmp_path / "whole")
-    for before, after in ((2, 1), (1, 2)):
-        path = tmp_path / f"from{before}"
-        go(before, path, stop_at=3)
+    for number, (before, after) in enumerate((((2, True), (1, True)), ((1, True), (2, False)), ((2, False), (2, True)))):
+        path = tmp_path / f"from{number}"
+        go(before[0], path, stop_at=3, shard=before[1])
         assert RunDir(path / "out", {}).steps()[-1] == 3
-        found = go(after, path, resume=True)
+        found = go(after[0], path, resume=True, shard=after[1])
         assert [line["step"] for line in found["losses"]] == [1, 2, 3, 4, 5, 6]
         for name, value in whole_run["weights"].items():
             assert worst(found["weights"][name], value) <= 1e-4, name

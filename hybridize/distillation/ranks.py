@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,13 +23,17 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.modeling import FLOAT32
 
+PATIENCE = timedelta(days=7)  # a checkpoint of 140 GB is not written in ten minutes
 BUCKET_BYTES = 64 << 20  # gradients that travel together
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """group: over which processes talk, and wait for one that writes or has more to do; no GPU waits there."""
+
     rank: int = 0
     size: int = 1
+    group: Any = field(default=None, compare=False)
 
     @property
     def main(self) -> bool:
@@ -46,7 +50,7 @@ class Ranks:
         """What the first rank has, on all: clocks and files may look different from rank to rank, decisions must not."""
         if self.size > 1:
             box = [value]
-            dist.broadcast_object_list(box, 0)
+            dist.broadcast_object_list(box, 0, self.group)
             value = box[0]
         return value
 
@@ -54,7 +58,7 @@ class Ranks:
         """What each rank has, in their order, on all."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def found(self, text: str) -> str:
@@ -64,11 +68,11 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def another_group(self) -> Any:
         """A group of the same ranks for a thread of its own, whose messages would get among those of the training."""
-        return dist.new_group(backend="gloo") if self.size > 1 else None
+        return dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
 
     def share(self, rows: int, what: str) -> slice:
         """This rank's part of `rows` sequences. InputError unless all parts are equal, since ranks work in step."""
@@ -83,10 +87,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: torch.device, patience: timedelta | None = None) -> tuple[Ranks, torch.device]:
+def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """The process group that torchrun announces in the environment, and this rank's own device; one rank without it.
 
-    patience: how long ranks wait for one another, torch's defaults (10 minutes on GPUs) unless given.
+    In the middle of a step ranks wait for one another as long as torch's defaults have it (10 minutes on GPUs), else PATIENCE.
     """
     size = world_size()
     if size == 1:
@@ -96,8 +100,8 @@ def join(device: torch.device, patience: timedelta | None = None) -> tuple[Ranks
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo beside NCCL: checkpoints are written from the CPU's copies
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return Ranks(dist.get_rank(), size), device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=PATIENCE)), device
 
 
 def leave() -> None:
