@@ -69,6 +69,12 @@ def command(
         bool | None,
         typer.Option("--shard/--no-shard", help="Of several processes each holds its part of the weights, or all of them."),
     ] = None,
+    offload_teacher: Annotated[
+        bool | None,
+        typer.Option(
+            "--offload-teacher/--no-offload-teacher", help="The teacher's layers wait in host memory: less room, slower."
+        ),
+    ] = None,
     eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between measures, 0: ends only.")] = None,
     eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="Held-out sequences [default: 24].")] = None,
     stop_when_flat: Annotated[
@@ -113,6 +119,7 @@ def command(
         "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
         "checkpoint_layers": checkpoint_layers,
         "compile": compile, "cuda_graph": cuda_graph, "deterministic": deterministic, "shard": shard,
+        "offload_teacher": offload_teacher,
         "lr_groups": lr_groups, "schedule": schedule,
         "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
         "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,

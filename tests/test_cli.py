@@ -114,6 +114,17 @@ def test_a_metric_that_tells_nothing_says_so(place: Path, cli: Runner) -> None:
     assert "layers by --metric kl or score-mmr trained far better" in cli.stderr
 
 
+def test_a_teacher_that_waits_in_host_memory(place: Path, cli: Runner) -> None:
+    cli("replace", "--indices", "1,2", "--no-calibrate", "-o", "h2")
+    for stage in ("distill", "align"):
+        found = []
+        for flag in ("--no-offload-teacher", "--offload-teacher"):
+            cli("distill", "h2", "--stage", stage, *TRAIN, flag, "-o", "out", "--overwrite", "--json")
+            found.append(json.loads(cli.stdout)["last"]["loss"])
+        assert found[0] == found[1]
+    assert "comes and goes" in cli.fails("distill", "h2", *TRAIN, "--offload-teacher", "--cuda-graph", "-o", "out2")
+
+
 def test_documents_that_are_cut_are_told(place: Path, cli: Runner) -> None:
     cli("distill", "teacher", "--loss", "ce", *TRAIN, "--seq-len", 16)
     assert "documents are longer than --seq-len and cut into pieces that do not see each other: --seq-len " in cli.stderr

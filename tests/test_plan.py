@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def test_weights_and_their_like_by_hand() -> None:
         assert found.bytes["AdamW's moments"] * ranks == 8 * (ours - ends)
         assert found.bytes["teacher's weights"] * ranks == 2 * theirs
         assert found.tokens == 312 * 4 * 8
+    waiting = plan(student, teacher, dataclasses.replace(settings, offload_teacher=True), 1, torch.bfloat16)
+    layer = sum(p.numel() for p in teacher.model.layers[0].parameters())
+    assert waiting.bytes["teacher's weights"] == 2 * (theirs - 2 * layer)
     more = plan(student, teacher, DistillSettings(tokens=10_000, batch_size=4, seq_len=8, train="body"), 1, torch.bfloat16)
     less = plan(student, teacher, settings, 1, torch.bfloat16)
     assert more.bytes["activations"] == 2 * less.bytes["activations"]

@@ -17,6 +17,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from hybridize.distillation.offload import offload
 from hybridize.distillation.ranks import Ranks, join, leave, small, whole
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.training import Training
@@ -41,7 +42,8 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
     given = {key: value for key, value in options.items() if key != "break"}
     plan = settings(**{"save_every": 2, "eval_every": 3, "keep_last": 9, **given})
     student = hybrid("mam", kind, seed=1, tie_word_embeddings=options.get("train") == "mixers").to(device)
-    teacher = hybrid("aaa", seed=2).to(device)
+    teacher = hybrid("aaa", seed=2)
+    (offload if options.get("offload_teacher") else torch.nn.Module.to)(teacher, device)
     home = RunDir(path / "out", {"a": 1}, ranks, plan.keep_last)
     home.start(resume)
 
@@ -109,7 +111,13 @@ def equal(one: dict[str, Any], two: dict[str, Any], bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"train": "mixers", "micro_batch_size": 1, "gradient_checkpointing": True}, {"shard": False}]
+    "options",
+    [
+        {},
+        {"train": "mixers", "micro_batch_size": 1, "gradient_checkpointing": True},
+        {"shard": False},
+        {"offload_teacher": True},
+    ],
 )
 def test_two_ranks_equal_one(tmp_path: Path, options: dict[str, Any]) -> None:
     one, two = go(1, tmp_path / "one", **options), go(2, tmp_path / "two", **options)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from hybridize.distillation.attention import use_packed_attention
 from hybridize.distillation.losses import Loss
+from hybridize.distillation.measure import hidden_states, output_weight
+from hybridize.distillation.offload import offload
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.step import Accumulator, Student, backward, can_graph
-from hybridize.runtime import compile_layers
-from tests.conftest import hybrid, worst
+from hybridize.runtime import compile_layers, load_model
+from tests.conftest import hybrid, make_teacher, worst
 from tests.test_attention import packed
 
 
@@ -68,3 +72,43 @@ def test_a_graph_gives_the_eager_gradients(kind: str, compiled: bool, documents:
         found.append((value, gradients(student)))
     assert worst(found[1][0], found[0][0]) <= 1e-4
     assert worst(found[1][1], found[0][1]) <= 1e-3
+
+
+def test_an_offloaded_teacher_says_the_same_with_one_layer_there(tmp_path: Path) -> None:
+    """Bit for bit; also after a pass that was cut off in the middle."""
+    cpu, data = torch.device("cpu"), stream(0)
+    model = load_model(make_teacher(tmp_path / "teacher"), cpu, torch.float32)
+    plain, wanted = hidden_states(model, data, torch.float32), output_weight(model).clone()
+    offload(model, cpu)
+    layers, seen, breaks = model.model.layers, [], []
+
+    def there() -> list[int]:
+        return [i for i, layer in enumerate(layers) if sum(p.numel() for p in layer.parameters())]
+
+    def look(*_: object) -> None:
+        seen.append(there())
+        if breaks:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for layer in layers:
+        layer.mlp.register_forward_hook(look)
+    assert there() == []
+    assert torch.equal(hidden_states(model, data, torch.float32), plain)
+    assert seen == [[0], [1], [2], [3]]
+    breaks.append(1)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        hidden_states(model, data, torch.float32)
+    assert there() == []
+    breaks.clear()
+    assert torch.equal(hidden_states(model, data, torch.float32), plain)
+    assert torch.equal(output_weight(model), wanted)
+
+
+@pytest.mark.gpu
+def test_an_offloaded_teacher_on_a_gpu(tmp_path: Path) -> None:
+    gpu, path = torch.device("cuda"), make_teacher(tmp_path / "teacher")
+    data, model = stream(0, device="cuda"), load_model(path, torch.device("cpu"), torch.bfloat16)
+    offload(model, gpu)
+    plain = hidden_states(load_model(path, gpu, torch.bfloat16), data, torch.bfloat16)
+    for _ in range(3):
+        assert torch.equal(hidden_states(model, data, torch.bfloat16), plain)

@@ -22,6 +22,7 @@ from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.distillation.encode import Document, Encoder
+from hybridize.distillation.offload import offload
 from hybridize.distillation.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
 from hybridize.distillation.prefetch import prefetched
 from hybridize.distillation.ranks import Ranks, whole
@@ -183,7 +184,12 @@ def distill(
         return load_model(reader.path, device, kind, trust_remote_code)
 
     student = load(source, torch.float32, streams and settings.stage == "distill")
-    model = None if teacher is None else load(teacher, dtype, streams)
+    model = None
+    if teacher is not None and settings.offload_teacher:
+        model = load_model(teacher.path, torch.device("cpu"), dtype, trust_remote_code)
+        offload(model, device)
+    elif teacher is not None:
+        model = load(teacher, dtype, streams)
     training = Training(
         student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
         ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,

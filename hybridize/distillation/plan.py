@@ -87,18 +87,25 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
         "student's weights": 4 * count / shards,
         "gradients": 4 * trained / shards,
         "AdamW's moments": 8 * trained / shards,
-        "teacher's weights": 0 if teacher is None else wide * sum(p.numel() for p in teacher.parameters()) / shards,
+        "teacher's weights": 0 if teacher is None else wide * _there(teacher, settings, shards),
         "weights as computed in": wide * (count if shards == 1 else _largest(student) + _rest(student)),
         "activations": tokens * (kept + 3 * residual),
         "logits": logits + (0 if not student.get_output_embeddings().weight.requires_grad else wide * _head(student)),
     }
-    if shards > 1 and teacher is not None:
+    if shards > 1 and teacher is not None and not settings.offload_teacher:
         parts["teacher's layer, gathered"] = wide * (_largest(teacher) + _rest(teacher))
     if wide == 4:
         parts.pop("weights as computed in")
     seen = settings.total_steps * settings.batch_size * settings.seq_len
     flops = float(model_flops(student, teacher) * seen)
     return Plan(parts, seen, flops, flops / (ASSUMED * ranks) / 3600)
+
+
+def _there(teacher: Any, settings: DistillSettings, shards: int) -> float:
+    """How many of the teacher's weights a rank's device holds."""
+    if settings.offload_teacher:
+        return _largest(teacher) + _rest(teacher)
+    return sum(p.numel() for p in teacher.parameters()) / shards
 
 
 def _head(model: Any) -> int:

@@ -13,12 +13,8 @@ from hybridize.errors import InputError
 from hybridize.surgery.select import parse_indices
 
 STAGES = ("distill", "align")
-UNDECISIVE = (
-    "save_every",
-    "save_minutes",
-    "keep_last",
-    "shard",
-)  # what a resumed run may have otherwise than the run before it
+# what a resumed run may have otherwise than the run before it
+UNDECISIVE = ("save_every", "save_minutes", "keep_last", "shard", "offload_teacher")
 
 
 def check_positive(settings: Any, names: Iterable[str]) -> None:
@@ -41,6 +37,7 @@ class DistillSettings:
     checkpoint_layers: which layers gradient_checkpointing is for, all unless given, and then it need not be.
     checkpoint_merge: the result is the mean of the last so many saved states, 0: the last one.
     shard: whether several processes split the weights among them, or each holds all of them and gradients alone are exchanged.
+    offload_teacher: the teacher's layers wait in host memory, whole on each rank, and are on the device only while they run.
     deterministic: the same bits every time on one machine, see runtime.be_deterministic.
     stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
     """
@@ -68,6 +65,7 @@ class DistillSettings:
     cuda_graph: bool = False
     deterministic: bool = False
     shard: bool = True
+    offload_teacher: bool = False
     eval_every: int = 100
     eval_windows: int = 24
     stop_when_flat: int = 0
@@ -102,6 +100,8 @@ class DistillSettings:
             raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
         if self.cuda_graph and (self.stage != "distill" or self.gradient_checkpointing or self.checkpoint_layers):
             raise InputError("--cuda-graph needs --stage distill and no gradient checkpointing")
+        if self.cuda_graph and self.offload_teacher:
+            raise InputError("--cuda-graph cannot hold a teacher that comes and goes: leave out --offload-teacher")
         if self.compile and self.stage != "distill":
             raise InputError("--compile needs --stage distill: alignment runs no whole layer of the student")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):

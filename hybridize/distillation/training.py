@@ -57,7 +57,8 @@ class Training:
     ) -> None:
         """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation.
 
-        sources: of student and teacher, where they come without weights (see ranks.shard).
+        teacher: on `device` already, or offloaded. sources: of student and teacher, where they come without weights (see
+        ranks.shard).
         """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
@@ -85,13 +86,13 @@ class Training:
         aligns = settings.stage == "align"
         if teacher is not None:
             teacher.requires_grad_(False)
-        if self.sharded and teacher is not None:
+        if self.sharded and teacher is not None and not settings.offload_teacher:
             shard(teacher.base_model, teacher, self.ranks, device, None, sources[1])
         if self.sharded and not aligns:
             shard(root, student, self.ranks, device, narrow, sources[0])
         else:  # alignment calls mixers apart from their layers, which FSDP cannot see
             student.to(device)
-        for model in (student, teacher):
+        for model in (student, None if settings.offload_teacher else teacher):  # whose layers come and go
             if settings.compile and model is not None:
                 compile_layers(model)
         self.flops, self.peak = flops, peak_flops(device)
