@@ -221,8 +221,8 @@ def _cut(packing: Any) -> str:
     if not packing.cut:
         return ""
     return (
-        f"; {packing.cut} of {packing.documents} documents are longer than --seq-len and cut into pieces that do not see each "
-        f"other: --seq-len {packing.longest} would keep the longest of them whole"
+        f"; {packing.cut} of the first {packing.documents} documents are longer than --seq-len and cut into pieces that do not "
+        f"see each other (the longest has {packing.longest} tokens)"
     )
 
 

@@ -18,8 +18,8 @@ from hybridize.errors import InputError, WorkError, first_line
 F = TypeVar("F", bound=Callable[..., None])
 EXIT_FAILED, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 1, 2, 3, 130
 LESS_MEMORY = (
-    "a smaller --batch-size or --seq-len helps; distill has --micro-batch-size, --gradient-checkpointing, --train mixers and "
-    "more GPUs under torchrun, and its --dry-run says what is needed; export has --no-verify"
+    "a smaller --batch-size or --seq-len helps; distill has --micro-batch-size, --gradient-checkpointing, --offload-teacher, "
+    "--train mixers and more GPUs under torchrun, and its --dry-run says what is needed; export has --no-verify"
 )
 EVERY = 10.0  # seconds between progress lines where there is no terminal
 

@@ -104,9 +104,9 @@ def _doubt(out: Output, metric: str, found: Any, margin: Any) -> None:
         return
     other = "--metric kl on your data may do better"
     if sharper is not None and sharper < vague:
-        other = f"--metric margin does better (a rank is uncertain by {sharper:.0%} of all ranks)"
+        other = f"--metric margin can (a rank is uncertain by {sharper:.0%} of all ranks)"
     if metric == "margin" or sharper is not None:  # measured: docs/choosing-layers.md
-        other += "; where both were tried on a small model, layers by --metric kl or score-mmr trained far better"
+        other += "; on a small model the layers that --metric kl and score-mmr chose trained far better than the margin's"
     out.warn(
         f"{metric} can hardly tell these layers apart: a rank is uncertain by {vague:.0%} of all ranks in the median; {other}"
     )

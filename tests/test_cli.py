@@ -111,7 +111,7 @@ def test_a_metric_that_tells_nothing_says_so(place: Path, cli: Runner) -> None:
     """Accuracy on twelve questions that a random model answers by chance."""
     cli("score-loo", "--tasks", "tiny_choice", "--include-path", "tasks")
     assert "warning: accuracy can hardly tell these layers apart: a rank is uncertain by" in cli.stderr
-    assert "layers by --metric kl or score-mmr trained far better" in cli.stderr
+    assert "layers that --metric kl and score-mmr chose trained far better" in cli.stderr
 
 
 def test_a_teacher_that_waits_in_host_memory(place: Path, cli: Runner) -> None:
@@ -127,7 +127,7 @@ def test_a_teacher_that_waits_in_host_memory(place: Path, cli: Runner) -> None:
 
 def test_documents_that_are_cut_are_told(place: Path, cli: Runner) -> None:
     cli("distill", "teacher", "--loss", "ce", *TRAIN, "--seq-len", 16)
-    assert "documents are longer than --seq-len and cut into pieces that do not see each other: --seq-len " in cli.stderr
+    assert "documents are longer than --seq-len and cut into pieces that do not see each other (the longest has " in cli.stderr
 
 
 def test_the_whole_chain(place: Path, cli: Runner) -> None:

@@ -53,6 +53,8 @@ def test_weights_and_their_like_by_hand() -> None:
     waiting = plan(student, teacher, dataclasses.replace(settings, offload_teacher=True), 1, torch.bfloat16)
     layer = sum(p.numel() for p in teacher.model.layers[0].parameters())
     assert waiting.bytes["teacher's weights"] == 2 * (theirs - 2 * layer)
+    aligned = plan(student, teacher, dataclasses.replace(settings, stage="align"), 2, torch.bfloat16)
+    assert aligned.bytes["student's weights"] == 4 * ours  # whole on every rank
     more = plan(student, teacher, DistillSettings(tokens=10_000, batch_size=4, seq_len=8, train="body"), 1, torch.bfloat16)
     less = plan(student, teacher, settings, 1, torch.bfloat16)
     assert more.bytes["activations"] == 2 * less.bytes["activations"]

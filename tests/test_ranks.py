@@ -17,7 +17,6 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from hybridize.distillation.offload import offload
 from hybridize.distillation.ranks import Ranks, join, leave, small, whole
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.training import Training
@@ -42,8 +41,7 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
     given = {key: value for key, value in options.items() if key != "break"}
     plan = settings(**{"save_every": 2, "eval_every": 3, "keep_last": 9, **given})
     student = hybrid("mam", kind, seed=1, tie_word_embeddings=options.get("train") == "mixers").to(device)
-    teacher = hybrid("aaa", seed=2)
-    (offload if options.get("offload_teacher") else torch.nn.Module.to)(teacher, device)
+    teacher = hybrid("aaa", seed=2).to("cpu" if options.get("offload_teacher") else device)
     home = RunDir(path / "out", {"a": 1}, ranks, plan.keep_last)
     home.start(resume)
 
@@ -138,33 +136,80 @@ def test_two_gpus_equal_one(tmp_path: Path, options: dict[str, Any]) -> None:
     equal(go(1, tmp_path / "one", **common, **alone), go(2, tmp_path / "two", **common, **options), 1e-4)
 
 
-def hungry(_: Training, rank: int) -> None:
-    """The second rank's memory holds one sequence."""
-    if rank != 1:
-        return
-    from hybridize.distillation import step
+HUNGRY = """
+import os, torch
+from hybridize.distillation import step
 
-    real = step.hidden_states
+def hungry(holds=1, passes=0):
+    \"\"\"The second rank's memory holds so many sequences, after so many passes.\"\"\"
+    real, seen = step.hidden_states, []
 
-    def forward(model: torch.nn.Module, part: Any, dtype: torch.dtype) -> torch.Tensor:
-        if len(part.ids) > 1:
+    def forward(model, part, dtype):
+        seen.append(1)
+        if len(part.ids) > holds and len(seen) > passes and os.environ["RANK"] == "1":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return real(model, part, dtype)
 
     step.hidden_states = forward
+"""
+
+
+def hungry(*_: Any, **how: int) -> None:
+    names: dict[str, Any] = {}
+    exec(HUNGRY, names)
+    names["hungry"](**how)
+
+
+def starving(*_: Any) -> None:
+    hungry(holds=0, passes=8)  # two models, two steps, two micro-batches of one sequence
 
 
 def test_ranks_halve_the_micro_batch_together(tmp_path: Path) -> None:
-    """At once where each holds all weights. Ranks with a part of them meet in every layer: the run ends, and the next start
-    takes what fits."""
     options = {"steps": 2, "eval_every": 0}
-    whole_run = go(1, tmp_path / "whole", **options)
-    both = {**options, "break": hungry}
-    equal(whole_run, go(2, tmp_path / "whole2", **both, shard=False), 1e-5)
-    assert RunDir(tmp_path / "whole2/out", {}).micro == 1
-    with pytest.raises(mp.ProcessRaisedException, match="out of GPU memory with 2 sequences at once; --resume goes on with 1"):
-        go(2, tmp_path / "parts", **both)
-    equal(whole_run, go(2, tmp_path / "parts", resume=True, **both), 1e-5)
+    both = go(2, tmp_path / "two", **options, shard=False, **{"break": hungry})
+    equal(go(1, tmp_path / "one", **options), both, 1e-5)
+    assert json.loads((tmp_path / "two/out.run/micro-batch.json").read_text()) == {"2 ranks": 1}
+
+
+def test_ranks_end_together_where_not_one_sequence_fits(tmp_path: Path) -> None:
+    """With the last finished step saved."""
+    options = {"eval_every": 0, "save_every": 0, "micro_batch_size": 1, "shard": False, "break": starving}
+    with pytest.raises(mp.ProcessRaisedException, match="out of GPU memory with one sequence at once on one of the ranks"):
+        go(2, tmp_path / "two", **options)
+    assert RunDir(tmp_path / "two/out", {}).steps() == [2]
+
+
+def test_torchrun_starts_a_run_again_with_what_fits(tmp_path: Path, traces: Path, teacher: Path, cli: Runner) -> None:
+    """Ranks with a part of the weights meet in every layer: where one runs out of memory none can go on. A restarted group
+    finds the store of the one that died."""
+    (tmp_path / "run.py").write_text(f"{HUNGRY}\nhungry()\nfrom hybridize.commands import main\nmain()\n")
+    plan = [
+        "distill",
+        str(teacher),
+        "--loss",
+        "ce",
+        "--data",
+        str(traces),
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--seq-len",
+        "48",
+    ]
+    cli(*plan, "-o", tmp_path / "one", "--json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    program = [*torchrun, str(tmp_path / "run.py"), *plan, "-o", str(tmp_path / "two"), "--json", "--resume"]
+    calm = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(program, capture_output=True, text=True, timeout=200, env=calm, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for sequences in (4, 2):
+        assert (
+            f"out of GPU memory with {sequences} sequences at once; --resume goes on from the last saved state with {sequences // 2}"
+            in ran.stderr
+        )
+    assert "1 sequences at once, since more ran out of memory before" in ran.stderr
+    assert json.loads(ran.stdout)["last"]["loss"] == pytest.approx(json.loads(cli.stdout)["last"]["loss"], rel=1e-5)
 
 
 def test_bfloat16_sharding_leaves_decays_and_steps_in_float32(tmp_path: Path) -> None:

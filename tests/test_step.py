@@ -12,9 +12,13 @@ from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.offload import offload
 from hybridize.distillation.packing import Batch
+from hybridize.distillation.run_dir import RunDir
+from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, backward, can_graph
+from hybridize.distillation.training import Training
 from hybridize.runtime import compile_layers, load_model
 from tests.conftest import hybrid, make_teacher, worst
+from tests.families import make_family
 from tests.test_attention import packed
 
 
@@ -102,6 +106,20 @@ def test_an_offloaded_teacher_says_the_same_with_one_layer_there(tmp_path: Path)
     breaks.clear()
     assert torch.equal(hidden_states(model, data, torch.float32), plain)
     assert torch.equal(output_weight(model), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_an_offloaded_teacher_counts_as_the_one_it_is(tmp_path: Path, name: str) -> None:
+    found = []
+    for offloaded in (False, True):
+        teacher = load_model(make_family(tmp_path / f"{name}-{offloaded}", name), torch.device("cpu"), torch.float32)
+        run = RunDir(tmp_path / f"run-{offloaded}", {})
+        run.start(False)
+        plan = DistillSettings(steps=1, batch_size=4, seq_len=16, offload_teacher=offloaded)
+        training = Training(hybrid("mam"), teacher, [], plan, run, device=torch.device("cpu"), dtype=torch.float32)
+        training.accumulate.micro = 2
+        found.append((training.flops, training.accumulate(stream(0))))
+    assert found[0] == found[1]
 
 
 @pytest.mark.gpu

@@ -210,6 +210,14 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     RunDir(tmp_path / "other", {}).check(True, False)  # nothing to go on with: a run that is started over and over begins
 
 
+@pytest.mark.parametrize("merge", [0, 2])
+def test_a_run_may_go_on_placed_and_saved_otherwise(merge: int) -> None:
+    """What states there are decides what a merge of them is; where weights lie decides nothing."""
+    one = settings(checkpoint_merge=merge).decisive()
+    assert one == settings(checkpoint_merge=merge, shard=False, offload_teacher=True).decisive()
+    assert (one == settings(checkpoint_merge=merge, keep_last=3, save_every=7).decisive()) == (merge == 0)
+
+
 def test_one_process_at_a_time_works_in_a_run_s_directory(tmp_path: Path) -> None:
     with RunDir(tmp_path / "out", {}).started(False):
         for resume, overwrite in ((True, False), (False, True)):

@@ -22,7 +22,6 @@ from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.distillation.encode import Document, Encoder
-from hybridize.distillation.offload import offload
 from hybridize.distillation.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
 from hybridize.distillation.prefetch import prefetched
 from hybridize.distillation.ranks import Ranks, whole
@@ -90,7 +89,7 @@ class Corpus:
 
     def packing(self, settings: DistillSettings, sample: int = 512) -> Packing | None:
         """How the first `sample` training documents are packed; None where they do not fill a row."""
-        documents = list(itertools.islice(self.documents(settings.seed), sample))
+        documents = list(itertools.islice(self.documents(settings.seed), min(sample, len(self.rows))))
         lines = list(self.lines(iter(documents), settings.seq_len))
         if not lines:
             return None
@@ -181,15 +180,11 @@ def distill(
     def load(reader: CheckpointReader, kind: torch.dtype, streamed: bool) -> Any:
         if streamed:
             return load_empty(reader.path, kind, trust_remote_code)
-        return load_model(reader.path, device, kind, trust_remote_code)
+        waits = reader is teacher and settings.offload_teacher
+        return load_model(reader.path, torch.device("cpu") if waits else device, kind, trust_remote_code)
 
     student = load(source, torch.float32, streams and settings.stage == "distill")
-    model = None
-    if teacher is not None and settings.offload_teacher:
-        model = load_model(teacher.path, torch.device("cpu"), dtype, trust_remote_code)
-        offload(model, device)
-    elif teacher is not None:
-        model = load(teacher, dtype, streams)
+    model = None if teacher is None else load(teacher, dtype, streams and not settings.offload_teacher)
     training = Training(
         student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
         ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,
@@ -210,6 +205,8 @@ def distill(
 
         @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
         def gathered(parameter: str) -> torch.Tensor:
+            if streams:  # all ranks are here, and wait for the one that writes: GPUs give each other ten minutes
+                ranks.wait()
             return whole(trained[parameter])
 
         def final() -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -220,7 +217,7 @@ def distill(
                 yield tensor_name, old if new is None or kept else new.to(old.dtype), kept
 
         if not ranks.main:
-            for _ in final():
+            for _ in final() if streams else ():
                 pass
             ranks.wait()
             return used

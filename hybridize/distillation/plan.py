@@ -72,6 +72,7 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
     config, wide, shards = student.config, dtype.itemsize, ranks if settings.shard else 1
+    ours = 1 if settings.stage == "align" else shards  # alignment has the student whole
     count = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     rows = min(settings.micro, settings.batch_size // ranks)
@@ -84,11 +85,11 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     kept += max((size for index, size in enumerate(layers) if index in again), default=0)
     logits = min(CHUNK_BYTES, 2 * wide * tokens * config.vocab_size)
     parts = {
-        "student's weights": 4 * count / shards,
-        "gradients": 4 * trained / shards,
-        "AdamW's moments": 8 * trained / shards,
+        "student's weights": 4 * count / ours,
+        "gradients": 4 * trained / ours,
+        "AdamW's moments": 8 * trained / ours,
         "teacher's weights": 0 if teacher is None else wide * _there(teacher, settings, shards),
-        "weights as computed in": wide * (count if shards == 1 else _largest(student) + _rest(student)),
+        "weights as computed in": wide * (count if ours == 1 else _largest(student) + _rest(student)),
         "activations": tokens * (kept + 3 * residual),
         "logits": logits + (0 if not student.get_output_embeddings().weight.requires_grad else wide * _head(student)),
     }

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from hybridize.checkpoint.experts import holds, read_parameter
@@ -99,8 +101,12 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        store, rank, _ = next(rendezvous("env://"))
+        # torchrun --max-restarts hands on the store of the processes that died, in which their addresses still are
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo beside NCCL: checkpoints are written from the CPU's copies
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Ranks(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=PATIENCE)), device
 
 
@@ -165,6 +171,9 @@ def average_gradients(model: nn.Module, ranks: Ranks) -> None:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
     for bucket in _buckets(grads):  # a message each for hundreds of small gradients would take longer than their bytes
+        if len(bucket) == 1:  # as large as an embedding: no copy
+            ranks.sum(bucket[0]).div_(ranks.size)
+            continue
         flat = ranks.sum(torch.cat([g.flatten() for g in bucket])).div_(ranks.size)
         parts = flat.split([g.numel() for g in bucket])
         torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])

@@ -27,6 +27,7 @@ from hybridize.distillation.watch import Trackers, draw_curve
 from hybridize.errors import InputError, first_line
 
 LOGS = ("metrics", "eval")
+ROOM = "micro-batch.json"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that a state has one writer is no news
 
 
@@ -90,15 +91,15 @@ class RunDir:
         """By which a result says what run it is of."""
         return hashlib.sha256(json_text(self.settings).encode()).hexdigest()
 
-    @property
-    def micro(self) -> int | None:
-        """The largest micro-batch that memory has been found to hold, None where none was too large."""
-        path = self.path / "micro-batch.json"
-        return read_json(path).get("sequences") if path.exists() else None
+    def room(self, what: str) -> int | None:
+        """The most sequences at once that were found to fit where memory is used as `what` says; None: none were too many."""
+        path = self.path / ROOM
+        found = read_json(path).get(what) if path.exists() else None
+        return found if isinstance(found, int) and found > 0 else None
 
-    @micro.setter
-    def micro(self, sequences: int) -> None:
-        write_json_atomic(self.path / "micro-batch.json", {"sequences": sequences})
+    def note_room(self, what: str, sequences: int) -> None:
+        before = read_json(self.path / ROOM) if (self.path / ROOM).exists() else {}
+        write_json_atomic(self.path / ROOM, {**before, what: sequences})
 
     def log(self, name: str, record: dict[str, Any]) -> None:
         if not self.ranks.main:

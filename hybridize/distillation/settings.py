@@ -14,7 +14,8 @@ from hybridize.surgery.select import parse_indices
 
 STAGES = ("distill", "align")
 # what a resumed run may have otherwise than the run before it
-UNDECISIVE = ("save_every", "save_minutes", "keep_last", "shard", "offload_teacher")
+PLACING = ("shard", "offload_teacher")
+SAVING = ("save_every", "save_minutes", "keep_last")
 
 
 def check_positive(settings: Any, names: Iterable[str]) -> None:
@@ -116,7 +117,8 @@ class DistillSettings:
     def decisive(self) -> dict[str, Any]:
         """What decides the result: a run that goes on must have the same."""
         merging = self.checkpoint_merge > 1  # which states there are is then part of it
-        return {key: value for key, value in asdict(self).items() if merging or key not in UNDECISIVE}
+        free = PLACING if merging else (*PLACING, *SAVING)
+        return {key: value for key, value in asdict(self).items() if key not in free}
 
     def recomputed(self, layers: int | None) -> set[int]:
         """Which of so many layers keep only their input and run again in backward. InputError for one that is not there; with

@@ -21,6 +21,7 @@ from hybridize.distillation.align import Aligner
 from hybridize.distillation.attention import can_attend, use_packed_attention
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import fidelity
+from hybridize.distillation.offload import offload
 from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
 from hybridize.distillation.ranks import Ranks, reshard, shard
@@ -57,8 +58,8 @@ class Training:
     ) -> None:
         """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation.
 
-        teacher: on `device` already, or offloaded. sources: of student and teacher, where they come without weights (see
-        ranks.shard).
+        teacher: on `device` already, or on the CPU where it is to be offloaded. sources: of student and teacher, where they
+        come without weights (see ranks.shard).
         """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
@@ -86,6 +87,8 @@ class Training:
         aligns = settings.stage == "align"
         if teacher is not None:
             teacher.requires_grad_(False)
+        if teacher is not None and settings.offload_teacher:
+            offload(teacher, device)
         if self.sharded and teacher is not None and not settings.offload_teacher:
             shard(teacher.base_model, teacher, self.ranks, device, None, sources[1])
         if self.sharded and not aligns:
@@ -117,7 +120,7 @@ class Training:
         settings, run = self.settings, self.run
         steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
         finished = start = run.load(self.student, self.optimizer) if resume else 0
-        self.accumulate.micro = min(self.accumulate.micro, run.micro or self.accumulate.micro)
+        self._narrow(self.ranks.first(run.room(self._room)))
         self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
         self.ranks.wait()  # the first rank is about to write more
@@ -233,13 +236,13 @@ class Training:
             try:
                 value = self.accumulate.add(batch, count)
             except torch.cuda.OutOfMemoryError as error:
-                if micro == 1:
+                if micro == 1 and (self.sharded or self.ranks.size == 1):
                     raise
                 if self.sharded:
-                    self.run.micro = micro // 2
+                    self.run.note_room(self._room, micro // 2)
                     raise WorkError(
-                        f"out of GPU memory with {micro} sequences at once; --resume goes on with {micro // 2} "
-                        "(torchrun --max-restarts 4 by itself)"
+                        f"out of GPU memory with {micro} sequences at once; --resume goes on from the last saved state with "
+                        f"{micro // 2} (torchrun --max-restarts 4 by itself)"
                     ) from error
             if self.sharded or not self.ranks.found("full" if value is None else ""):
                 assert value is not None
@@ -247,12 +250,29 @@ class Training:
                 found = torch.stack([value.float(), clip_gradients(self.student, self.settings.clip, self.ranks)]).tolist()
                 return found[0], found[1]
             del value
+            if micro == 1:
+                self.agreed = True
+                raise WorkError(
+                    "out of GPU memory with one sequence at once on one of the ranks; --dry-run says what is needed"
+                )
             if self.ranks.main:
-                self.run.micro = micro // 2
+                self.run.note_room(self._room, micro // 2)
             self.accumulate.shrink()
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             self.report({"kind": "note", "text": f"out of memory with {micro} sequences at once, going on with {micro // 2}"})
+
+    @property
+    def _room(self) -> str:
+        """What decides, beside the sequences at once, what a rank's memory must hold."""
+        placed = {"sharded": self.sharded, "teacher offloaded": self.settings.offload_teacher}
+        return ", ".join([f"{self.ranks.size} ranks", *(name for name, so in placed.items() if so)])
+
+    def _narrow(self, micro: int | None) -> None:
+        """No more sequences at once than an earlier run of the same kind found room for."""
+        if micro is not None and micro < self.accumulate.micro:
+            self.accumulate.micro = micro
+            self.report({"kind": "note", "text": f"{micro} sequences at once, since more ran out of memory before"})
 
     def _tolerate(self, step: int, value: float, norm: float, batch: Batch) -> None:
         """WorkError that names what is not finite, unless so many batches may be skipped."""
