@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from hybridize.distillation.training import Training
 from hybridize.errors import InputError, WorkError
 from tests.conftest import Runner, hybrid, make_teacher, worst
 from tests.test_training import batch, settings
+
+multiprocessing.set_forkserver_preload(["tests.test_ranks"])  # ranks are forks of a process that has imported everything
 
 
 def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resume: bool, options: dict[str, Any]) -> None:
@@ -88,7 +91,7 @@ def go(size: int, path: Path, stop_at: int | None = None, resume: bool = False, 
     if size == 1:
         work(0, 1, port, path, stop_at, resume, dict(options))
     else:
-        mp.spawn(work, (size, port, path, stop_at, resume, options), nprocs=size)
+        mp.start_processes(work, (size, port, path, stop_at, resume, options), nprocs=size, start_method="forkserver")
     lines = [json.loads(line) for line in (path / "out.run/metrics.jsonl").open()]
     measures = [json.loads(line) for line in (path / "out.run/eval.jsonl").open()]
     return {**torch.load(path / "end.pt"), "losses": lines, "measures": measures}
