@@ -228,6 +228,29 @@ def test_one_process_at_a_time_works_in_a_run_s_directory(tmp_path: Path) -> Non
     RunDir(tmp_path / "out", {}).check(True, False)
 
 
+def test_two_that_begin_at_the_same_moment(tmp_path: Path) -> None:
+    """One has the run, and its settings lie there; the other says so and touches nothing."""
+    said: list[str] = []
+
+    def begin(me: int) -> None:
+        for _ in range(150):
+            try:
+                with RunDir(tmp_path / "out", {"me": me}).started(False):
+                    said.append(
+                        "" if f'"me": {me}' in (tmp_path / "out.run/settings.json").read_text() else "another's settings"
+                    )
+            except Exception as error:
+                said.append("" if isinstance(error, InputError) and "another process" in str(error) else repr(error))
+
+    threads = [threading.Thread(target=begin, args=(me,)) for me in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 300
+    assert not any(said), {text for text in said if text}
+
+
 def start(
     path: Path, plan: DistillSettings, student: torch.nn.Module | None = None, resume: bool = False, **more: object
 ) -> Training:

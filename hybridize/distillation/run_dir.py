@@ -63,19 +63,21 @@ class RunDir:
 
     def start(self, resume: bool) -> None:
         if self.ranks.main and not (resume and (self.path / "settings.json").exists()):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            for old in self.path.iterdir():  # the directory itself stays: whoever has locked it has the run
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             write_json_atomic(self.path / "settings.json", self.settings)
         self.ranks.wait()
 
     @contextlib.contextmanager
     def started(self, resume: bool) -> Iterator[None]:
         """The directory, there and this run's alone, as long as the block lasts."""
-        if self.ranks.main and self.path.exists():
-            os.close(hold(self.path))
-        self.start(resume)
-        lock = hold(self.path) if self.ranks.main else None
+        lock = None
+        if self.ranks.main:  # before anything in it is touched: another process may begin at the same moment
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = hold(self.path)
         try:
+            self.start(resume)
             yield
         finally:
             if lock is not None:
