@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.manifest import Manifest, descend, read_manifest, root_of
-from hybridize.checkpoint.reader import INDEX, CheckpointReader, resolve_checkpoint
+from hybridize.checkpoint.reader import INDEX, CheckpointReader, fingerprint, resolve_checkpoint
 from hybridize.checkpoint.scores import LayerScore, Scores, read_scores
 from hybridize.checkpoint.writer import CheckpointWriter, check_output
 from hybridize.errors import InputError, WorkError
@@ -217,3 +217,35 @@ def test_scores_are_checked(tmp_path: Path) -> None:
         path.write_text(json.dumps(found | change))
         with pytest.raises(InputError, match=says):
             read_scores(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_what_is_not_finite_is_found_whatever_its_bits(dtype: torch.dtype) -> None:
+    """Every pattern of the narrow types by itself, and one in the midst of many."""
+    width = dtype.itemsize
+    if width <= 2:
+        values = torch.arange(256**width).to({1: torch.uint8, 2: torch.uint16}[width]).view(dtype)
+    else:
+        g = torch.Generator().manual_seed(0)
+        values = torch.randint(0, 256, (4000 * width,), generator=g, dtype=torch.uint8).view(dtype)
+        values = torch.cat(
+            [values, torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max, -0.0], dtype=dtype)]
+        )
+
+    def passes(tensor: torch.Tensor) -> bool:
+        try:
+            fingerprint("x", tensor, "file")
+        except InputError:
+            return False
+        return True
+
+    wanted = torch.isfinite(values.float() if width == 1 else values).tolist()
+    chosen = range(0, len(values), 7) if width == 2 else range(len(values))
+    assert [passes(values[i : i + 1]) for i in chosen] == [wanted[i] for i in chosen]
+    assert False in [wanted[i] for i in chosen]
+    many = torch.zeros((1 << 20) + 3, dtype=dtype)
+    assert passes(many)
+    many[-1] = torch.nan
+    with pytest.raises(InputError, match="^file: tensor x holds values that are not finite$"):
+        fingerprint("x", many, "file")
+    assert passes(many[:0])

@@ -197,9 +197,10 @@ class CheckpointReader:
 
 def fingerprint(name: str, tensor: Tensor, where: str | None = None) -> Fingerprint:
     """where: InputError with this and the tensor's name when it holds NaN or infinity, which is no use to anybody."""
-    if where is not None and not _finite(tensor):
+    content = _bytes(tensor)
+    if where is not None and tensor.is_floating_point() and not _finite(content, tensor.dtype):
         raise InputError(f"{where}: tensor {name} holds values that are not finite")
-    digest = hashlib.sha256(_bytes(tensor).numpy())  # type: ignore[arg-type]
+    digest = hashlib.sha256(content.numpy())  # type: ignore[arg-type]
     return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest.hexdigest()
 
 
@@ -212,12 +213,16 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    # one sum reads as fast as memory can and makes nothing; it may overflow where no value has
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+def _finite(content: Tensor, dtype: torch.dtype) -> bool:
+    """Of the bytes of a floating type. Sign aside, the bits of what is not finite are, in an IEEE type, a whole number no smaller
+    than infinity's: looked at so, ten times faster than by converting them."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize)
+    if whole is None:  # eight bits, of which few kinds know infinity
+        return bool(torch.isfinite(content.view(dtype).float()).all())
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(whole))
+    return all(
+        int((part & torch.iinfo(whole).max).amax()) < infinity for part in content.view(whole).split(1 << 20) if len(part)
+    )
 
 
 def content_hash(parts: list[Fingerprint], config: dict[str, Any]) -> str:
