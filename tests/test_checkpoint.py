@@ -246,6 +246,6 @@ def test_what_is_not_finite_is_found_whatever_its_bits(dtype: torch.dtype) -> No
     many = torch.zeros((1 << 20) + 3, dtype=dtype)
     assert passes(many)
     many[-1] = torch.nan
-    with pytest.raises(InputError, match="^file: tensor x holds values that are not finite$"):
+    with pytest.raises(InputError, match=r"^file: tensor x holds values that are not finite$"):
         fingerprint("x", many, "file")
     assert passes(many[:0])
