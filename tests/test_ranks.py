@@ -51,7 +51,9 @@ def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resum
     def batches():
         for n in range(100):
             if stop_at is not None and rank == 0 and n == stop_at - (size > 1):
-                signal.raise_signal(signal.SIGINT)  # one process stops before the step, several after one that they agree on
+                if size == 1:  # itself: what a handler raises is lost where it happens to run inside a destructor
+                    raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)  # several stop after a step that they agree on
             yield batch(n)
 
     training = Training(student, teacher, [batch(999)], plan, home, device=device, dtype=dtype, ranks=ranks)
