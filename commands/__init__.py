@@ -10,6 +10,7 @@ import typer
 
 from hybridize import __version__
 
+from .interrupts import interruptible
 from .output import EXIT_INTERRUPTED
 
 COMMANDS = (
@@ -55,7 +56,8 @@ for _name in COMMANDS:
 
 def main() -> None:
     try:
-        app()
+        with interruptible():
+            app()
     except KeyboardInterrupt:  # before the command itself has begun, or after it
         print("error: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 import typer
 
 from hybridize.errors import InputError, WorkError, first_line
+
+from .interrupts import interruptible
 
 F = TypeVar("F", bound=Callable[..., None])
 EXIT_FAILED, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -77,9 +78,9 @@ def guarded(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        before = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
         try:
-            function(*args, **kwargs)
+            with interruptible():
+                function(*args, **kwargs)
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -96,21 +97,8 @@ def guarded(function: F) -> F:
             if type(error).__name__ == "OutOfMemoryError":
                 _fail(f"out of GPU memory; {LESS_MEMORY}", EXIT_FAILED)
             _fail(f"{type(error).__name__}: {first_line(error)} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
 
     return wrapper  # type: ignore[return-value]
-
-
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:
