@@ -227,18 +227,24 @@ def _cut(packing: Any) -> str:
 
 
 def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
-    """InputError when the run cannot be on these devices or layers."""
+    """InputError when the run cannot be on this device."""
+    from hybridize.errors import InputError
+
+    if settings.cuda_graph and where.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
+    if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":
+        raise InputError("--deterministic needs mamba2 layers: the CUDA scan of mamba layers adds in no fixed order")
+    _check_run(settings, source, ranks)
+
+
+def _check_run(settings: Any, source: Any, ranks: Any) -> None:
+    """InputError when the run cannot be of these layers or on so many ranks, whatever the device."""
     from hybridize.errors import InputError
 
     ranks.share(settings.batch_size, "--batch-size")
-    if settings.cuda_graph and where.type != "cuda":
-        raise InputError("--cuda-graph needs a CUDA device")
-    if settings.cuda_graph and settings.shard and ranks.size > 1:
-        raise InputError("--cuda-graph cannot hold weights that are split over processes: give --no-shard too")
+    settings.sharded(ranks.size)
     if settings.cuda_graph and settings.mask != "none" and (source.config.get("mixer") or {}).get("kind") == "mamba":
         raise InputError("--cuda-graph with documents side by side needs mamba2 layers; --mask none has no documents")
-    if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":
-        raise InputError("--deterministic needs mamba2 layers: the CUDA scan of mamba layers adds in no fixed order")
     settings.recomputed(source.config.get("num_hidden_layers", 0))
 
 
@@ -248,7 +254,7 @@ def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str, 
     from hybridize.runtime import load_empty, planned_dtype
 
     ranks = world_size()
-    Ranks(0, ranks).share(settings.batch_size, "--batch-size")
+    _check_run(settings, source, Ranks(0, ranks))
     compute = planned_dtype(dtype)
     readers = (source, teacher)
     student, origin = (None if r is None else load_empty(r.path, compute, trust_remote_code) for r in readers)

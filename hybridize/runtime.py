@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hybridize.modeling import HybridForCausalLM
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -111,17 +112,23 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
     import transformers
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
 
     import hybridize.modeling  # noqa: F401  (registers the hybrid)
 
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    told, make = _how(config, path, dtype), transformers.AutoModelForCausalLM.from_config
+    return without_storage(lambda: make(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)).eval()
+
+
+def without_storage(make: Callable[[], M]) -> M:
+    """The model that `make` makes, its weights tied and on the meta device, none of them drawn; buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
     with init_empty_weights(include_buffers=False), no_init_weights():
-        told = _how(config, path, dtype)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)
-    model.tie_weights()  # which goes with the drawing of weights that is left out
-    return model.eval()
+        model = make()
+    model.tie_weights()  # type: ignore[operator]  # which goes with the drawing of weights that is left out
+    return model
 
 
 def compile_layers(model: Any) -> None:

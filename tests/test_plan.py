@@ -96,4 +96,8 @@ def test_dry_run_says_it_and_does_nothing(
     ce = json.loads(cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--loss", "ce", "--dry-run", "--json"))
     assert ce["gib"]["teacher's weights"] == 0
     assert ce["flops"] < found["flops"]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what torchrun says
+    graph = ("distill", "h2", "--data", traces, "--steps", 1, "--cuda-graph", "--dry-run")
+    assert "give --no-shard too" in cli.fails(*graph)
+    cli(*graph, "--no-shard")
     assert sorted(Path(".").rglob("*")) == before

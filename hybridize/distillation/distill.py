@@ -175,7 +175,7 @@ def distill(
     """
     ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
-    streams = ranks.size > 1 and settings.shard  # weights go to their shards layer by layer; alignment needs the student whole
+    streams = settings.sharded(ranks.size)  # weights go to their shards layer by layer; alignment needs the student whole
 
     def load(reader: CheckpointReader, kind: torch.dtype, streamed: bool) -> Any:
         if streamed:

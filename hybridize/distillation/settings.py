@@ -148,6 +148,13 @@ class DistillSettings:
         patterns = {"all": "*", "mixers": "*mixer.*"}.get(self.train, self.train).split(",")
         return any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
 
+    def sharded(self, ranks: int) -> bool:
+        """Whether so many ranks split weights between them. InputError where they cannot."""
+        split = self.shard and ranks > 1
+        if split and self.cuda_graph:
+            raise InputError("--cuda-graph cannot hold weights that are split over processes: give --no-shard too")
+        return split
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run: all that `tokens` pays for, at least one."""

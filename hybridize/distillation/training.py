@@ -64,7 +64,7 @@ class Training:
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
         self.rows = self.ranks.share(settings.batch_size, "--batch-size")
-        self.sharded = settings.shard and self.ranks.size > 1
+        self.sharded = settings.sharded(self.ranks.size)
         if settings.deterministic:
             be_deterministic()
         loss = Loss.parse(settings.loss, settings.temperature)
@@ -79,8 +79,8 @@ class Training:
         if device.type == "cuda" and all(can_attend(model, settings.seq_len) for model in models):
             for model in models:
                 use_packed_attention(model)
-        if settings.cuda_graph and (self.sharded or not can_graph(*models)):
-            raise InputError("--cuda-graph needs CUDA, weights that are whole (--no-shard) and SDPA attention without a window")
+        if settings.cuda_graph and not can_graph(*models):
+            raise InputError("--cuda-graph needs CUDA and SDPA attention without a window")
         flops = model_flops(student, teacher)
         root = Student(student, loss, dtype)
         narrow = dtype if dtype != torch.float32 else None

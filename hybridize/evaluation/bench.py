@@ -20,6 +20,7 @@ from hybridize.errors import InputError
 from hybridize.generation.cache import sequence_bytes
 from hybridize.generation.decoder import Decoder, can_capture
 from hybridize.modeling import FLOAT32, HybridConfig, HybridForCausalLM, new_cache
+from hybridize.runtime import without_storage
 
 AT_ONCE = 8192  # tokens in one forward pass of a prefill, if a prompt is no longer
 POINTS = 6  # lengths at which a long generation's step is timed
@@ -71,10 +72,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def random_hybrid(config: HybridConfig, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
     """A model without a checkpoint, to be timed: weights of no meaning, made where they stay."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        model = HybridForCausalLM(config)
+    model = without_storage(lambda: HybridForCausalLM(config))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             kind = torch.float32 if name in FLOAT32 else dtype

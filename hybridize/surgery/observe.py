@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from hybridize.checkpoint.experts import read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.modeling import MIXER_LAYER, HybridModel
+from hybridize.runtime import without_storage
 from hybridize.surgery.teacher import hybrid_config
 
 
@@ -41,8 +41,7 @@ class Observer:
         self.source, self.donor, self.device = source, donor, device
         config = hybrid_config(source.config)
         config._attn_implementation = "eager"  # the only one that shows its weights
-        with init_empty_weights(include_buffers=False):
-            model = HybridModel(config)
+        model = without_storage(lambda: HybridModel(config))
         model.rotary_emb.to(device)
         used, places = ids.unique(return_inverse=True)
         model.embed_tokens.weight = nn.Parameter(source.tensor("model.embed_tokens.weight")[used].float(), False)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers.initialization import no_init_weights
 
 from hybridize.checkpoint.experts import locate, stored_shape
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, first_line
 from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel
+from hybridize.runtime import without_storage
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 MOST = {  # beyond what any model has, and far from what would fill memory to look at
@@ -125,12 +124,9 @@ def empty_model(raw: dict[str, Any], where: str) -> HybridForCausalLM:
     """The model of a config, without storage. InputError where the config is none of its family."""
     family = family_of(raw, where)
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model = HybridForCausalLM(hybrid_config(raw))
-        model.tie_weights()  # which goes with the drawing of weights that is left out
+        return without_storage(lambda: HybridForCausalLM(hybrid_config(raw)))
     except Exception as error:  # config classes raise their own kinds for a bad value, layers whatever comes of it
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
-    return model
 
 
 def read_teacher(reader: CheckpointReader) -> Teacher:
