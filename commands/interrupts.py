@@ -37,11 +37,13 @@ def interruptible() -> Iterator[None]:
 
     sys.unraisablehook = dropped
     try:
-        yield
-    finally:
-        for timer in pending:  # what was to be interrupted is over
-            timer.cancel()
-            timer.join()
+        try:
+            yield
+        finally:
+            for timer in pending:  # what was to be interrupted is over
+                timer.cancel()
+                timer.join()
+    finally:  # also where one was too late to be cancelled and interrupts this
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 

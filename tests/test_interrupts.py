@@ -101,6 +101,12 @@ def test_nothing_is_sent_when_the_work_is_over() -> None:
     time.sleep(0.2)  # a SIGTERM now would end the tests
 
 
+def test_one_that_is_too_late_to_be_cancelled_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Timer, "cancel", lambda _: None)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        destructor(signal.SIGTERM)
+
+
 def test_other_things_that_destructors_raise_go_on_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
