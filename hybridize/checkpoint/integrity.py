@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hybridize.checkpoint.atomic import json_text, write_json
@@ -29,7 +29,7 @@ from hybridize.checkpoint.reader import (
 )
 from hybridize.errors import InputError
 
-SAFETENSORS = ".safetensors"
+SAFETENSORS, TEMPLATES = ".safetensors", "additional_chat_templates/*.jinja"
 MOST_HEADER = 100 << 20  # what safetensors itself reads at most
 CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "adapter_*", "processor_config.json", "preprocessor_config.json")
 CHUNK = 1 << 24
@@ -68,7 +68,8 @@ def seal_again(path: Path) -> None:
 
 
 def _write(path: Path, manifest: dict[str, Any]) -> None:
-    files = {file.name: _file_hash(file) for file in sorted(path.iterdir()) if file.is_file() and file.name != MANIFEST}
+    held = sorted(file for file in (*path.iterdir(), *path.glob(TEMPLATES)) if file.is_file() and file.name != MANIFEST)
+    files = {file.relative_to(path).as_posix(): _file_hash(file) for file in held}
     whole = manifest | {"files": files}
     write_json(path / MANIFEST, whole | {"seal": _digest(whole)})
 
@@ -131,7 +132,7 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
     found = []
     for name, said in sorted(files.items()):
         file = path / name
-        if Path(name).name != name:
+        if Path(name).name != name and not (PurePosixPath(name).match(TEMPLATES) and len(PurePosixPath(name).parts) == 2):
             found.append(f"{path / MANIFEST} names {name!r}, which is not a file of this directory")
             continue
         if not file.is_file():
@@ -145,7 +146,10 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
         if _file_hash(file) != said:
             found.append(f"{file} is not as it was written")
     strange = {
-        file for pattern in (*CARRIED, *CODE, f"*{SAFETENSORS}") for file in path.glob(pattern) if file.name not in files
+        file
+        for pattern in (*CARRIED, *CODE, f"*{SAFETENSORS}")
+        for file in path.glob(pattern)
+        if file.relative_to(path).as_posix() not in files
     }
     return found + [f"{file} was not written by the command that made this" for file in sorted(strange)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -24,8 +26,9 @@ MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
 NOT_HASHED = ("transformers_version", "_name_or_path")
 CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "chat_template*", "generation_config.json",
+    "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
+ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -58,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_JSON:
             raise InputError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of its kind has")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing") from error
     except InputError:
@@ -76,6 +79,24 @@ def carried_files(source: Path) -> list[Path]:
     for file in found:
         check_inside(source, file)
     return found
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copies what `carried_files` names, each to its place."""
+    for file in carried_files(source):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def _check_marks(folder: Path) -> None:
+    """InputError naming a file that begins with a byte order mark: transformers stumbles over it, or takes it for text."""
+    for file in sorted({*folder.glob("*.json"), *carried_files(folder)}):
+        with file.open("rb") as opened:
+            if opened.read(3) == codecs.BOM_UTF8:
+                raise InputError(
+                    f"{file} begins with a byte order mark, which transformers cannot read; save it as UTF-8 without"
+                )
 
 
 def check_inside(folder: Path, file: Path) -> None:
@@ -96,18 +117,30 @@ def _no_constant(text: str) -> Any:
 class CheckpointReader:
     """A safetensors checkpoint: `config`, tensor names, shapes and types at once; tensors when asked for.
 
-    Raises InputError naming the file when the directory is incomplete (no config, a missing or damaged shard).
+    What is read is what transformers reads: with a single file beside an index and shards, the single file. sharded: whether
+    it is the index. Raises InputError naming the file when the directory is incomplete (no config, a missing or damaged shard).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if (path / ADAPTER).exists():
+            raise InputError(
+                f"{path} is a LoRA adapter ({ADAPTER}), not a model: merge it into its base model first (merge_and_unload of "
+                "peft) and give the merged checkpoint"
+            )
         check_inside(path, path / "config.json")
+        _check_marks(path)
         self.config = read_json(path / "config.json")
+        if self.config.get("transformers_weights") is not None:
+            raise InputError(
+                f"{path / 'config.json'} names its own weights file (transformers_weights); only {SINGLE} or {INDEX} is read"
+            )
+        self.sharded = not (path / SINGLE).exists()
         self._files = self._locate()
         self._prints: dict[str, Fingerprint] = {}
 
     def _locate(self) -> dict[str, tuple[str, Any]]:
-        if (self.path / INDEX).exists():
+        if self.sharded and (self.path / INDEX).exists():
             weights = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(weights, dict) or not weights:
                 raise InputError(f"{self.path / INDEX} has no weight_map")
@@ -115,7 +148,7 @@ class CheckpointReader:
             outside = [s for s in shards if Path(s).name != s or len(s) > MOST_NAME or "\0" in s]
             if outside:
                 raise InputError(f"{self.path / INDEX} names {outside[0]!r}, which is not a file of this directory")
-        elif (self.path / SINGLE).exists():
+        elif not self.sharded:
             weights, shards = None, [SINGLE]
         else:
             pickled = ", which pickle weights cannot replace" if list(self.path.glob("*.bin")) else ""

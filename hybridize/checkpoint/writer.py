@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from hybridize.checkpoint.atomic import write_json
 from hybridize.checkpoint.integrity import seal
 from hybridize.checkpoint.manifest import MANIFEST, Manifest
-from hybridize.checkpoint.reader import INDEX, CheckpointReader, Fingerprint, carried_files, fingerprint
+from hybridize.checkpoint.reader import INDEX, CheckpointReader, Fingerprint, carry, fingerprint
 from hybridize.errors import InputError
 
 SHARD_BYTES = 2 * 10**9
@@ -104,7 +103,6 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, file))
         write_json(self.path / INDEX, {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))})
         if carry_from is not None:
-            for source in carried_files(carry_from):
-                shutil.copyfile(source, self.path / source.name)
+            carry(carry_from, self.path)
         write_json(self.path / "config.json", config)
         seal(self.path, manifest.to_json(), [found.result() for found in self._prints.values()], self._kept)

@@ -12,7 +12,7 @@ from hybridize import modeling
 from hybridize.checkpoint.atomic import write_json
 from hybridize.checkpoint.integrity import seal
 from hybridize.checkpoint.manifest import Manifest
-from hybridize.checkpoint.reader import INDEX, CheckpointReader, carried_files, check_inside
+from hybridize.checkpoint.reader import INDEX, CheckpointReader, carry, check_inside
 from hybridize.errors import InputError
 
 AUTO_MAP = {
@@ -36,9 +36,10 @@ def check_hf(source: CheckpointReader, name: str) -> None:
 
 def write_hf(source: CheckpointReader, path: Path, lineage: Manifest) -> None:
     """Fills the directory `path`."""
-    weights = [*([INDEX] if (source.path / INDEX).exists() else []), *source.files]
-    for file in [*(source.path / name for name in weights), *carried_files(source.path), *modeling_files()]:
+    weights = [*([INDEX] if source.sharded else []), *source.files]
+    for file in [*(source.path / name for name in weights), *modeling_files()]:
         shutil.copyfile(file, path / file.name)
+    carry(source.path, path)
     for extra in CARRIED_LOGS:
         if (source.path / extra).is_file():
             check_inside(source.path, source.path / extra)
