@@ -275,7 +275,7 @@ def test_each_layer_alone_is_calibrated_as_replace_would(teacher: Path, kind: st
     assert not torch.equal(starts([0, 3], True)[3]["out_proj.weight"], apart[3]["out_proj.weight"])
 
 
-def test_windows(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows(teacher: Path, tmp_path: Path) -> None:
     encoder, rows = Encoder(load_tokenizer(teacher), "none"), read_rows(str(write_traces(tmp_path / "t.jsonl", 60)))
     documents = {tuple(encoder.encode(row, "row").ids) for row in rows}
     whole = sample_windows(rows, encoder, 1000, seed=0)
@@ -285,8 +285,7 @@ def test_windows(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     text = whole.flatten().tolist()
     first = next(d for d in documents if tuple(text[: len(d)]) == d)
     assert any(tuple(text[len(first) : len(first) + len(d)]) == d for d in documents)
-    monkeypatch.setattr("hybridize.distillation.sample.WINDOW", 300)
-    assert torch.equal(sample_windows(rows, encoder, 1000, 0), whole[:, :900].view(3, 300))
+    assert torch.equal(sample_windows(rows, encoder, 1000, 0, longest=300), whole[:, :900].view(3, 300))
     assert sample_windows(rows, encoder, 10**9, 0).numel() <= sum(map(len, documents))
     few = read_rows(str(write_traces(tmp_path / "few.jsonl", 1)))
     with pytest.raises(ValueError, match=r"few\.jsonl has \d+ tokens, too few to calibrate on"):

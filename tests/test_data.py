@@ -36,22 +36,22 @@ def kept_text(encoder: Encoder, row: dict) -> str:
 
 def test_rows_are_tokenised_once_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, calls = make_tokenizer(), []
-    real = Encoder._plain
+    real = Encoder.read
 
-    def counted(self: Encoder, text: str, ends: bool = False) -> list[int]:
-        calls.append(text)
-        return real(self, text, ends)
+    def counted(self: Encoder, row: dict, where: str) -> Document:
+        calls.append(row)
+        return real(self, row, where)
 
-    monkeypatch.setattr(Encoder, "_plain", counted)
+    monkeypatch.setattr(Encoder, "read", counted)
     monkeypatch.setattr("hybridize.distillation.encode.REMEMBERED", 20)
-    encoder = Encoder(tokenizer, "assistant", None)
-    encoder.template = None
+    tokenizer.chat_template = None
+    encoder = Encoder(tokenizer, "assistant")
     rows = [{"prompt": "ab", "response": "cde"}, {"text": "a much longer text than there is room for"}, {"text": "ab"}]
     first = [encoder.encode(row, f"file:{n}") for n, row in enumerate(rows)]
     count = len(calls)
     again = [encoder.encode(row, f"file:{n}") for n, row in enumerate(rows)]
     assert again == first
-    assert calls[count:] == ["a much longer text than there is room for"]
+    assert calls[count:] == [{"text": "a much longer text than there is room for"}]
 
 
 def test_the_mask_keeps_what_the_assistant_says_and_its_end() -> None:
@@ -71,9 +71,13 @@ def test_a_template_that_drops_earlier_thoughts() -> None:
         "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     messages = [CHAT[0], {"role": "assistant", "content": "hm#1"}, CHAT[2], {"role": "assistant", "content": "hm#22"}]
-    text = kept_text(Encoder(make_tokenizer(), "assistant", template), {"messages": messages})
-    assert text.endswith("hm#22<|end|>")
-    assert "two?" not in text
+    encoder = Encoder(make_tokenizer(), "assistant", template)
+    document = encoder.encode({"messages": messages}, "row")
+    learnt = [encoder.tokenizer.decode([t for t, k in zip(p.ids, p.keep, strict=True) if k]) for p in document.parts()]
+    assert learnt == ["hm#1<|end|>", "hm#22<|end|>"]
+    assert encoder.tokenizer.decode(document.parts()[1].ids) == (
+        "<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?<|end|><|assistant|>hm#22<|end|>"
+    )
 
 
 def test_without_a_template_a_chat_is_refused_and_a_pair_is_joined() -> None:
@@ -194,8 +198,9 @@ def test_density_and_the_example_show_what_is_learnt(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "ab", "response": "cde"}) + "\n" for _ in range(64)))
     plan = DistillSettings(steps=1, batch_size=1, seq_len=16)
-    encoder = Encoder(make_tokenizer(), "assistant", None)
-    encoder.template = None
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    encoder = Encoder(tokenizer, "assistant")
     corpus = open_corpus(str(path), str(path), encoder)
     document = encoder.encode({"prompt": "ab", "response": "cde"}, "")
     each = 16 // len(document.ids)  # whole documents fit into a row
@@ -226,7 +231,7 @@ def test_every_format(tmp_path: Path) -> None:
     [
         ("", "has no rows"),
         ('{"text": "a"}\nnot json\n', "a.jsonl:2 is not JSON"),
-        ('{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl:2 is not JSON"),
+        ('{"text": "a"}\n\n{"text": 3}\n', "a.jsonl:3 has neither"),
         ('{"text": "a"}\n{"x": 1}\n', "a.jsonl:2 has neither"),
         ('{"text": 3}\n', "a.jsonl:1 has neither"),
         ("[1]\n", "a.jsonl:1 is not a JSON object"),

@@ -69,10 +69,14 @@ class Corpus:
         return pack_documents(order, length, pad if pad is not None else self.encoder.tokenizer.eos_token_id or 0)
 
     def documents(self, seed: int) -> Iterator[Document]:
-        """Endless training documents, the same for the same seed; each source in turn as its share of the tokens falls due."""
+        """Endless training documents, the same for the same seed; each source in turn as its share of the tokens falls due.
+
+        A row whose answers need contexts of their own is several documents.
+        """
 
         def one(rows: Rows) -> Iterator[Document]:
-            return endless(lambda i: self.encoder.encode(rows[i], rows.where(i)), len(rows), seed)
+            encoded = endless(lambda i: self.encoder.encode(rows[i], rows.where(i)), len(rows), seed)
+            return itertools.chain.from_iterable(row.parts() for row in encoded)
 
         return mixed([one(rows) for rows, _ in self.sources], [weight for _, weight in self.sources])
 
@@ -83,7 +87,7 @@ class Corpus:
     def measuring(self, settings: DistillSettings) -> list[Batch]:
         """The first `eval_windows` held-out sequences, in file order."""
         encoded = (self.encoder.encode(self.heldout[i], self.heldout.where(i)) for i in range(len(self.heldout)))
-        lines = self.lines(encoded, settings.seq_len)
+        lines = self.lines((part for row in encoded for part in row.parts()), settings.seq_len)
         chosen = [line for _, line in zip(range(settings.eval_windows), lines, strict=False)]
         return list(batched(chosen, settings.micro, last=True))
 

@@ -1,120 +1,249 @@
-"""Rows to token ids and the loss mask: which tokens the student is to learn from."""
+"""Rows to token ids and the loss mask: what the student is to learn, each answer in the context it would be written in."""
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from hybridize.errors import InputError, first_line
+from hybridize.distillation.chat import ChatTemplate, Turn
+from hybridize.distillation.forms import Conversation, Pair, Plain, read_form, read_question
+from hybridize.errors import InputError
 
 MASKS = ("assistant", "none")
 REMEMBERED = 50_000_000  # tokens, five bytes each: rows are checked before training, which then need not tokenise them again
+_LOST, _UNCLOSED, _ENDLESS, _STALE = "lost", "unclosed", "endless", "stale"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised row. keep[i]: predicting token i counts in the loss."""
+    """One tokenised row. keep[i]: predicting token i counts in the loss.
+
+    starts: where its sequences begin; each is a text of its own, which does not see the others. whole: it ends as it was
+    meant to, and was not cut at a length.
+    """
 
     ids: list[int]
     keep: list[bool]
+    starts: tuple[int, ...] = (0,)
+    whole: bool = True
+
+    def parts(self) -> list[Document]:
+        """The sequences, one document each."""
+        if len(self.starts) == 1:
+            return [self]
+        ends = [*self.starts[1:], len(self.ids)]
+        spans = zip(self.starts, ends, strict=True)
+        return [Document(self.ids[a:b], self.keep[a:b], whole=self.whole or b < len(self.ids)) for a, b in spans]
 
 
 class Encoder:
     """Tokenises rows with a checkpoint's tokenizer and chat template.
 
-    mask `assistant` keeps the assistant's tokens (all tokens of a `text` row), `none` keeps every token.
-    chat_template: a Jinja template in place of the tokenizer's own.
+    mask `assistant` keeps what the assistant writes (all tokens of a `text` row), `none` keeps every token.
+    chat_template: a Jinja template in place of the tokenizer's own. vocabulary: how many tokens the model knows, where a row
+    with another is to be refused.
     """
 
-    def __init__(self, tokenizer: Any, mask: str, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, mask: str, chat_template: str | dict[str, str] | None = None, vocabulary: int | None = None
+    ) -> None:
         if mask not in MASKS:
             raise InputError(f"--mask {mask} is unknown; use {' or '.join(MASKS)}")
-        self.tokenizer, self.mask = tokenizer, mask
-        self.template = chat_template or getattr(tokenizer, "chat_template", None)
-        self._known: dict[tuple[str, int], tuple[array[int], bytes]] = {}
+        self.tokenizer, self.mask, self.vocabulary = tokenizer, mask, vocabulary
+        self.chat = ChatTemplate(tokenizer, chat_template)
+        self.template = self.chat.template
+        self.unread: dict[str, None] = {}  # keys of rows that nobody reads, in the order of their first sight
+        self._counted: Counter[str] = Counter()
+        self._known: dict[tuple[str, int], tuple[array[int], bytes, tuple[int, ...], bool]] = {}
         self._room = REMEMBERED
+        self._front, self._back = self._added()
 
     def encode(self, row: dict[str, Any], where: str) -> Document:
         """The row called `where`. InputError naming it when the mask keeps none of its tokens or the template rejects it."""
         name = where, hash(repr(row))
         if name in self._known:
-            ids, keep = self._known[name]
-            return Document(ids.tolist(), [bool(flag) for flag in keep])
-        document = self._encode(row, where)
+            ids, keep, starts, whole = self._known[name]
+            return Document(ids.tolist(), [bool(flag) for flag in keep], starts, whole)
+        document = self.read(row, where)
         if self._room >= len(document.ids):
             self._room -= len(document.ids)
-            self._known[name] = array("i", document.ids), bytes(document.keep)
+            self._known[name] = array("i", document.ids), bytes(document.keep), document.starts, document.whole
         return document
 
     def prompt(self, row: dict[str, Any], where: str) -> list[int]:
-        """What a model reads before it answers the row called `where`: `messages` without a last answer, or `prompt`."""
-        if "messages" in row or self.template:
-            return self._render(unanswered(row), where, prompt=True)
-        return self._plain(row["prompt"])
+        """What a model reads before it answers the row called `where`: chat messages without a last answer, or a prompt."""
+        question = read_question(row, where)
+        if isinstance(question, str) and self.template:
+            question = Conversation([{"role": "user", "content": question}])
+        if isinstance(question, str):
+            return self._check(self._with_added(question, where), where)
+        return self._check(self._tokens(self.chat.prompt(question, where), where), where)
 
-    def _encode(self, row: dict[str, Any], where: str) -> Document:
-        if "messages" in row or ("prompt" in row and self.template):
-            document = self._chat(self._messages(row), where)
-        elif "prompt" in row:
-            prompt, response = self._plain(row["prompt"]), self._plain(row["response"], ends=True)
-            document = Document(prompt + response, [False] * len(prompt) + [True] * len(response))
+    def remarks(self) -> list[str]:
+        """Sentences on what of the rows so far is not learnt, or not as one might think; for the start of a run."""
+        said = []
+        if count := self._counted[_LOST]:
+            tokens = self._counted["lost tokens"]
+            said.append(f"{count} answers have text that the chat template does not show: {tokens} tokens are not learnt")
+        if count := self._counted[_UNCLOSED]:
+            said.append(
+                f"{count} answers do not close the thinking that the chat template's prompt opens: all is learnt as thought"
+            )
+        if count := self._counted[_ENDLESS]:
+            said.append(f"the chat template ends {count} answers with no token: their end is not learnt")
+        if count := self._counted[_STALE]:
+            said.append(f"{count} answers were written with another tokenizer: they are tokenised anew")
+        return said
+
+    def read(self, row: dict[str, Any], where: str) -> Document:
+        """Like `encode`, of a row that will not come again."""
+        form, unread = read_form(row, where)
+        self.unread.update(dict.fromkeys(sorted(unread)))
+        if isinstance(form, Pair) and self.template:
+            form = form.as_chat()
+        if isinstance(form, Conversation):
+            document = self._conversation(form, where)
+        elif isinstance(form, Pair):
+            document = self._pair(form, where)
         else:
-            ids = self._plain(row["text"], ends=True)
-            document = Document(ids, [True] * len(ids))
+            document = self._plain(form, where)
         if self.mask == "none":
-            document = Document(document.ids, [True] * len(document.ids))
-        if not any(document.keep[1:]):
+            document = Document(document.ids, [True] * len(document.ids), document.starts, document.whole)
+        if not any(any(part.keep[1:]) for part in document.parts()):
             raise InputError(f"{where}: the loss mask keeps no token of this row")
+        self._check(document.ids, where)
         return document
 
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, str]]:
-        if "messages" in row:
-            return row["messages"]
-        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    def _plain(self, form: Plain, where: str) -> Document:
+        """With what the tokenizer adds by itself, and the end token."""
+        ids = self._with_added(form.text, where)
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        return Document(ids, [True] * len(ids))
 
-    def _plain(self, text: str, ends: bool = False) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*ids, self.tokenizer.eos_token_id] if ends and self.tokenizer.eos_token_id is not None else ids
+    def _pair(self, form: Pair, where: str) -> Document:
+        """A prompt and its response without a chat template: one text, of which the response and the end token are learnt."""
+        before = f"{form.system}\n{form.prompt}" if form.system else form.prompt
+        head = self._with_added(before, where)
+        head = head[: len(head) - len(self._back)] if self._back and head[-len(self._back) :] == self._back else head
+        if self._is_written(form.written, form.response):
+            answer = list(form.written or ())
+        else:
+            answer = self._answer(head, before, form.response, where)
+        if not form.cut and self.tokenizer.eos_token_id is not None:
+            answer = [*answer, self.tokenizer.eos_token_id]
+        return Document(head + answer, [False] * len(head) + [True] * len(answer), whole=not form.cut)
 
-    def _render(self, messages: list[dict[str, str]], where: str, prompt: bool = False) -> list[int]:
-        if self.template is None:
-            raise InputError(f"{where} is a chat, but the tokenizer has no chat template; give --chat-template FILE")
+    def _conversation(self, form: Conversation, where: str) -> Document:
+        """Each answer after its own prompt; answers share a sequence as long as the next prompt begins with all before it."""
+        if self.mask == "none" and not form.generated and (text := self.chat.joined(form, where)) is not None:
+            joined = self._tokens(text, where)
+            return Document(joined, [True] * len(joined))
+        ids: list[int] = []
+        keep: list[bool] = []
+        starts, whole = [0], True
+        turns = self.chat.turns(form, where)
+        for number, turn in enumerate(turns):
+            last = number == len(turns) - 1 and form.messages[-1]["role"] == "assistant"
+            head = self._tokens(turn.prompt, where)
+            if last and self._is_written(form.written, form.messages[-1].get("content")):
+                answer = [*form.written, *self._tokens(turn.ending, where)]  # type: ignore[misc]
+            else:
+                answer = self._answer(head, turn.prompt, turn.text, where)
+            sequence = ids[starts[-1] :]
+            if head[: len(sequence)] == sequence:
+                head = head[len(sequence) :]
+            else:
+                starts.append(len(ids))
+            ids += head + answer
+            keep += [False] * len(head) + [True] * len(answer)
+            whole = not (last and form.cut)
+            self._count(turn, whole)
+        if last and not form.generated:
+            ids += self._tokens(turns[-1].after, where)
+        if self.mask == "none" and not form.generated:  # what follows the last answer belongs to the stream
+            every, sequence = self._tokens(self.chat.whole(form, where), where), ids[starts[-1] :]
+            if every[: len(sequence)] == sequence:
+                ids += every[len(sequence) :]
+        keep += [False] * (len(ids) - len(keep))
+        return Document(ids, keep, tuple(starts), whole)
+
+    def _answer(self, head: list[int], before: str, text: str, where: str) -> list[int]:
+        """The ids of `text` as a model would write it after `before`, whose ids are `head`."""
+        both = self._tokens(before + text, where)
+        bare = head[len(self._front) :] if self._front and head[: len(self._front)] == self._front else head
+        for begin in (head, bare):
+            if both[: len(begin)] == begin:
+                return both[len(begin) :]
+        return self._continued(text, where)  # a token would reach over the border, but the model reads `head`
+
+    def _continued(self, text: str, where: str) -> list[int]:
+        """The ids of `text` where it does not begin a text: some tokenizers put a space before what does."""
+        mark = self.tokenizer.eos_token
+        if mark:
+            before, both = self._tokens(mark, where), self._tokens(mark + text, where)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._tokens(text, where)
+
+    def _is_written(self, ids: list[int] | None, text: Any) -> bool:
+        """Whether a row's own ids can be taken for its answer `text`: they are this tokenizer's."""
+        if ids is None:
+            return False
+        known = self.vocabulary or len(self.tokenizer)
+        if all(token < known for token in ids) and decoded(self.tokenizer, ids) == text:
+            return True
+        self._counted[_STALE] += 1
+        return False
+
+    def _count(self, turn: Turn, whole: bool) -> None:
+        if turn.lost:
+            self._counted[_LOST] += 1
+            self._counted["lost tokens"] += len(self._tokens(turn.lost, ""))
+        self._counted[_UNCLOSED] += turn.unclosed
+        self._counted[_ENDLESS] += whole and not turn.ending
+
+    def _tokens(self, text: str, where: str, added: bool = False) -> list[int]:
+        if not text:
+            return []
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # Jinja's own errors and the template's raise_exception
-            raise InputError(f"{where}: the chat template rejects it: {first_line(error)}") from error
-        return self._plain(text)
+            return list(self.tokenizer(text, add_special_tokens=added)["input_ids"])
+        except (TypeError, UnicodeEncodeError) as error:
+            at = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            if at is None:
+                raise
+            raise InputError(
+                f"{where} has half a character ({text[at]!a}, a lone surrogate) after {text[max(0, at - 20) : at]!r}"
+            ) from error
 
-    def _chat(self, messages: list[dict[str, str]], where: str) -> Document:
-        """Each assistant span runs from where the rendered prefix (with the generation prompt) ends to where the next begins.
+    def _with_added(self, text: str, where: str) -> list[int]:
+        """With what the tokenizer adds by itself, once: a text may have it already, as a rendered chat has."""
+        ids = self._tokens(text, where, added=True)
+        front, back = self._front, self._back
+        if front and ids[: 2 * len(front)] == front * 2:
+            ids = ids[len(front) :]
+        if back and ids[-2 * len(back) :] == back * 2:
+            ids = ids[: -len(back)]
+        return ids
 
-        Found by comparing tokens, since many templates lack the generation marker and then report an empty mask.
-        """
-        ids = self._render(messages, where)
-        keep = [False] * len(ids)
-        if self.mask == "assistant":
-            for index, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                begin = _shared(self._render(messages[:index], where, prompt=True), ids) if index else 0
-                last = index == len(messages) - 1
-                end = len(ids) if last else _shared(self._render(messages[: index + 1], where), ids)
-                keep[begin:end] = [True] * max(0, end - begin)
-        return Document(ids, keep)
+    def _added(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind any text."""
+        bare, full = self._tokens("a", ""), self._tokens("a", "", added=True)
+        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+        return full[:at], full[at + len(bare) :]
+
+    def _check(self, ids: list[int], where: str) -> list[int]:
+        """The ids; InputError where one is beyond what the model has embeddings for."""
+        if self.vocabulary is not None and ids and (highest := max(ids)) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise InputError(f"{where} has the token {token!r} ({highest}), but the model knows only {self.vocabulary} tokens")
+        return ids
 
 
-def unanswered(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The row's messages up to where the assistant is to speak."""
-    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return min(len(one), len(other))
+def decoded(tokenizer: Any, ids: list[int]) -> str:
+    """The text of tokens, special ones included, as it is: no space is put in or taken out."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

@@ -115,13 +115,15 @@ def _filled(row: Line, length: int, pad: int) -> Line:
 def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
     """Consecutive windows of the joined documents; the window's last position predicts the next window's first token.
 
-    The rest that does not fill a window is left out.
+    The rest that does not fill a window is left out. What follows a document that was cut is not learnt as its end.
     """
     ids: list[int] = []
     keep: list[bool] = []
+    whole = True
     for document in documents:
         ids += document.ids
-        keep += document.keep
+        keep += document.keep if whole else [False, *document.keep[1:]]
+        whole = document.whole
         begin = 0
         while len(ids) - begin > length:
             end = begin + length

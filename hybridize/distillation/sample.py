@@ -14,10 +14,10 @@ WINDOW = 1024  # the eager attention that calibration watches holds heads x WIND
 FEWEST = 32
 
 
-def sample_windows(rows: Rows, encoder: Encoder, tokens: int, seed: int) -> Tensor:
-    """About `tokens` token ids as [W, T], T at most WINDOW; fewer where the rows have fewer. Reads no more rows than it needs.
+def sample_windows(rows: Rows, encoder: Encoder, tokens: int, seed: int, longest: int = WINDOW) -> Tensor:
+    """About `tokens` token ids as [W, T], T at most `longest`; fewer where the rows have fewer.
 
-    InputError when there are not even FEWEST.
+    Reads no more rows than it needs. InputError when there are not even FEWEST.
     """
     ids: list[int] = []
     for index in epoch_order(len(rows), seed, 0):
@@ -26,6 +26,6 @@ def sample_windows(rows: Rows, encoder: Encoder, tokens: int, seed: int) -> Tens
             break
     if len(ids) < FEWEST:
         raise InputError(f"{rows.name} has {len(ids)} tokens, too few to calibrate on")
-    length = min(WINDOW, len(ids), tokens)
+    length = min(longest, len(ids), tokens)
     count = min(len(ids), max(tokens, length)) // length
     return torch.tensor(ids[: count * length]).view(count, length)

@@ -1,0 +1,268 @@
+"""What a row becomes in tokens: the tokenizer's own marks, answers in their contexts, answers that were cut, ids as written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, processors
+from transformers import PreTrainedTokenizerFast
+
+from hybridize.distillation.distill import Corpus, open_corpus
+from hybridize.distillation.encode import Document, Encoder, decoded
+from hybridize.distillation.packing import pack_stream
+from hybridize.distillation.settings import DistillSettings
+from hybridize.errors import InputError
+from tests.conftest import Runner, make_teacher, make_tokenizer
+
+ASK, ANSWER = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}
+CHAT = {"messages": [ASK, ANSWER, {"role": "user", "content": "two?"}, {"role": "assistant", "content": "22"}]}
+# reasoning up to # is dropped from every finished answer, as DeepSeek's template does
+CUTS = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content.split('#')[-1] if m.role == 'assistant' else m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def marked_tokenizer(template: str = "$A", **names: str) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer with a <bos>, which it adds by `template`, as Llama's and Gemma's do."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": AddedToken("<bos>", special=True)})
+    ids = [("<bos>", tokenizer.convert_tokens_to_ids("<bos>")), ("<|end|>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return tokenizer
+
+
+def without_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def shown(tokenizer: Any, document: Document) -> list[str]:
+    """Each sequence of the row, what is learnt between brackets."""
+    found = []
+    for part in document.parts():
+        text, open_ = "", False
+        for token, kept in zip(part.ids, part.keep, strict=True):
+            text += ("[" if kept and not open_ else "]" if open_ and not kept else "") + tokenizer.decode([token])
+            open_ = kept
+        found.append(text + ("]" if open_ else ""))
+    return found
+
+
+def test_plain_text_gets_what_the_tokenizer_adds_by_itself() -> None:
+    tokenizer = marked_tokenizer("<bos> $A")
+    encoder = Encoder(tokenizer, "none")
+    for text in ("all", "<bos>all"):  # a text that has it already, as a rendered chat, gets no second one
+        document = encoder.encode({"text": text}, text)
+        assert tokenizer.decode(document.ids) == "<bos>all<|end|>"
+        assert all(document.keep)
+    assert tokenizer.decode(encoder.encode({"text": "all<|end|>"}, "e").ids) == "<bos>all<|end|>"
+    both = marked_tokenizer("<bos> $A <|end|>")
+    assert both.decode(Encoder(both, "none").encode({"text": "all"}, "b").ids) == "<bos>all<|end|>"
+    bare = make_tokenizer()
+    assert bare.decode(Encoder(bare, "none").encode({"text": "all"}, "x").ids) == "all<|end|>"
+
+
+def test_pairs_and_prompts_without_a_template_begin_as_texts_do() -> None:
+    tokenizer = without_template(marked_tokenizer("<bos> $A <|end|>"))
+    encoder = Encoder(tokenizer, "assistant")
+    assert shown(tokenizer, encoder.encode({"prompt": "ab", "response": "cde"}, "x")) == ["<bos>ab[cde<|end|>]"]
+    assert encoder.prompt({"prompt": "ab"}, "x") == tokenizer("ab")["input_ids"]
+    assert tokenizer.decode(tokenizer("ab")["input_ids"]) == "<bos>ab<|end|>"
+
+
+def test_a_rendered_template_gets_nothing_added() -> None:
+    tokenizer = marked_tokenizer("<bos> $A")
+    assert shown(tokenizer, Encoder(tokenizer, "assistant").encode({"messages": [ASK, ANSWER]}, "x")) == [
+        "<|user|>one?<|end|><|assistant|>[1<|end|>]"
+    ]
+    template = "{{ bos_token }}" + tokenizer.chat_template
+    document = Encoder(tokenizer, "assistant", template).encode(CHAT, "x")
+    assert shown(tokenizer, document) == [
+        "<bos><|user|>one?<|end|><|assistant|>[1<|end|>]<|user|>two?<|end|><|assistant|>[22<|end|>]"
+    ]
+
+
+def test_joined_streams_have_the_mark_before_each_document(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"n{i}"}) + "\n" for i in range(40)))
+    tokenizer = marked_tokenizer("<bos> $A")
+    corpus = open_corpus(str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl"), Encoder(tokenizer, "none"))
+    (batch,) = corpus.measuring(DistillSettings(steps=1, seq_len=20, batch_size=1, eval_windows=1, mask="none"))
+    assert tokenizer.decode(batch.ids[0]) == "<bos>n0<|end|><bos>n1<|end|><bos>n2<|end|><bos>n3<|end|><bos>n4<|end|>"
+
+
+def test_an_answer_that_was_cut_teaches_no_ending() -> None:
+    """Not its own end token, and in a joined stream not the beginning of what follows either."""
+    tokenizer = make_tokenizer()
+    cut = {"messages": [ASK, ANSWER], "finish": "length"}
+    assert shown(tokenizer, Encoder(tokenizer, "assistant").encode(cut, "x")) == ["<|user|>one?<|end|><|assistant|>[1]"]
+    plain = Encoder(without_template(make_tokenizer()), "assistant")
+    assert shown(tokenizer, plain.encode({"prompt": "a", "response": "b", "finish": "length"}, "x")) == ["a[b]"]
+    encoder = Encoder(tokenizer, "none")
+    documents = [encoder.encode(row, str(n)) for n, row in enumerate((cut, {"text": "xyz"}, {"text": "uvw"}))]
+    (line,) = pack_stream(documents, sum(len(d.ids) for d in documents) - 1)
+    predicted = dict(zip(line[2], line[3], strict=True))
+    assert predicted[tokenizer.convert_tokens_to_ids("x")] is False
+    assert predicted[tokenizer.convert_tokens_to_ids("u")] is True
+
+
+def test_ids_as_written_are_taken_where_the_text_does_not_say_them() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["ab"])
+    apart = [tokenizer.convert_tokens_to_ids(letter) for letter in "ab"]
+    row = {"messages": [ASK, {"role": "assistant", "content": "ab"}], "finish": "stop"}
+    encoder = Encoder(tokenizer, "assistant")
+    together = encoder.encode(row, "x")
+    assert [t for t, k in zip(together.ids, together.keep, strict=True) if k] == [tokenizer.convert_tokens_to_ids("ab"), 1]
+    found = encoder.encode(row | {"token_ids": apart}, "x")
+    assert [t for t, k in zip(found.ids, found.keep, strict=True) if k] == [*apart, 1]
+    assert not encoder.remarks()
+    stale = encoder.encode(row | {"token_ids": apart[::-1]}, "x")
+    assert stale == together
+    assert "1 answers were written with another tokenizer" in encoder.remarks()[0]
+
+
+def test_what_is_not_learnt_is_counted_and_said() -> None:
+    tokenizer = make_tokenizer()
+    encoder = Encoder(tokenizer, "assistant")
+    encoder.encode({"messages": [ASK, ANSWER | {"reasoning_content": "hmm"}], "id": 3}, "x")
+    assert encoder.remarks() == ["1 answers have text that the chat template does not show: 3 tokens are not learnt"]
+    assert list(encoder.unread) == ["id"]
+    opens = tokenizer.chat_template.replace("<|assistant|>", "<|assistant|><think>")
+    encoder = Encoder(tokenizer, "assistant", opens)
+    for content in ("1", "so</think>1", "<think>so</think>1"):
+        encoder.encode({"messages": [ASK, {"role": "assistant", "content": content}]}, content)
+    assert encoder.remarks() == [
+        "1 answers do not close the thinking that the chat template's prompt opens: all is learnt as thought"
+    ]
+    endless = tokenizer.chat_template.replace("<|end|>", "")
+    encoder = Encoder(tokenizer, "assistant", endless)
+    encoder.encode({"messages": [ASK, ANSWER]}, "x")
+    assert encoder.remarks() == ["the chat template ends 1 answers with no token: their end is not learnt"]
+
+
+def test_tokens_that_the_model_does_not_know_and_half_characters_are_named() -> None:
+    tokenizer = make_tokenizer()
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<|new|>"])
+    encoder = Encoder(tokenizer, "assistant", vocabulary=known)
+    chat = {"messages": [ASK, {"role": "assistant", "content": "a <|new|> b"}]}
+    with pytest.raises(InputError, match=rf"rows:3 has the token '<\|new\|>' \({known}\), but the model knows only {known}"):
+        encoder.encode(chat, "rows:3")
+    with pytest.raises(InputError, match="rows:4 has the token"):
+        encoder.prompt({"prompt": "<|new|>"}, "rows:4")
+    half = {"messages": [{"role": "user", "content": "Half \ud83d of it"}, ANSWER]}
+    for read in (encoder.encode, encoder.prompt):
+        with pytest.raises(InputError, match=r"rows:5 has half a character \('\\ud83d', a lone surrogate\) after '<\|user"):
+            read(half, "rows:5")
+
+
+def test_named_templates_are_chosen_as_transformers_does() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}" + tokenizer.chat_template}
+    encoder, tools = Encoder(tokenizer, "assistant"), [{"name": "count"}]
+    assert shown(tokenizer, encoder.encode({"messages": [ASK, ANSWER]}, "x"))[0].startswith("<|user|>one?")
+    assert shown(tokenizer, encoder.encode({"messages": [ASK, ANSWER], "tools": tools}, "y"))[0].startswith(
+        "[{'name': 'count'}]<|user|>"
+    )
+    tokenizer.chat_template = {"rag": "x"}
+    with pytest.raises(InputError, match="has templates rag but none is called 'default'"):
+        Encoder(tokenizer, "assistant").encode({"messages": [ASK, ANSWER]}, "x")
+
+
+def test_a_row_of_several_sequences_is_packed_as_several_documents(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    chat = {"messages": [ASK, {"role": "assistant", "content": "hm#1"}, *CHAT["messages"][2:]]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(chat) + "\n")
+    corpus = open_corpus(str(tmp_path / "rows.jsonl"), None, Encoder(tokenizer, "assistant", CUTS), hold_out=False)
+    assert isinstance(corpus, Corpus)
+    documents = corpus.documents(0)
+    first, second = next(documents), next(documents)
+    assert shown(tokenizer, first) == ["<|user|>one?<|end|><|assistant|>[hm#1<|end|>]"]
+    assert shown(tokenizer, second) == ["<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?<|end|><|assistant|>[22<|end|>]"]
+    batch = next(corpus.training(DistillSettings(steps=1, seq_len=64, batch_size=1, mask="assistant")))
+    assert int((batch.positions[0][: len(first.ids) + len(second.ids)] == 0).sum()) == 2
+
+
+def test_without_a_mask_the_finished_chat_is_the_stream() -> None:
+    """Line breaks after the end token, and a user's last words, too."""
+    tokenizer = make_tokenizer()
+    template = tokenizer.chat_template.replace("<|end|>", "<|end|>\n")
+    chat = {"messages": [*CHAT["messages"], ASK]}
+    document = Encoder(tokenizer, "none", template).encode(chat, "x")
+    assert decoded(tokenizer, document.ids) == tokenizer.apply_chat_template(
+        chat["messages"], chat_template=template, tokenize=False
+    )
+    assert all(document.keep)
+    assert shown(tokenizer, Encoder(tokenizer, "assistant", template).encode(chat, "x")) == [
+        "<|user|>one?<|end|>\n<|assistant|>[1<|end|>]\n<|user|>two?<|end|>\n<|assistant|>[22<|end|>]"
+    ]
+
+
+def test_what_a_model_wrote_comes_back_exactly(
+    cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """generate, then encode: prompt and written tokens, whatever template and sampling do to them."""
+    from hybridize.generation import traces
+
+    seen: dict[str, tuple[list[int], list[int], bool]] = {}
+    real = traces.trace_of
+
+    def spied(encoder: Encoder, row: Any, where: str, prompt: list[int], answer: Any) -> dict[str, Any]:
+        line = real(encoder, row, where, prompt, answer)
+        seen[json.dumps(line["messages"])] = prompt, answer.ids, answer.ended
+        return line
+
+    monkeypatch.setattr(traces, "trace_of", spied)
+    home = shutil.copytree(teacher, tmp_path / "home")
+    (home / "chat_template.jinja").write_text(CUTS)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(12)))
+    cli(
+        "generate",
+        home,
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+        "--temperature",
+        3,
+        "--max-new-tokens",
+        24,
+        "-o",
+        tmp_path / "t",
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home)
+    encoder, rows = Encoder(tokenizer, "assistant"), [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    assert len(rows) >= 10
+    for row in rows:
+        prompt, written, ended = seen[json.dumps(row["messages"])]
+        (part,) = encoder.encode(row, "row").parts()
+        assert part.ids == [*prompt, *written, *([tokenizer.eos_token_id] if ended else [])]
+        assert part.keep == [False] * len(prompt) + [True] * (len(part.ids) - len(prompt))
+    assert any("token_ids" in row for row in rows), "bytes that are no character do not come back from a text"
+    assert not encoder.remarks()
+
+
+def test_commands_say_what_they_do_not_read(cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_teacher(tmp_path / "teacher", max_position_embeddings=32)
+    rows = [{"messages": [ASK, ANSWER | {"reasoning_content": "hmm"}], "id": n} for n in range(40)]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    sized = ("--seq-len", 48, "--device", "cpu")
+    cli("replace", "--indices", "1", "--device", "cpu", "--calibration-tokens", 64)
+    assert "keys of the rows that are not read: id" in cli.stderr
+    for command in (
+        ("score-loo", "--metric", "kl", "--windows", 1), ("score-mmr", "--steps", 1, "--batch-size", 1, "--no-calibrate"),
+        ("score-restore", "--steps", 1, "--batch-size", 1, "--windows", 1, "--no-calibrate"),
+        ("distill", "h1", "--steps", 1, "--batch-size", 1),
+        ("eval", "--fidelity", "traces.jsonl", "--windows", 1, "--mask", "assistant"),
+    ):  # fmt: skip
+        cli(*command, *sized)
+        assert "--seq-len 48 is more than the 32 positions" in cli.stderr
+        assert cli.stderr.count("keys of the rows that are not read: id") == 1
+        assert "answers have text that the chat template does not show" in cli.stderr
+    cli("distill", "h1", "--steps", 1, "--dry-run", "--seq-len", 48)
+    assert "--seq-len 48 is more than the 32 positions" in cli.stderr
