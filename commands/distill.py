@@ -8,7 +8,16 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from . import options as opt
-from .models import data_for, done_already, open_checkpoint, say_tuning, teacher_of, template_text
+from .models import (
+    data_for,
+    done_already,
+    open_checkpoint,
+    open_encoder,
+    say_of_rows,
+    say_tuning,
+    teacher_of,
+    warn_of_length,
+)
 from .output import Output, guarded
 
 
@@ -142,15 +151,15 @@ def command(
     origin = None
     if objective.needs_teacher or eval_data is not None or settings.stage == "align":
         origin = teacher_of(source, checkpoint, teacher)
+    warn_of_length(out, source, settings.seq_len)
     if dry_run:
         _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype, trust_remote_code)
         return
     check_output(target, overwrite or resume, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
-    from hybridize.distillation.encode import Encoder
     from hybridize.distillation.ranks import join, leave
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime import pick_compute, quiet_transformers, ran_on
 
     quiet_transformers()
     if origin is not None:
@@ -161,10 +170,10 @@ def command(
     if not ranks.main:
         out = Output(quiet=True)
     spec = data_for(data, origin)
-    text = template_text(chat_template)
-    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), settings.mask, text)
+    encoder = open_encoder(source, settings.mask, chat_template, trust_remote_code)
     corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
-    ran = {**ran_on(where, compute), "template": text, "data": corpus.hash}
+    say_of_rows(out, encoder)
+    ran = {**ran_on(where, compute), "template": encoder.template if chat_template else None, "data": corpus.hash}
     decisive = settings.decisive() | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
     run = RunDir(target, decisive, ranks, settings.keep_last, settings.save_every, track)
     if done_already(out, run, target, overwrite, run.made):

@@ -192,7 +192,9 @@ def _measured(
     from hybridize.errors import InputError
     from hybridize.evaluation.harness import evaluate, generates
     from hybridize.evaluation.results import make_results, reusable, sample_lines
+    from hybridize.generation.decoder import looks_at_the_longest
     from hybridize.runtime import load_hybrid, load_model
+    from hybridize.surgery.teacher import hybrid_config
 
     path, journal = target / ("baseline.json" if prefix else "results.json"), None
     kept = ranks.first(reusable(path, reader.hash, settings.to_json(), ran) if resume and ranks.main else None)
@@ -208,7 +210,7 @@ def _measured(
     if ranks.main:
         told = {**settings.to_json(), **ran, "checkpoint": reader.hash}
         journal = Journal(asked, told, resume, overwrite)
-    if writes:  # our own class decodes faster, whatever the checkpoint
+    if writes and not looks_at_the_longest(hybrid_config(reader.config)):  # our own class decodes faster, whatever the model
         model: Any = load_hybrid(reader, where, compute)
     else:
         model = load_model(reader.path, where, compute, trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import result_file, text_beside
+from .models import open_encoder, result_file, text_beside, warn_of_length
 from .output import Output
 
 if TYPE_CHECKING:
@@ -27,14 +27,13 @@ def measure_fidelity(
 
     from hybridize.checkpoint.atomic import write_json_atomic
     from hybridize.evaluation.fidelity import greedy_agreement, measure
-    from hybridize.runtime import load_model, load_tokenizer, quiet_transformers, ran_on
+    from hybridize.runtime import load_model, quiet_transformers, ran_on
 
     quiet_transformers()
     path = result_file(target, "fidelity.json", overwrite)
-    tokenizer = load_tokenizer(source.path, trust_remote_code)
-    origin, text, batches = text_beside(
-        source, name, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, ROWS
-    )
+    warn_of_length(out, source, seq_len)
+    encoder = open_encoder(source, mask, chat_template, trust_remote_code)
+    origin, text, batches = text_beside(out, source, name, teacher, data, encoder, limit, windows, seq_len, ROWS)
     _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
     student, model = (load_model(reader.path, where, compute, trust_remote_code) for reader in (source, origin))
     found = measure(student, model, [batch.to(where) for batch in batches], compute)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +14,14 @@ import typer
 from hybridize.errors import InputError
 
 from . import options as opt
-from .models import open_checkpoint, refuse_ranks, template_text
+from .models import open_checkpoint, open_encoder, refuse_ranks
 from .output import Output, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hybridize.distillation.encode import Encoder
-    from hybridize.generation.sampling import SamplingSettings
+    from hybridize.generation.traces import Traces
 
 
 @guarded
@@ -62,12 +64,14 @@ def command(
     seed alone; an interrupted run goes on with --resume.
     """
     out = Output(as_json, quiet)
-    from hybridize.distillation.encode import Encoder, unanswered
-    from hybridize.distillation.rows import check_prompt, read_rows
+    from hybridize.distillation.encode import decoded
+    from hybridize.distillation.forms import check_prompt
+    from hybridize.distillation.rows import read_rows
     from hybridize.generation.decoder import check_decodable
-    from hybridize.generation.traces import Traces
+    from hybridize.generation.settings import FILE, read_generation
+    from hybridize.generation.traces import Traces, trace_of
     from hybridize.generation.writing import Wanted, rows_that_fit, seed_of, write
-    from hybridize.runtime import load_hybrid, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime import load_hybrid, pick_compute, quiet_transformers, ran_on
     from hybridize.surgery.teacher import hybrid_config
 
     refuse_ranks("generate")
@@ -77,11 +81,16 @@ def command(
     check_decodable(hybrid_config(source.config))
     where, compute = pick_compute(device, dtype)
     quiet_transformers()
-    tokenizer = load_tokenizer(source.path, trust_remote_code)
-    settings, ends = _generation(source.path, tokenizer, temperature, top_k, top_p, min_p)
+    encoder = open_encoder(source, "assistant", chat_template, trust_remote_code)
+    tokenizer = encoder.tokenizer
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    generation = read_generation(source.path, source.config, tokenizer, asked)
+    if generation.others:
+        name, value = next(iter(generation.others.items()))
+        raise InputError(f"{source.path / FILE} has {name} = {value!r}, which generate does not follow; take it out")
+    settings = generation.sampling
     if samples > 1 and settings.temperature == 0:
         raise InputError("--samples needs answers that differ: --temperature above 0")
-    encoder = Encoder(tokenizer, "none", template_text(chat_template))
     rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "--prompts", check_prompt)
     where_of = rows.where if prompts is not None else lambda _: "the prompt"
     read = _read(encoder, rows, where_of)
@@ -95,12 +104,12 @@ def command(
     keys = [(row, sample) for row in range(len(rows)) for sample in range(samples)]
     traces = None
     if prompts is not None:
-        told = {
-            "checkpoint": source.hash, "prompts": hashlib.sha256(repr(read).encode()).hexdigest(), "ends": sorted(ends),
-            "max_new_tokens": max_new_tokens, "seed": seed, **vars(settings), "samples": samples,
-            "chat_template": encoder.template, **ran_on(where, compute),
+        decisive = {
+            "checkpoint": source.hash, "prompts": hashlib.sha256(repr(read).encode()).hexdigest(), "seed": seed,
+            "ends": sorted(generation.ends), "rules": json.loads(json.dumps(asdict(generation.rules))), **vars(settings),
+            "max_new_tokens": max_new_tokens, "samples": samples, "chat_template": encoder.template, **ran_on(where, compute),
         }  # fmt: skip
-        traces = Traces(output or Path("traces.jsonl"), told, resume, overwrite)
+        traces = Traces(output or Path("traces.jsonl"), decisive, resume, overwrite)
         keys = [key for key in keys if key not in traces.lines]
     started, done, made, answers = time.monotonic(), 0, 0, list[dict[str, Any]]()
     if keys:
@@ -113,21 +122,20 @@ def command(
 
         def show(key: tuple[int, int], ids: list[int]) -> bool:
             if traces is None and not as_json and not quiet and samples == 1:
-                text = _text(tokenizer, ids).rstrip("\ufffd")  # half a character
+                text = decoded(tokenizer, ids).rstrip("\ufffd")  # half a character
                 print(text[len(said.get(key, "")) :], end="", flush=True)
                 said[key] = text
             return False
 
-        for answer in write(model, wanted, longest, max_new_tokens, ends, settings, side, show):
-            text, done, made = _text(tokenizer, answer.ids), done + 1, made + len(answer.ids)
-            finish = "stop" if answer.ended else "length"
+        answered = write(model, wanted, longest, max_new_tokens, generation.ends, settings, side, generation.rules, show)
+        for answer in answered:
+            done, made = done + 1, made + len(answer.ids)
             if traces is None:
+                text, finish = decoded(tokenizer, answer.ids), "stop" if answer.ended else "length"
                 answers.append({"text": text, "finish": finish, "tokens": len(answer.ids)})
                 continue
-            row = rows[answer.key[0]]
-            chat = {"messages": [*unanswered(row), {"role": "assistant", "content": text}]}
-            line = chat if encoder.template or "messages" in row else {"prompt": row["prompt"], "response": text}
-            traces.add(answer.key, {**line, "tokens": len(answer.ids) if text else 0, "finish": finish})
+            place = answer.key[0]
+            traces.add(answer.key, trace_of(encoder, rows[place], where_of(place), read[place], answer))
             pace = made / (time.monotonic() - started)
             out.progress(f"{done} of {len(keys)} answers, {pace:,.0f} tokens/s", last=done == len(keys))
     if traces is None:
@@ -135,6 +143,11 @@ def command(
         if any(answer["finish"] == "length" for answer in answers):
             out.note(f"cut at {max_new_tokens} tokens; --max-new-tokens")
         return
+    _finish(out, traces, max_new_tokens, started)
+
+
+def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) -> None:
+    """Writes all answers and says what became of them."""
     lines = traces.finish()
     cut, nothing = sum(line["finish"] == "length" for line in lines), sum(not line["tokens"] for line in lines)
     if cut:
@@ -155,49 +168,6 @@ def _read(encoder: Encoder, rows: Sequence[dict[str, Any]], where_of: Callable[[
         if not ids:
             raise InputError(f"{where_of(i)} has no token")
     return read
-
-
-def _generation(
-    path: Path, tokenizer: Any, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None
-) -> tuple[SamplingSettings, set[int]]:
-    """Sampling as asked for, else as generation_config.json has it, and the tokens that end an answer."""
-    from transformers import GenerationConfig
-
-    from hybridize.errors import first_line
-    from hybridize.generation.sampling import SamplingSettings
-
-    made = GenerationConfig()
-    if (path / "generation_config.json").is_file():
-        try:
-            made = GenerationConfig.from_pretrained(path, local_files_only=True)
-            _check(made)
-        except Exception as error:  # whatever it has against the file
-            raise InputError(f"{path / 'generation_config.json'} cannot be read: {first_line(error)}") from error
-    samples = bool(made.do_sample)
-    own = made.temperature if samples and made.temperature is not None else float(samples)
-    settings = SamplingSettings(
-        own if temperature is None else temperature,
-        (made.top_k if samples and made.top_k else 0) if top_k is None else top_k,
-        (made.top_p if samples and made.top_p else 1.0) if top_p is None else top_p,
-        (made.min_p if samples and made.min_p else 0.0) if min_p is None else min_p,
-    )
-    ends = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
-    return settings, {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
-
-
-def _check(made: Any) -> None:
-    """ValueError where something that is used here is of no use."""
-    for name in ("temperature", "top_p", "min_p", "top_k"):
-        if not isinstance(getattr(made, name), int | float | None):
-            raise ValueError(f"{name} is {getattr(made, name)!r}")
-    for end in made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]:
-        if not isinstance(end, int | None):
-            raise ValueError(f"eos_token_id is {made.eos_token_id!r}")
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text
 
 
 def _say(answers: list[dict[str, Any]]) -> None:

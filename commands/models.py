@@ -5,28 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .output import Output
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.distillation.encode import Encoder
     from hybridize.distillation.packing import Batch
     from hybridize.distillation.run_dir import RunDir
     from hybridize.surgery.replace import Calibration
-
-    from .output import Output
 
 
 def open_checkpoint(name: str, revision: str | None = None, network: bool = True) -> CheckpointReader:
     """A checkpoint of a supported family; InputError says what is wrong with it. network: see resolve_checkpoint."""
     from hybridize.checkpoint.manifest import check_manifest
-    from hybridize.checkpoint.reader import CheckpointReader, resolve_checkpoint
+    from hybridize.checkpoint.reader import INDEX, SINGLE, CheckpointReader, resolve_checkpoint
     from hybridize.surgery.teacher import check_whole
 
     reader = CheckpointReader(resolve_checkpoint(name, revision, network=network))
     check_whole(reader)
     check_manifest(reader)
+    if not reader.sharded and (reader.path / INDEX).exists():
+        Output().warn(f"{reader.path} has {SINGLE} and shards with an index: {SINGLE} is read, as transformers does")
     return reader
 
 
@@ -104,21 +107,45 @@ def data_for(data: str | None, teacher: CheckpointReader | None) -> str:
     return find_data(data, None if teacher is None else teacher.path)
 
 
+def open_encoder(source: CheckpointReader, mask: str, chat_template: Path | None, trust_remote_code: bool) -> Encoder:
+    """The checkpoint's tokenizer and chat template, to encode rows with. InputError where it has none that works."""
+    from hybridize.distillation.encode import Encoder
+    from hybridize.runtime import load_tokenizer
+
+    tokenizer = load_tokenizer(source.path, trust_remote_code)
+    return Encoder(tokenizer, mask, template_text(chat_template), source.config.get("vocab_size"))
+
+
+def say_of_rows(out: Output, encoder: Encoder) -> None:
+    """At the start of a run: what of its rows is not read or not learnt."""
+    if encoder.unread:
+        out.note(f"keys of the rows that are not read: {', '.join(encoder.unread)}")
+    for remark in encoder.remarks():
+        out.warn(remark)
+
+
+def warn_of_length(out: Output, source: CheckpointReader, seq_len: int) -> None:
+    """Says so where sequences are longer than the model was made for."""
+    room = source.config.get("max_position_embeddings")
+    if isinstance(room, int) and seq_len > room:
+        out.warn(f"--seq-len {seq_len} is more than the {room} positions that the model was made for")
+
+
 def text_beside(
-    source: CheckpointReader, name: str, teacher: str | None, data: str | None, tokenizer: Any, mask: str,
-    chat_template: Path | None, limit: int | None, windows: int, seq_len: int, rows: int,
+    out: Output, source: CheckpointReader, name: str, teacher: str | None, data: str | None, encoder: Encoder,
+    limit: int | None, windows: int, seq_len: int, rows: int,
 ) -> tuple[CheckpointReader, str, list[Batch]]:  # fmt: skip
     """What a checkpoint is held against its teacher on: the teacher, the data's name, windows in batches of `rows`."""
     from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.encode import Encoder
     from hybridize.distillation.settings import DistillSettings
     from hybridize.errors import InputError
 
     origin = teacher_of(source, name, teacher)
     check_vocabularies(source, origin)
     spec = data_for(data, origin)
-    corpus = open_corpus(spec, spec, Encoder(tokenizer, mask, template_text(chat_template)), limit)
-    plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=mask)
+    corpus = open_corpus(spec, spec, encoder, limit)
+    say_of_rows(out, encoder)
+    plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=encoder.mask)
     batches = corpus.measuring(plan)
     if not batches:
         raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
@@ -141,15 +168,14 @@ def found_data(source: CheckpointReader) -> str | None:
 
 
 def calibration_for(
-    spec: str | None, source: CheckpointReader, parts: str, tokens: int, device: str, seed: int,
+    out: Output, spec: str | None, source: CheckpointReader, parts: str, tokens: int, device: str, seed: int,
     chat_template: Path | None, trust_remote_code: bool,
 ) -> Calibration | None:  # fmt: skip
     """Text from `spec` to calibrate new mixers on, or None without a spec. InputError when a setting or the text is no good."""
-    from hybridize.distillation.encode import Encoder
     from hybridize.distillation.rows import Rows, read_mixture
-    from hybridize.distillation.sample import FEWEST, sample_windows
+    from hybridize.distillation.sample import FEWEST, WINDOW, sample_windows
     from hybridize.errors import InputError
-    from hybridize.runtime import load_tokenizer, pick_device, quiet_transformers
+    from hybridize.runtime import pick_device, quiet_transformers
     from hybridize.surgery.calibrate import PARTS
     from hybridize.surgery.replace import Calibration
 
@@ -162,10 +188,13 @@ def calibration_for(
     if spec is None:
         return None
     quiet_transformers()
-    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), "none", template_text(chat_template))
+    encoder = open_encoder(source, "none", chat_template, trust_remote_code)
     rows = Rows.joined([part for part, _ in read_mixture(spec)])
     name = Path(spec).name if Path(spec).is_file() else spec
-    return Calibration(sample_windows(rows, encoder, tokens, seed), chosen, where, name)
+    longest = min(WINDOW, source.config.get("max_position_embeddings") or WINDOW)
+    ids = sample_windows(rows, encoder, tokens, seed, longest)
+    say_of_rows(out, encoder)
+    return Calibration(ids, chosen, where, name)
 
 
 def template_text(path: Path | None) -> str | None:
@@ -175,4 +204,4 @@ def template_text(path: Path | None) -> str | None:
         return None
     if not path.is_file():
         raise InputError(f"--chat-template {path} does not exist")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")

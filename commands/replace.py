@@ -100,7 +100,7 @@ def command(
         )
     try:
         fit = calibration_for(
-            text, source, calibration_parts, calibration_tokens, device, seed, chat_template, trust_remote_code
+            out, text, source, calibration_parts, calibration_tokens, device, seed, chat_template, trust_remote_code
         )  # fmt: skip
     except InputError as error:
         if text is None or calibrate is not None:

@@ -57,7 +57,6 @@ def command(
 
     quiet_transformers()
     where, compute = pick_compute(device, dtype)
-    tokenizer = load_tokenizer(source.path, trust_remote_code)
     started = time.time()
 
     def progress(done: int, count: int) -> None:
@@ -65,12 +64,12 @@ def command(
 
     ran: dict[str, Any] = {**ran_on(where, compute), "seed": seed}
     if metric == "kl":
-        from .models import text_beside
+        from .models import open_encoder, text_beside, warn_of_length
 
         rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
-        origin, text, measuring = text_beside(
-            source, checkpoint, teacher, data, tokenizer, mask, chat_template, limit, windows, seq_len, rows
-        )
+        warn_of_length(out, source, seq_len)
+        encoder = open_encoder(source, mask, chat_template, trust_remote_code)
+        origin, text, measuring = text_beside(out, source, checkpoint, teacher, data, encoder, limit, windows, seq_len, rows)
         _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
         batches = [batch.to(where) for batch in measuring]
         same = origin.path == source.path
@@ -86,6 +85,7 @@ def command(
         manager = repeatable(open_tasks(evaluation))
         check_choices(manager, evaluation)
         _ = source.hash  # as above
+        tokenizer = load_tokenizer(source.path, trust_remote_code)
         by_metric = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
         found = by_metric[metric]
         _doubt(out, metric, found, by_metric.get("margin"))

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from . import options as opt
-from .models import calibration_for, data_for, done_already, say_tuning, teacher_of, template_text
+from .models import (
+    calibration_for,
+    data_for,
+    done_already,
+    open_encoder,
+    say_of_rows,
+    say_tuning,
+    teacher_of,
+    warn_of_length,
+)
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
@@ -66,15 +75,15 @@ def command(
     Loss.parse(loss)
     source, path = check_score_output(checkpoint, revision, output, "mmr", overwrite or resume)
     origin = teacher_of(source, checkpoint, teacher)
+    warn_of_length(out, source, seq_len)
     import torch
 
     from hybridize.checkpoint.scores import read_scores
     from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.encode import Encoder
     from hybridize.distillation.ranks import join, leave
     from hybridize.distillation.run_dir import RunDir
     from hybridize.errors import InputError
-    from hybridize.runtime import load_hybrid, load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime import load_hybrid, load_model, pick_compute, quiet_transformers, ran_on
     from hybridize.scoring.mmr import measure, share_of
     from hybridize.surgery.replace import MixerSettings, plan, starting_values
     from hybridize.surgery.teacher import read_teacher
@@ -92,13 +101,14 @@ def command(
     ranks, where = join(where)
     if not ranks.main:
         out = Output(quiet=True)
-    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
+    encoder = open_encoder(source, mask, chat_template, trust_remote_code)
     text = data_for(data, origin)
     fit = calibration_for(
-        None if no_calibrate else text, source, opt.CALIBRATION_PARTS, calibration_tokens, device, seed, chat_template,
+        out, None if no_calibrate else text, source, opt.CALIBRATION_PARTS, calibration_tokens, device, seed, chat_template,
         trust_remote_code,
     )  # fmt: skip
     corpus = open_corpus(text, None, encoder, limit)
+    say_of_rows(out, encoder)
     if corpus.packing(settings.as_distill()) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}

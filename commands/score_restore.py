@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .models import calibration_for, data_for, say_tuning, teacher_of, template_text
+from .models import calibration_for, data_for, open_encoder, say_of_rows, say_tuning, teacher_of, warn_of_length
 from .output import Output, guarded
 from .scoring import check_score_output, report_scores
 
@@ -58,13 +58,13 @@ def command(
     settings = RestoreSettings(steps, batch_size, seq_len, lr_mixer, mask, seed)
     source, path = check_score_output(checkpoint, revision, output, "restore", overwrite)
     origin = teacher_of(source, checkpoint, teacher)
+    warn_of_length(out, source, seq_len)
     from dataclasses import replace
 
     import torch
 
     from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.encode import Encoder
-    from hybridize.runtime import load_hybrid, load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime import load_hybrid, load_model, pick_compute, quiet_transformers, ran_on
     from hybridize.surgery.replace import MixerSettings, plan, starting_values
     from hybridize.surgery.teacher import read_teacher
 
@@ -75,13 +75,14 @@ def command(
     shape = surgery.mixer
     assert shape is not None
     where, compute = pick_compute(device, dtype, training=True)
-    encoder = Encoder(load_tokenizer(source.path, trust_remote_code), mask, template_text(chat_template))
+    encoder = open_encoder(source, mask, chat_template, trust_remote_code)
     text = data_for(data, origin)
     fit = calibration_for(
-        None if no_calibrate else text, source, opt.CALIBRATION_PARTS, calibration_tokens, device, seed, chat_template,
+        out, None if no_calibrate else text, source, opt.CALIBRATION_PARTS, calibration_tokens, device, seed, chat_template,
         trust_remote_code,
     )  # fmt: skip
     corpus = open_corpus(text, eval_data, encoder, limit)
+    say_of_rows(out, encoder)
     rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
     held = corpus.measuring(replace(settings.as_distill(), batch_size=rows, eval_windows=windows))
     if not held or corpus.packing(settings.as_distill()) is None:

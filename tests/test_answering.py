@@ -214,7 +214,9 @@ def test_votes_are_for_what_is_boxed() -> None:
 def test_mathematics_tasks_of_lm_eval_judge_what_is_written(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """AIME's and MATH500's own judging, over thinking, stop sequences and majority."""
 
-    def scripted(model: Any, wanted: Any, longest: int, new: int, ends: Any, settings: Any, rows: int, stop: Any) -> Any:
+    def scripted(
+        model: Any, wanted: Any, longest: int, new: int, ends: Any, settings: Any, rows: int, rules: Any, stop: Any
+    ) -> Any:
         from hybridize.generation.writing import Written
 
         tokenizer = load_tokenizer(place / "teacher")

@@ -452,6 +452,7 @@ def test_bad_input_is_one_sentence_and_exit_2_before_weights(
     wanted = str(arguments)
     if "half" in wanted:
         copied("half")
+        (place / "half/model.safetensors").unlink()
         (place / "half/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
     if "bert" in wanted:
         copied("bert", model_type="bert")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hybridize.commands.generate import _generation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -18,6 +17,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogit
 from hybridize.distillation.rows import read_rows
 from hybridize.errors import InputError
 from hybridize.generation.sampling import Sampler, SamplingSettings, distribution
+from hybridize.generation.settings import read_generation
 from hybridize.generation.traces import Traces
 from hybridize.generation.writing import Wanted, seed_of, write
 from hybridize.runtime import load_tokenizer
@@ -52,11 +52,13 @@ def test_a_sampler_draws_from_the_distribution_and_greedy_takes_the_best() -> No
     logits = torch.randn(1, 8)
     sampler = Sampler(SamplingSettings(1.0, top_p=0.9), 1, 4000, torch.device("cpu"))
     sampler.begin(0, 5, seed=3)
-    drawn = torch.stack([sampler(logits, torch.tensor([5 + at])) for at in range(4000)])[:, 0]
+    drawn = torch.stack([sampler(logits, torch.tensor([5 + at]), logits) for at in range(4000)])[:, 0]
     probabilities, ids = distribution(logits, sampler.settings)
     expected = torch.zeros(8).scatter(0, ids[0], probabilities[0])
     assert (torch.bincount(drawn, minlength=8) / 4000 - expected).abs().max() < 0.03
-    assert int(Sampler(SamplingSettings(), 1, 1, torch.device("cpu"))(logits, torch.tensor([5]))) == int(logits.argmax())
+    assert int(Sampler(SamplingSettings(), 1, 1, torch.device("cpu"))(logits, torch.tensor([5]), logits)) == int(
+        logits.argmax()
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,19 +174,24 @@ def test_one_prompt_is_answered_on_stdout(cli: Runner, teacher: Path) -> None:
 
 
 def test_what_ends_an_answer_and_what_samples(teacher: Path, tmp_path: Path) -> None:
-    """generation_config.json's own, and the tokenizer's end as well; its sampling only where it samples."""
+    """End tokens of generation_config.json and config.json, else the tokenizer's; its sampling only where it samples."""
     home = shutil.copytree(teacher, tmp_path / "other")
     tokenizer = load_tokenizer(home)
-    for told, wanted in (
+    for said, wanted in (
         ({"do_sample": False, "top_p": 0.5, "eos_token_id": [7, 9]}, SamplingSettings()),
         ({"do_sample": True, "top_p": 0.5, "top_k": 3, "eos_token_id": 7}, SamplingSettings(1.0, 3, 0.5)),
+        ({"do_sample": True}, SamplingSettings(1.0, 50)),
     ):
-        (home / "generation_config.json").write_text(json.dumps(told))
-        found, ends = _generation(home, tokenizer, None, None, None, None)
-        assert found == wanted
-        own = told["eos_token_id"] if isinstance(told["eos_token_id"], list) else [told["eos_token_id"]]
-        assert ends == {*own, tokenizer.eos_token_id}
-    assert _generation(home, tokenizer, 0.7, 0, 0.9, 0.1)[0] == SamplingSettings(0.7, 0, 0.9, 0.1)
+        (home / "generation_config.json").write_text(json.dumps(said))
+        found = read_generation(home, {"eos_token_id": 5}, tokenizer, {})
+        assert found.sampling == wanted
+        own = said.get("eos_token_id", [])
+        assert found.ends == {*(own if isinstance(own, list) else [own]), 5}
+    (home / "generation_config.json").unlink()
+    assert read_generation(home, {"eos_token_id": [5, 6]}, tokenizer, {}).ends == {5, 6}
+    assert read_generation(home, {}, tokenizer, {}).ends == {tokenizer.eos_token_id}
+    asked = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.1}
+    assert read_generation(home, {}, tokenizer, asked).sampling == SamplingSettings(0.7, 0, 0.9, 0.1)
 
 
 def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +200,7 @@ def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pyte
     assert "does not exist" in cli.fails("generate", teacher, "--prompts", tmp_path / "none.jsonl")
     rows = tmp_path / "rows.jsonl"
     for row, complaint in (
-        ("[]", "not a JSON object"), ('{"text": "a"}', "neither `messages`"), ('{"messages": []}', "at least one message"),
+        ("[1]", "not a JSON object"), ('{"text": "a"}', "neither `messages`"), ('{"messages": []}', "at least one message"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no message before"), ('{"prompt": ""}', "neither"),
     ):  # fmt: skip
         rows.write_text(row + "\n")

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -18,13 +19,15 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from hybridize.checkpoint.journal import Journal
 from hybridize.distillation.ranks import Ranks
+from hybridize.errors import WorkError
 from hybridize.generation.decoder import looks_at_the_longest
-from hybridize.generation.sampling import SamplingSettings
+from hybridize.generation.settings import FOLLOWED, TOP_K, Generation, ends_of, settings_of
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 from hybridize.modeling import HybridForCausalLM
 
 CHUNK = 32  # batches between two entries into the journal
-OURS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}  # other options are transformers' own
+DRAWN = ("temperature", "top_k", "top_p", "min_p")
+OURS = {"until", "max_gen_toks", "do_sample", *DRAWN, *FOLLOWED} - {"bad_words_ids"}  # others are transformers' own to follow
 TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
 
 
@@ -91,13 +94,15 @@ class Answering(HFLM):
         groups: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(at)
-        eos, ends = self.tok_decode(self.eot_token_id, skip_special_tokens=False), self._end_tokens()
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         for places in groups.values():
             raw = requests[places[0]].args[1]
             told = dict(normalize_gen_kwargs(raw, self.max_gen_toks))
             if told["do_sample"] and raw.get("temperature", 1.0) == 0:
                 raise ValueError("do_sample asks for a temperature above 0")
-            if set(told) - OURS or not isinstance(self.model, HybridForCausalLM) or looks_at_the_longest(self.model.config):
+            generation = self._generation(told, raw)
+            stock = set(told) - OURS or generation.others or not isinstance(self.model, HybridForCausalLM)
+            if stock or looks_at_the_longest(self.model.config):
                 texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
                 for at, text in zip(places, texts, strict=True):
                     yield at, (text, self._ends(text, int(told["max_gen_toks"])))
@@ -110,17 +115,40 @@ class Answering(HFLM):
             wanted = [Wanted((at, 0), ids, seed_of(self.seed, keys[at])) for at, ids in zip(places, read, strict=True)]
             longest = max(map(len, read))
             rows = rows_that_fit(self.model, longest + new, min(int(self.batch_size), len(wanted)))
-            for found in write(self.model, wanted, longest, new, ends, _sampling(told), rows, self._stopper(until)):
+            answers = write(
+                self.model, wanted, longest, new, generation.ends, generation.sampling, rows, generation.rules,
+                self._stopper(until),
+            )  # fmt: skip
+            for found in answers:
                 text = postprocess_generated_text(self.tok_decode(found.ids), until, self.think_end_token)
                 yield found.key[0], (text, found.ended)
 
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        return self._check(super().tok_encode(string, *args, **kwargs))
+
     def _encoded(self, text: str, room: int) -> list[int]:
-        ids: list[int] = self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)[0][0].tolist()
+        return self._check(self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)[0][0].tolist())
+
+    def _check(self, ids: list[int]) -> list[int]:
+        """The ids; WorkError where one is beyond what the model has embeddings for."""
+        if ids and (highest := max(ids)) >= self.model.config.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            known = self.model.config.vocab_size
+            raise WorkError(f"a document has the token {token!r} ({highest}), but the model knows only {known} tokens")
         return ids
 
-    def _end_tokens(self) -> set[int]:
-        own = self.model.generation_config.eos_token_id
-        return {self.eot_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+    def _generation(self, told: dict[str, Any], raw: dict[str, Any]) -> Generation:
+        """The checkpoint's own generation settings, and over them what a task asks for, as transformers' generate has it."""
+        own, samples = vars(self.model.generation_config), bool(told["do_sample"])
+        made = {**own, **{key: value for key, value in told.items() if key in FOLLOWED}}
+        drawn = {key: raw.get(key, own.get(key)) for key in DRAWN}
+        if drawn["top_k"] is None:
+            drawn["top_k"] = TOP_K
+        ends = ends_of((own.get("eos_token_id"), getattr(self.model.config, "eos_token_id", None)), self.tokenizer)
+        found = settings_of(made, drawn, samples, ends)
+        if own.get("max_new_tokens") is not None:  # which goes before a task's own length
+            found.others["max_new_tokens"] = own["max_new_tokens"]
+        return replace(found, ends=found.ends | {self.eot_token_id})
 
     def _stopper(self, until: Sequence[str]) -> Any:
         """Whether an answer holds a stop sequence, after its thinking where there is any."""
@@ -139,15 +167,6 @@ class Answering(HFLM):
 
     def _ends(self, text: str, most: int) -> bool:
         return len(self.tok_encode(text, add_special_tokens=False)) < most
-
-
-def _sampling(told: dict[str, Any]) -> SamplingSettings:
-    if not told.get("do_sample"):
-        return SamplingSettings()
-    return SamplingSettings(
-        float(told.get("temperature") or 1.0), int(told.get("top_k") or 0), float(told.get("top_p") or 1.0),
-        float(told.get("min_p") or 0.0),
-    )  # fmt: skip
 
 
 def last_boxed(text: str) -> str | None:

@@ -171,7 +171,7 @@ def evaluate(
                 log_samples=True, bootstrap_iters=0, random_seed=settings.seed, numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
             )  # fmt: skip
-        except (KeyboardInterrupt, MemoryError, torch.cuda.OutOfMemoryError):
+        except (KeyboardInterrupt, MemoryError, torch.cuda.OutOfMemoryError, WorkError):
             raise
         except Exception as error:
             raise WorkError(f"lm-eval could not run {','.join(settings.tasks)}: {first_line(error)}") from error

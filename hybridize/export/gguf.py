@@ -262,4 +262,7 @@ def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and sample[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and sample[-1] == tokenizer.eos_token_id)
     if getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(tokenizer.chat_template)
+        named = tokenizer.chat_template
+        writer.add_chat_template(
+            named if isinstance(named, str) else [{"name": name, "template": text} for name, text in named.items()]
+        )

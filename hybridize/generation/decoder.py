@@ -19,10 +19,11 @@ from hybridize.runtime import captured
 from .attention import NAME
 from .cache import DecodeCache
 
-Pick = Callable[[Tensor, Tensor], Tensor]  # logits [B, V] and lengths [B] -> the next token of each, [B]
+# logits [B, V], how many tokens each row has [B], and those tokens [B, L] -> the next token of each, [B]
+Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def greedy(logits: Tensor, _: Tensor) -> Tensor:
+def greedy(logits: Tensor, *_: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
@@ -82,7 +83,7 @@ class Decoder:
         """`pick` for some rows alone: it is told of all."""
         every = logits.new_zeros(self.rows, logits.shape[1])
         every[index] = logits
-        return self.pick(every, self.cache.lengths)[index]
+        return self.pick(every, self.cache.lengths, self.history)[index]
 
     def step(self) -> None:
         """Every row reads its newest token and picks the one after it. A full row writes beside its tokens."""
@@ -106,5 +107,6 @@ class Decoder:
             config._attn_implementation = before
         logits = self.model.logits(hidden)[:, 0]
         cache.lengths.add_(1).clamp_(max=self.length)
-        self.history.scatter_(1, cache.lengths.unsqueeze(1), self.pick(logits, cache.lengths).unsqueeze(1))
+        picked = self.pick(logits, cache.lengths, self.history)
+        self.history.scatter_(1, cache.lengths.unsqueeze(1), picked.unsqueeze(1))
         return logits

@@ -5,6 +5,7 @@ Every sequence has random numbers of its own, drawn beforehand, so what it says 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +50,86 @@ def distribution(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Te
     return probabilities, ids
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What makes tokens less likely or impossible, in transformers' terms, whether answers are sampled or not.
+
+    suppress, begin_suppress (for an answer's first token alone), banned: token ids; min_length counts the prompt, min_new does
+    not: before them none of `ends` can come.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    suppress: tuple[int, ...] = ()
+    begin_suppress: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
+    min_length: int = 0
+    min_new: int = 0
+    ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.repetition_penalty > 0:
+            raise InputError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is ruled out."""
+        return self == Rules(ends=self.ends)
+
+
+def ruled(logits: Tensor, history: Tensor, lengths: Tensor, starts: Tensor, rules: Rules) -> Tensor:
+    """logits [B, V] under `rules`, as float32. The first lengths[b] of history [B, L] are row b's tokens so far, the first
+    starts[b] of them its prompt. Asks nothing of the device, so a CUDA graph can hold it.
+    """
+    scores = logits.float()
+    if rules.repetition_penalty != 1:  # Keskar et al., 1909.05858, section 4.1
+        there = torch.arange(history.shape[1], device=history.device) < lengths.unsqueeze(1)
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, torch.where(there, history, history[:, :1]), True)
+        less = torch.where(scores < 0, scores * rules.repetition_penalty, scores / rules.repetition_penalty)
+        scores = torch.where(seen, less, scores)
+    if rules.no_repeat_ngram:
+        scores = scores.masked_fill(_repeating(history, lengths, rules.no_repeat_ngram, scores.shape[1]), -torch.inf)
+    scores = _without(scores, rules.banned)
+    early = (lengths < rules.min_length) | (lengths - starts < rules.min_new)
+    scores = _without(scores, rules.ends, early)
+    scores = _without(scores, rules.suppress)
+    return _without(scores, rules.begin_suppress, lengths == starts)
+
+
+def _repeating(history: Tensor, lengths: Tensor, size: int, vocabulary: int) -> Tensor:
+    """[B, V]: the tokens that would write a run of `size` tokens for the second time."""
+    if size > history.shape[1]:
+        return torch.zeros(len(history), vocabulary, dtype=torch.bool, device=history.device)
+    runs = history.unfold(1, size, 1)  # [B, L - size + 1, size]
+    last = (lengths.unsqueeze(1) - torch.arange(size - 1, 0, -1, device=history.device)).clamp(min=0)
+    same = (runs[..., :-1] == history.gather(1, last).unsqueeze(1)).all(-1)
+    inside = torch.arange(size, size + runs.shape[1], device=history.device) <= lengths.unsqueeze(1)
+    counts = torch.zeros(len(history), vocabulary, device=history.device)
+    return counts.scatter_add_(1, runs[..., -1], (same & inside).float()) > 0
+
+
+def _without(scores: Tensor, tokens: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+    """scores [B, V] with none of these tokens possible, in all rows or those of the mask [B]."""
+    if not tokens:
+        return scores
+    places = _places(tokens, scores.shape[1], scores.device)
+    return scores.masked_fill(places if rows is None else places & rows.unsqueeze(1), -torch.inf)
+
+
+@functools.lru_cache(maxsize=32)  # made before a step is captured, which must not copy from the host
+def _places(tokens: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    places = torch.zeros(vocabulary, dtype=torch.bool)
+    places[[token for token in tokens if 0 <= token < vocabulary]] = True
+    return places.to(device)
+
+
 class Sampler:
     """A decoder's `pick` for `rows` sequences that write at most `new` tokens each."""
 
-    def __init__(self, settings: SamplingSettings, rows: int, new: int, device: torch.device) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: SamplingSettings, rows: int, new: int, device: torch.device, rules: Rules | None = None
+    ) -> None:
+        self.settings, self.rules = settings, rules or Rules()
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)
         self.drawn = torch.zeros(rows, new, device=device)
 
@@ -65,7 +141,9 @@ class Sampler:
                 self.drawn.device
             )
 
-    def __call__(self, logits: Tensor, lengths: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, lengths: Tensor, history: Tensor) -> Tensor:
+        if not self.rules.idle:
+            logits = ruled(logits, history, lengths, self.starts, self.rules)
         if self.settings.temperature == 0:
             return logits.argmax(-1)
         probabilities, ids = distribution(logits, self.settings)

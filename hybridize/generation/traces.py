@@ -9,7 +9,40 @@ from typing import Any
 from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.checkpoint.journal import Journal
 from hybridize.checkpoint.writer import check_writable
+from hybridize.distillation.encode import Encoder, decoded
+from hybridize.distillation.forms import read_question
 from hybridize.errors import InputError
+from hybridize.generation.writing import Written
+
+CONTEXT = ("tools", "documents", "chat_template_kwargs")  # what of a row its chat template reads beside the messages
+
+
+def trace_of(encoder: Encoder, row: dict[str, Any], where: str, prompt: list[int], answer: Written) -> dict[str, Any]:
+    """The line to distil on: what was asked in `row`, and the answer's text with all its tokens.
+
+    Encoding it gives back `prompt` and the answer's ids: where the text alone does not say them, as with templates that cut
+    reasoning out or tokenizers with several ways to say the same, they are in `token_ids`.
+    """
+    text, question = decoded(encoder.tokenizer, answer.ids), read_question(row, where)
+    line: dict[str, Any]
+    if isinstance(question, str) and not encoder.template:
+        line = {"prompt": question, "response": text}
+    else:
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question.messages
+        line = {"messages": [*asked, {"role": "assistant", "content": text}]}
+        line |= {key: row[key] for key in CONTEXT if row.get(key)}
+    line |= {"tokens": len(answer.ids) if text else 0, "finish": "stop" if answer.ended else "length"}
+    if answer.ids and not _gives_back(encoder, line, where, prompt, answer.ids):
+        line["token_ids"] = answer.ids
+    return line
+
+
+def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, prompt: list[int], ids: list[int]) -> bool:
+    try:
+        made = encoder.read(line, where).parts()[-1].ids
+    except InputError:  # a template that rejects what was written
+        return False
+    return made[: len(prompt) + len(ids)] == [*prompt, *ids]
 
 
 class Traces:

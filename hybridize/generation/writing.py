@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from hybridize.modeling import HybridForCausalLM
 
 from .cache import sequence_bytes
 from .decoder import Decoder
-from .sampling import Sampler, SamplingSettings
+from .sampling import Rules, Sampler, SamplingSettings
 
 STRIDE = 16  # steps between two looks at what has been written
 SHARE = 0.9  # of a GPU's free memory, for caches
@@ -56,13 +56,13 @@ def rows_that_fit(model: HybridForCausalLM, length: int, most: int) -> int:
 
 
 def write(
-    model: HybridForCausalLM, wanted: Iterable[Wanted], longest: int, new: int, ends: set[int], settings: SamplingSettings,
-    rows: int, stop: Callable[[tuple[int, int], list[int]], bool] = lambda *_: False,
+    model: HybridForCausalLM, wanted: Iterable[Wanted], longest: int, new: int, ends: Set[int], settings: SamplingSettings,
+    rows: int, rules: Rules | None = None, stop: Callable[[tuple[int, int], list[int]], bool] = lambda *_: False,
 ) -> Iterator[Written]:  # fmt: skip
     """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows: sequences side by side; stop: told
     of every answer's tokens so far, now and then, and True where there need be no more.
     """
-    sampler = Sampler(settings, rows, new, model.device)
+    sampler = Sampler(settings, rows, new, model.device, rules)
     decoder = Decoder(model, rows, longest + new, sampler)
     waiting, running = iter(wanted), dict[int, Wanted]()
     while True:

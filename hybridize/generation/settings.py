@@ -1,0 +1,112 @@
+"""A checkpoint's generation settings: what of them is followed, what is refused by name, and which tokens end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridize.errors import InputError, first_line
+from hybridize.generation.sampling import Rules, SamplingSettings
+
+FILE = "generation_config.json"
+TOP_K = 50  # transformers' own where a checkpoint samples and says nothing
+FOLLOWED: dict[str, tuple[Any, ...]] = {  # settings of every step, with the values at which they do nothing
+    "repetition_penalty": (None, 1, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0),
+    "min_new_tokens": (None, 0), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
+    "bad_words_ids": (None, []),
+}  # fmt: skip
+REFUSED: dict[str, tuple[Any, ...]] = {  # others that change what is written, likewise; see transformers' GenerationConfig
+    "num_beams": (None, 1), "num_beam_groups": (None, 1), "penalty_alpha": (None, 0, 0.0), "dola_layers": (None,),
+    "guidance_scale": (None, 1, 1.0), "sequence_bias": (None,), "encoder_repetition_penalty": (None, 1, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,), "watermarking_config": (None,), "stop_strings": (None, []),
+    "max_time": (None,), "token_healing": (None, False), "constraints": (None,), "force_words_ids": (None,),
+}  # fmt: skip
+REFUSED_IN_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "typical_p": (None, 1, 1.0), "epsilon_cutoff": (None, 0, 0.0), "eta_cutoff": (None, 0, 0.0), "top_h": (None,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a checkpoint's answers are drawn. ends: tokens that end one; others: settings, with their values, that change what
+    is written and are not followed here."""
+
+    sampling: SamplingSettings
+    rules: Rules
+    ends: frozenset[int]
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, asked: Mapping[str, Any]) -> Generation:
+    """The settings of the checkpoint directory `path` with this config.json, and over them what the user has `asked` for.
+
+    asked: temperature (0 is greedy), top_k, top_p and min_p, None where nothing is asked. Unasked, a checkpoint samples only
+    where its `do_sample` says so. InputError where the file cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    made = GenerationConfig()
+    if (path / FILE).is_file():
+        try:
+            made = GenerationConfig.from_pretrained(path, local_files_only=True)
+            _check(made)
+        except Exception as error:  # whatever it has against the file
+            raise InputError(f"{path / FILE} cannot be read: {first_line(error)}") from error
+    asked = {key: value for key, value in asked.items() if value is not None}
+    samples = asked["temperature"] > 0 if "temperature" in asked else bool(made.do_sample)
+    own = made.do_sample  # what a checkpoint says of sampling is not meant where it does not sample
+    told = {key: getattr(made, key) if own else None for key in ("temperature", "top_k", "top_p", "min_p")} | dict(asked)
+    if own and told["top_k"] is None:
+        told["top_k"] = TOP_K
+    return settings_of(vars(made), told, samples, ends_of((made.eos_token_id, config.get("eos_token_id")), tokenizer))
+
+
+def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool, ends: Iterable[int]) -> Generation:
+    """made: generation settings by name, in transformers' terms; drawn: temperature, top_k, top_p and min_p, None where unset;
+    samples: whether answers are sampled at all."""
+    unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    chosen = {key: value if drawn.get(key) is None else drawn[key] for key, value in unset.items()}
+    if not samples:
+        chosen["temperature"] = 0.0
+    sampling = SamplingSettings(
+        float(chosen["temperature"]), int(chosen["top_k"]), float(chosen["top_p"]), float(chosen["min_p"])
+    )
+    refused = REFUSED | (REFUSED_IN_SAMPLING if samples else {})
+    others = {key: made[key] for key, neutral in refused.items() if made.get(key) not in neutral}
+    given = {key: made[key] for key, neutral in FOLLOWED.items() if made.get(key) not in neutral}
+    banned = given.pop("bad_words_ids", [])
+    if any(len(word) != 1 for word in banned):
+        others["bad_words_ids"] = banned
+    ends = frozenset(ends)
+    if "min_new_tokens" in given:  # which goes before min_length
+        given.pop("min_length", None)
+    rules = Rules(
+        float(given.get("repetition_penalty", 1.0)), int(given.get("no_repeat_ngram_size", 0)),
+        tuple(given.get("suppress_tokens", ())), tuple(given.get("begin_suppress_tokens", ())),
+        tuple(word[0] for word in banned if len(word) == 1 and word[0] not in ends),
+        int(given.get("min_length", 0)), int(given.get("min_new_tokens", 0)), tuple(sorted(ends)),
+    )  # fmt: skip
+    return Generation(sampling, rules, ends, others)
+
+
+def ends_of(said: Iterable[Any], tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: what generation settings and config say, and where both are silent the tokenizer's own."""
+    ends = {end for one in said for end in (one if isinstance(one, list | tuple) else [one]) if end is not None}
+    return frozenset(ends or ({tokenizer.eos_token_id} - {None}))
+
+
+def _check(made: Any) -> None:
+    """ValueError where something that is used here is of no use."""
+    for name in ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "no_repeat_ngram_size", "min_length"):
+        if not isinstance(getattr(made, name), int | float | None):
+            raise ValueError(f"{name} is {getattr(made, name)!r}")
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        value = getattr(made, name)
+        if value is not None and not (isinstance(value, list) and all(type(token) is int for token in value)):
+            raise ValueError(f"{name} is {value!r}")
+    for end in made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]:
+        if not isinstance(end, int | None):
+            raise ValueError(f"eos_token_id is {made.eos_token_id!r}")
