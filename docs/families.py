@@ -1,6 +1,6 @@
 """Writes docs/families.md: every family, what its attention has, and what becomes of it, by the code that decides.
 
-python docs/families.py [OUT]
+PYTHONPATH=. python docs/families.py [OUT]
 """
 
 from __future__ import annotations
