@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
+from .eval_tables import say_of_gate, show_results
 from .fidelity import measure_fidelity
 from .models import open_checkpoint, result_file
 from .output import EXIT_GATE, Output, guarded
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.distillation.ranks import Ranks
-    from hybridize.evaluation.gate import TaskDrop
     from hybridize.evaluation.harness import EvalSettings
 
 
@@ -48,10 +48,23 @@ def command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail unless 95% sure that the drop does not exceed --max-drop.")
     ] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="TASK=FIGURE to hold against --max-drop [default: all accuracy-like ones]; repeatable."),
+    ] = None,
+    allow_inconclusive: Annotated[
+        bool, typer.Option("--allow-inconclusive", help="Exit 0 also where the documents cannot tell.")
+    ] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="A file for CI services: each task as a test.")] = None,
     log_samples: Annotated[bool, typer.Option("--log-samples", help="Every model output into samples.jsonl as well.")] = False,
     num_fewshot: opt.NumFewshot = None,
-    limit: opt.Limit = None,
+    limit: Annotated[str | None, typer.Option("--limit", help="Documents per task, or their share: 100, 0.1; or rows.")] = None,
+    recall_lengths: Annotated[
+        str | None, typer.Option("--recall-lengths", help="Tokens, for --tasks recall [default: 1024,4096].")
+    ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks run the code that the model writes.")
+    ] = False,
     include_path: opt.IncludePath = None,
     apply_chat_template: opt.ApplyChatTemplate = False,
     gen_kwargs: opt.GenKwargs = None,
@@ -63,7 +76,7 @@ def command(
         typer.Option("--think-end", help="What closes a block of thinking, as </think>: the answer is what follows."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
-    batch_size: opt.EvalBatchSize = 8,
+    batch_size: Annotated[str, typer.Option("--batch-size", help="Requests per forward, auto, or auto:N.")] = "8",
     output: opt.Output = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -86,11 +99,23 @@ def command(
     from hybridize.checkpoint.scores import beside
     from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError
-    from hybridize.evaluation.gate import Rule, compare, drops_json, write_junit
-    from hybridize.evaluation.harness import EvalSettings, check_think_end, open_tasks, repeatable, task_names
+    from hybridize.evaluation.gate import Rule, by_task, compare, judge, passes, verdicts_json, write_junit
+    from hybridize.evaluation.harness import (
+        EvalSettings,
+        check_code,
+        check_metrics,
+        check_think_end,
+        open_tasks,
+        parse_batch_size,
+        parse_limit,
+        repeatable,
+        task_names,
+    )
+    from hybridize.evaluation.recall import parse_lengths
     from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
 
-    rule, began = Rule(max_drop, confidence, strict), time.monotonic()
+    rule, began = Rule(max_drop, confidence, strict, allow_inconclusive), time.monotonic()
+    share, chosen = parse_limit(limit), _chosen(metric)
     if (tasks is None) == (fidelity is None):
         raise InputError("say what to measure: either --tasks, or --fidelity DATA")
     if max_drop is not None and baseline is None:
@@ -104,31 +129,34 @@ def command(
         of_tasks = {
             "--junit": junit, "--log-samples": log_samples, "--samples": samples > 1, "--think-end": think_end,
             "--resume": resume, "--gen-kwargs": gen_kwargs, "--num-fewshot": num_fewshot is not None,
-            "--include-path": include_path,
+            "--include-path": include_path, "--metric": metric, "--recall-lengths": recall_lengths,
         }  # fmt: skip
         for flag, given in of_tasks.items():
             if given:
                 raise InputError(f"{flag} has no use with --fidelity; it belongs to --tasks")
+        if share is not None and share < 1:
+            raise InputError(f"--limit {limit}: --fidelity takes a whole number of rows")
+        rows = None if share is None else int(share)
         measure_fidelity(
-            out, source, checkpoint, teacher, fidelity, target, overwrite, mask, chat_template, limit, windows, seq_len,
+            out, source, checkpoint, teacher, fidelity, target, overwrite, mask, chat_template, rows, windows, seq_len,
             where, compute, trust_remote_code,
         )  # fmt: skip
         return
     settings = EvalSettings(
-        task_names(tasks), num_fewshot, limit, batch_size, apply_chat_template, gen_kwargs, include_path, seed, samples,
-        think_end,
+        task_names(tasks), num_fewshot, share, parse_batch_size(batch_size), apply_chat_template, gen_kwargs, include_path,
+        seed, samples, think_end, None if recall_lengths is None else parse_lengths(recall_lengths),
     )  # fmt: skip
     _check_target(target, junit, overwrite or resume)
     ran = ran_on(where, compute)
     other, own = _baseline(out, baseline, target, settings.to_json(), ran)
-    manager = repeatable(open_tasks(settings))
     quiet_transformers()
-
     readers = [source] if own is None else [source, own]
     tokenizers = {reader.path: load_tokenizer(reader.path, trust_remote_code) for reader in readers}
     if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
         raise InputError("--apply-chat-template: the tokenizer has no chat template")
-
+    manager = repeatable(open_tasks(settings, tokenizers[source.path]))
+    check_code(manager, settings, confirm_run_unsafe_code)
+    check_metrics(manager, settings, chosen)
     for tokenizer in tokenizers.values():
         check_think_end(tokenizer, think_end)
     ranks, where = join(where)
@@ -136,7 +164,7 @@ def command(
         out = Output(quiet=True)
 
     measure = functools.partial(
-        _measured, settings=settings, manager=manager, target=target, where=where, compute=compute, ran=ran, ranks=ranks,
+        _measured, out, settings=settings, manager=manager, target=target, where=where, compute=compute, ran=ran, ranks=ranks,
         resume=resume, overwrite=overwrite, log_samples=log_samples, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     out.note(f"evaluating {checkpoint} on {', '.join(settings.tasks)}")
@@ -148,26 +176,39 @@ def command(
     leave()
     if not ranks.main:
         return
-    drops = [] if other is None else compare(results, other, rule.level, seed)
-    failed = [drop for drop in drops if rule.fails(drop)]
+    verdicts = [] if other is None else judge(compare(results, other, chosen, seed), rule)
+    met = passes(verdicts, rule)
     if junit is not None:
-        write_junit(junit, checkpoint, results, drops, rule, time.monotonic() - began)
+        write_junit(junit, checkpoint, results, verdicts, rule, time.monotonic() - began)
 
-    summary = {t: {"metric": v["metric"], "value": v["value"]} for t, v in results["tasks"].items()}
+    summary = {
+        t: {"metric": v["metric"], "value": v["value"], "figures": {k: f["value"] for k, f in v["figures"].items()}}
+        for t, v in results["tasks"].items()
+    }
     out.result(
         {
-            "results": str(target / "results.json"),
-            "tasks": summary,
-            "limited": limit is not None,
-            "drops": drops_json(drops, rule),
-            "passed": not failed,
+            "results": str(target / "results.json"), "tasks": summary,
+            "groups": {name: group["figures"] for name, group in results["groups"].items()}, "limited": limit is not None,
+            "drops": verdicts_json(verdicts, rule), "outcomes": by_task(verdicts), "passed": met,
         },
-        lambda: _show(out, target / "results.json", results, drops, rule.level),
-    )
-    for drop in failed:
-        out.warn(f"gate not met: {drop.describe(rule.level)}; --max-drop allows {max_drop}")
-    if failed:
+        lambda: show_results(out, target / "results.json", results, other, verdicts, rule),
+    )  # fmt: skip
+    say_of_gate(out, verdicts, rule)
+    if not met:
         raise typer.Exit(EXIT_GATE)
+
+
+def _chosen(metric: list[str] | None) -> dict[str, str]:
+    """`TASK=FIGURE`s as a table; InputError for what is none."""
+    from hybridize.errors import InputError
+
+    found = dict[str, str]()
+    for text in metric or ():
+        task, _, name = text.partition("=")
+        if not task.strip() or not name.strip():
+            raise InputError(f"--metric {text}: give TASK=FIGURE, as gsm8k=exact_match,flexible-extract")
+        found[task.strip()] = name.strip()
+    return found
 
 
 def _check_target(target: Path, junit: Path | None, replaceable: bool) -> None:
@@ -182,8 +223,9 @@ def _check_target(target: Path, junit: Path | None, replaceable: bool) -> None:
 
 
 def _measured(
-    reader: CheckpointReader, tokenizer: Any, *, settings: EvalSettings, manager: Any, target: Path, where: torch.device,
-    compute: torch.dtype, ran: dict[str, Any], ranks: Ranks, resume: bool, overwrite: bool, log_samples: bool,
+    out: Output, reader: CheckpointReader, tokenizer: Any, *, settings: EvalSettings, manager: Any, target: Path,
+    where: torch.device, compute: torch.dtype, ran: dict[str, Any], ranks: Ranks, resume: bool, overwrite: bool,
+    log_samples: bool,
     trust_remote_code: bool, prefix: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """The checkpoint's results, written into `target` as well; nothing on any rank but the first."""
@@ -214,7 +256,13 @@ def _measured(
         model: Any = load_hybrid(reader, where, compute)
     else:
         model = load_model(reader.path, where, compute, trust_remote_code)
-    found = evaluate(model, tokenizer, settings, manager, journal=journal, ranks=ranks)
+    started = time.monotonic()
+
+    def progress(done: int, count: int) -> None:
+        left = (time.monotonic() - started) / done * (count - done)
+        out.progress(f"{done:,} of {count:,} requests, {left / 60:,.1f} minutes left", last=done == count)
+
+    found = evaluate(model, tokenizer, settings, manager, journal=journal, ranks=ranks, progress=progress)
     if journal is None:
         return {}
     results = make_results(found, settings, reader.hash, ran)
@@ -254,20 +302,3 @@ def _baseline(
             out.note(f"the baseline's figures are those of {path}: same checkpoint, same settings")
             return kept, None
     return None, own
-
-
-def _show(out: Output, path: Path, results: dict[str, Any], drops: list[TaskDrop], level: float) -> None:
-    limit = results["settings"].get("limit")
-    title = f"{path}" + (f" (limited to {limit} documents a task)" if limit is not None else "")
-    if not drops:
-        plain = [[t, v["metric"], str(len(v["documents"])), f"{v['value']:.4f}"] for t, v in results["tasks"].items()]
-        out.table(title, ["task", "metric", "documents", "value"], plain)
-        return
-    rows = [
-        [
-            d.task, d.metric, str(d.documents), f"{d.baseline:.4f}", f"{d.candidate:.4f}", f"{d.drop:+.4f}",
-            "" if d.low is None else f"{d.low:+.4f} .. {d.high:+.4f}", "" if d.p is None else f"{d.p:.3g}",
-        ]
-        for d in drops
-    ]  # fmt: skip
-    out.table(title, ["task", "metric", "documents", "baseline", "value", "drop", f"{level:.0%} interval", "McNemar p"], rows)

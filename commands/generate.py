@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, WorkError
 
 from . import options as opt
 from .models import open_checkpoint, open_encoder, refuse_ranks
@@ -85,9 +85,7 @@ def command(
     tokenizer = encoder.tokenizer
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     generation = read_generation(source.path, source.config, tokenizer, asked)
-    if generation.others:
-        name, value = next(iter(generation.others.items()))
-        raise InputError(f"{source.path / FILE} has {name} = {value!r}, which generate does not follow; take it out")
+    _check_followed(source.path / FILE, generation.others)
     settings = generation.sampling
     if samples > 1 and settings.temperature == 0:
         raise InputError("--samples needs answers that differ: --temperature above 0")
@@ -129,6 +127,8 @@ def command(
 
         answered = write(model, wanted, longest, max_new_tokens, generation.ends, settings, side, generation.rules, show)
         for answer in answered:
+            if answer.broken:
+                raise WorkError(f"{where_of(answer.key[0])}: a logit of the answer is not finite; try --dtype float32")
             done, made = done + 1, made + len(answer.ids)
             if traces is None:
                 text, finish = decoded(tokenizer, answer.ids), "stop" if answer.ended else "length"
@@ -142,8 +142,13 @@ def command(
         out.result({"prompt": prompt, "answers": answers}, lambda: _say(answers))
         if any(answer["finish"] == "length" for answer in answers):
             out.note(f"cut at {max_new_tokens} tokens; --max-new-tokens")
-        return
-    _finish(out, traces, max_new_tokens, started)
+    else:
+        _finish(out, traces, max_new_tokens, started)
+
+
+def _check_followed(file: Path, others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        raise InputError(f"{file} has {name} = {value!r}, which generate does not follow; take it out")
 
 
 def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) -> None:

@@ -149,6 +149,7 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
         "teacher",
         "--max-drop",
         1,
+        "--allow-inconclusive",
     )
     cli("export", "h3-sft", "-o", "release")
 
@@ -337,7 +338,8 @@ def test_the_gate(place: Path, cli: Runner) -> None:
     cli("eval", "teacher", *common)
     cli("replace", "--indices", "0-3")
     found = json.loads((place / "teacher/eval/results.json").read_text())
-    found["tasks"]["tiny_choice"]["value"] = 2.0
+    for figure in found["tasks"]["tiny_choice"]["figures"].values():
+        figure["value"] = 2.0
     (place / "high.json").write_text(json.dumps(found))
     cli("eval", "h4", *common, "--baseline", "high.json", "--max-drop", 0.1, code=3)
     assert "gate not met: tiny_choice" in cli.stderr
@@ -353,16 +355,27 @@ def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) 
     """A baseline that was evaluated alike is not evaluated again; one that was not is, and then its figures are kept."""
     common = ("--tasks", "tiny_choice", "--include-path", "tasks", "--baseline", "teacher", "--overwrite")
     cli("replace", "--indices", "0-3")
-    cli("eval", "h4", *common, "--max-drop", 1, "--junit", "ci/out.xml")
+    cli("eval", "h4", *common, "--max-drop", 1, "--junit", "ci/out.xml", code=3)
+    assert "cannot tell by tiny_choice" in cli.stderr
+    assert "there is nothing to lose; --allow-inconclusive lets it be" in cli.stderr
     assert "evaluating the baseline" in cli.stderr
+    cli("eval", "h4", *common, "--max-drop", 1, "--junit", "ci/out.xml", "--allow-inconclusive")
     assert (place / "h4/eval/baseline.json").exists()
     assert 'failures="0"' in (place / "ci/out.xml").read_text()
-    found = json.loads(cli("eval", "h4", *common, "--max-drop", 1, "--confidence", 0.9, "--json"))
+    gate = ("--max-drop", 1, "--confidence", 0.9, "--allow-inconclusive", "--json")
+    found = json.loads(cli("eval", "h4", *common, *gate))
     assert "h4/eval/baseline.json: same checkpoint, same settings" in cli.stderr
-    (drop,) = found["drops"]
-    assert drop["low"] <= drop["drop"] <= drop["high"]
-    assert drop["failed"] is False
-    assert drop["p"] is not None
+    assert {drop["metric"] for drop in found["drops"]} == set(found["tasks"]["tiny_choice"]["figures"])
+    for drop in found["drops"]:
+        assert drop["low"] <= drop["drop"] <= drop["high"]
+        assert (drop["failed"], drop["outcome"]) == (False, "cannot tell")
+        assert drop["p"] is not None
+        assert drop["smallest_drop"] == 1 / drop["documents"]
+    chosen = json.loads(cli("eval", "h4", *common, *gate, "--metric", "tiny_choice=acc"))
+    assert [drop["metric"] for drop in chosen["drops"]] == ["acc,none"]
+    assert "the task has acc,none" in cli.fails("eval", "h4", *common, "--metric", "tiny_choice=f1")
+    assert "is no task or group" in cli.fails("eval", "h4", *common, "--metric", "other=acc")
+    assert "give TASK=FIGURE" in cli.fails("eval", "h4", *common, "--metric", "acc")
     cli("eval", "teacher", *common[:4])
     cli("eval", "h4", *common)
     assert "teacher/eval/results.json: same checkpoint" in cli.stderr

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from transformers import LogitsProcessorList
 
 from hybridize.checkpoint.journal import Journal
 from hybridize.distillation.ranks import Ranks
@@ -25,6 +28,8 @@ from hybridize.generation.settings import FOLLOWED, TOP_K, Generation, ends_of, 
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 from hybridize.modeling import HybridForCausalLM
 
+AUTO, ON_CPU = 64, 8  # requests at once at most where that is `auto`, lm-eval's own number; and without a GPU
+LOGIT = 16  # bytes a logit: as the model gives it, in float32, and its log-softmax
 CHUNK = 32  # batches between two entries into the journal
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
 OURS = {"until", "max_gen_toks", "do_sample", *DRAWN, *FOLLOWED} - {"bad_words_ids"}  # others are transformers' own to follow
@@ -38,10 +43,12 @@ class Answering(HFLM):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int, seed: int = 0, think_end: str | None = None,
-        journal: Journal | None = None, ranks: Ranks | None = None,
+        self, model: Any, tokenizer: Any, batch_size: int | str, seed: int = 0, think_end: str | None = None,
+        journal: Journal | None = None, ranks: Ranks | None = None, progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:  # fmt: skip
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=think_end)
+        fixed = batch_size if isinstance(batch_size, int) else AUTO
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=fixed, think_end_token=think_end)
+        self.auto, self.progress = fixed != batch_size, progress
         self.seed, self.journal, self.ranks = seed, journal, ranks or Ranks()
         self.cut: Counter[str] = Counter()
         before = [] if journal is None else [(line["key"], line["answer"]) for line in journal.lines]
@@ -72,17 +79,52 @@ class Answering(HFLM):
             keys.append(hashlib.sha256(text.encode()).hexdigest())
         waiting = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
         order = sorted(waiting, key=lambda key: (-len(waiting[key].args[0]), key))  # the longest first, as lm-eval has it
-        size = CHUNK * int(self.batch_size) * self.ranks.size
+        size, done = CHUNK * int(self.batch_size) * self.ranks.size, 0
         for begin in range(0, len(order), size):
             mine = order[begin : begin + size][self.ranks.rank :: self.ranks.size]
             got = []
-            for at, answer in ask([waiting[key] for key in mine], mine):
+            for at, answer in self._asked(ask, [waiting[key] for key in mine], mine, kind != "generate"):
+                self._check_finite(waiting[mine[at]], answer)
                 got.append((mine[at], answer))
                 self._note(mine[at], answer)
+                done += self.ranks.size
+                self.progress(min(done, len(order)), len(order))
             for rank, theirs in enumerate(self.ranks.all(got)):
                 for key, answer in theirs if rank != self.ranks.rank else ():
                     self._note(key, answer)
         return [self.known[key] for key in keys]
+
+    def _asked(self, ask: Any, requests: Sequence[Any], keys: Sequence[str], scored: bool) -> Iterator[tuple[int, Any]]:
+        """`ask`, in batches that fit where their size is for us to find."""
+        if not (self.auto and scored and requests):
+            yield from ask(requests, keys)
+            return
+        self.batch_size_per_gpu = self._fitting(requests[0])
+        while True:
+            try:
+                found = list(ask(requests, keys))
+                break
+            except torch.cuda.OutOfMemoryError:
+                if self.batch_size_per_gpu == 1:
+                    raise
+            torch.cuda.empty_cache()
+            self.batch_size_per_gpu //= 2
+        yield from found
+
+    def _fitting(self, longest: Any) -> int:
+        """How many requests as long as this one may be read at once: their logits, in float32 and before, take half of what is
+        free on a GPU."""
+        if self.device.type != "cuda":
+            return ON_CPU
+        tokens = min(self.max_length, len(self.tok_encode("".join(map(str, longest.args[:2])))))
+        room = torch.cuda.mem_get_info(self.device)[0] // 2
+        return int(max(1, min(AUTO, room // (tokens * self.model.config.vocab_size * LOGIT))))
+
+    def _check_finite(self, request: Any, answer: Any) -> None:
+        """WorkError naming task and document where a log-likelihood is not finite: the largest of such is the first choice."""
+        value = answer if isinstance(answer, float) else answer[0]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise WorkError(_broken(request, f"a log-likelihood is {value}"))
 
     def _note(self, key: str, answer: Any) -> None:
         self.known[key] = answer
@@ -103,7 +145,10 @@ class Answering(HFLM):
             generation = self._generation(told, raw)
             stock = set(told) - OURS or generation.others or not isinstance(self.model, HybridForCausalLM)
             if stock or looks_at_the_longest(self.model.config):
-                texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
+                try:
+                    texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
+                except _NotFinite as error:
+                    raise WorkError(_broken(requests[places[0]], "a logit is not finite", len(places))) from error
                 for at, text in zip(places, texts, strict=True):
                     yield at, (text, self._ends(text, int(told["max_gen_toks"])))
                 continue
@@ -120,8 +165,13 @@ class Answering(HFLM):
                 self._stopper(until),
             )  # fmt: skip
             for found in answers:
+                if found.broken:
+                    raise WorkError(_broken(requests[found.key[0]], "a logit is not finite"))
                 text = postprocess_generated_text(self.tok_decode(found.ids), until, self.think_end_token)
                 yield found.key[0], (text, found.ended)
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._model_generate(*args, logits_processor=LogitsProcessorList([_finite]), **kwargs)
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         return self._check(super().tok_encode(string, *args, **kwargs))
@@ -167,6 +217,21 @@ class Answering(HFLM):
 
     def _ends(self, text: str, most: int) -> bool:
         return len(self.tok_encode(text, add_special_tokens=False)) < most
+
+
+class _NotFinite(Exception):
+    """A logit is NaN or infinite."""
+
+
+def _finite(_: Any, scores: torch.Tensor) -> torch.Tensor:
+    if not bool((scores < torch.inf).all()):  # false of NaN, too; what is ruled out is minus infinity
+        raise _NotFinite
+    return scores
+
+
+def _broken(request: Any, what: str, count: int = 1) -> str:
+    among = f" or one of the {count - 1} after it" if count > 1 else ""
+    return f"task {request.task_name}, document {request.doc_id}{among}: {what}; try --dtype float32"
 
 
 def last_boxed(text: str) -> str | None:

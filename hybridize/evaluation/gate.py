@@ -1,4 +1,4 @@
-"""The gate between two results of the same settings: per task the difference, how sure it is, and whether it may pass.
+"""The gate between two results of the same settings: per figure the difference, how sure it is, and whether it may pass.
 
 Both answered the same documents, so everything is paired: what the two got alike says nothing and adds no noise.
 """
@@ -7,36 +7,40 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.errors import InputError, WorkError
-from hybridize.evaluation.results import check_comparable
+from hybridize.evaluation.figures import TOLERANCE, held, is_mean
+from hybridize.evaluation.intervals import Paired, holm
+from hybridize.evaluation.results import check_comparable, figures_in
 
-RESAMPLES = 10_000
 LEVEL = 0.95
+PASS, FAIL, UNKNOWN = "pass", "fail", "cannot tell"
 
 
 @dataclass(frozen=True)
 class Rule:
     """When a drop of more than `max_drop` fails: by its point value, or with `confidence` only where the interval of that level
-    lies above it as a whole (a drop that is sure), or with `strict` already where the interval reaches above it (a drop that
-    cannot be ruled out). max_drop None: nothing ever fails."""
+    lies above it as a whole (a drop that is sure; over several figures by Holm's procedure), or with `strict` already where the
+    interval reaches above it (a drop that cannot be ruled out; each figure at the full level). max_drop None: nothing fails.
+    allow_inconclusive: documents that can tell nothing do not keep the gate from being met."""
 
     max_drop: float | None = None
     confidence: float | None = None
     strict: bool = False
+    allow_inconclusive: bool = False
 
     def __post_init__(self) -> None:
         if self.max_drop is None:
-            if self.confidence is not None or self.strict:
-                raise InputError(f"--{'strict' if self.strict else 'confidence'} needs a --max-drop to hold the drop against")
+            if self.confidence is not None or self.strict or self.allow_inconclusive:
+                given = "strict" if self.strict else "confidence" if self.confidence is not None else "allow-inconclusive"
+                raise InputError(f"--{given} needs a --max-drop to hold the drop against")
             return
         if not math.isfinite(self.max_drop):
             raise InputError(f"--max-drop {self.max_drop} must be a number")
@@ -49,25 +53,24 @@ class Rule:
     def level(self) -> float:
         return LEVEL if self.confidence is None else self.confidence
 
-    def fails(self, drop: TaskDrop) -> bool:
-        """WorkError where the rule goes by an interval that the task's figure does not have."""
-        if self.max_drop is None:
-            return False
-        if not self.strict and self.confidence is None:
-            return drop.drop > self.max_drop
-        if drop.low is None or drop.high is None:
-            flag = "strict" if self.strict else "confidence"
-            raise WorkError(f"--{flag}: {drop.metric} of {drop.task} is no mean over documents and has no interval")
-        return (drop.high if self.strict else drop.low) > self.max_drop
+    @property
+    def said(self) -> str:
+        """What several figures are held by, in words."""
+        if self.strict:
+            return f"each figure at the full level of {self.level:.0%}"
+        return (
+            f"by Holm's procedure over all figures, {self.level:.0%}"
+            if self.confidence is not None
+            else "by their point values"
+        )
 
 
 @dataclass(frozen=True)
-class TaskDrop:
-    """drop: baseline - candidate in the direction in which the metric is better; positive means worse than the baseline.
+class Drop:
+    """drop: baseline - candidate in the direction in which the figure is better; positive means worse than the baseline.
 
-    low, high: the paired bootstrap's interval of the drop, None where the figure is no mean over documents. p: McNemar's exact
-    two-sided test, where each document is right or wrong; lost, won: documents that only the baseline, only the candidate got
-    right.
+    paired: the documents' differences, None where the figure is no mean over documents. chance: what guessing gets, of an
+    accuracy-like figure; None for others. seed: of the bootstrap.
     """
 
     task: str
@@ -76,98 +79,231 @@ class TaskDrop:
     candidate: float
     drop: float
     documents: int
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    lost: int | None = None
-    won: int | None = None
+    paired: Paired | None = None
+    chance: float | None = None
+    seed: int = 0
+
+    def interval(self, level: float) -> tuple[float, float] | None:
+        return None if self.paired is None else self.paired.interval(level, self.seed)
+
+    @property
+    def smallest(self) -> float | None:
+        """The smallest drop that so many documents can show."""
+        return None if self.chance is None else 1 / self.documents
+
+    def blind(self, max_drop: float) -> str | None:
+        """Why these documents cannot tell whether the drop is larger than `max_drop`, if they cannot."""
+        if self.chance is None:
+            return None
+        if self.baseline <= self.chance + max_drop + TOLERANCE:
+            guess = "zero" if self.chance == 0 else f"the {self.chance:.4f} of guessing"
+            return f"the baseline's {self.baseline:.4f} is not more than {max_drop:g} above {guess}: there is nothing to lose"
+        if 0 < self.documents * max_drop < 1 - TOLERANCE:
+            return f"the smallest drop that {self.documents} documents can show is {1 / self.documents:.4f}, above {max_drop:g}"
+        return None
 
     def describe(self, level: float) -> str:
         words = f"{self.task} {self.metric} is {self.candidate:.4f}, {self.drop:+.4f} below the baseline's {self.baseline:.4f}"
-        if self.low is None or self.high is None:
+        found = self.interval(level)
+        if self.paired is None or found is None:
             return words
-        sure = "" if self.p is None else f", McNemar p {self.p:.3g} ({self.lost} lost, {self.won} won)"
-        return f"{words} ({level:.0%} interval {self.low:+.4f} to {self.high:+.4f} over {self.documents} documents{sure})"
+        counts = (
+            f", McNemar p {self.paired.p:.3g} ({self.paired.lost} lost, {self.paired.won} won)" if self.paired.binary else ""
+        )
+        return f"{words} ({level:.0%} interval {found[0]:+.4f} to {found[1]:+.4f} over {self.documents} documents{counts})"
 
 
-def compare(candidate: dict[str, Any], baseline: dict[str, Any], level: float = LEVEL, seed: int = 0) -> list[TaskDrop]:
-    """Two objects of results.json, paired over documents. InputError when they were measured differently or on other ones."""
+@dataclass(frozen=True)
+class Verdict:
+    """A figure's outcome, and why where it is that nothing can be told."""
+
+    drop: Drop
+    outcome: str
+    why: str = ""
+
+
+def judge(drops: Sequence[Drop], rule: Rule) -> list[Verdict]:
+    """Every figure's outcome. WorkError where the rule goes by an interval that a figure does not have."""
+    if rule.max_drop is None:
+        return [Verdict(drop, PASS) for drop in drops]
+    if rule.strict or rule.confidence is not None:
+        for drop in drops:
+            if drop.paired is None:
+                flag = "strict" if rule.strict else "confidence"
+                raise WorkError(f"--{flag}: {drop.metric} of {drop.task} is no mean over documents and has no interval")
+    limit = rule.max_drop
+    sure: list[bool] = []
+    if rule.confidence is not None:
+        chances = [drop.paired.chance_of(limit, drop.seed) for drop in drops if drop.paired is not None]
+        sure = holm(chances, (1 - rule.confidence) / 2)
+    verdicts = []
+    for at, drop in enumerate(drops):
+        interval, blind = drop.interval(rule.level), drop.blind(limit)
+        if rule.confidence is not None:
+            failed = sure[at]
+        elif rule.strict:
+            assert interval is not None
+            failed = interval[1] > limit + TOLERANCE
+        else:
+            failed = drop.drop > limit + TOLERANCE
+        if blind is not None and not (interval is not None and interval[0] > limit + TOLERANCE):
+            verdicts.append(Verdict(drop, UNKNOWN, blind))
+        else:
+            verdicts.append(Verdict(drop, FAIL if failed else PASS))
+    return verdicts
+
+
+def by_task(verdicts: Sequence[Verdict]) -> dict[str, str]:
+    """A task fails where any of its figures does; it passes where none fails and one passes; else its documents cannot tell."""
+    found: dict[str, str] = {}
+    for verdict in verdicts:
+        outcomes = {found.get(verdict.drop.task, UNKNOWN), verdict.outcome}
+        found[verdict.drop.task] = next(one for one in (FAIL, PASS, UNKNOWN) if one in outcomes)
+    return found
+
+
+def passes(verdicts: Sequence[Verdict], rule: Rule) -> bool:
+    """Whether the gate is met: no task fails, and none leaves it open, unless that is allowed."""
+    met = {PASS, UNKNOWN} if rule.allow_inconclusive else {PASS}
+    return set(by_task(verdicts).values()) <= met
+
+
+def compare(
+    candidate: dict[str, Any], baseline: dict[str, Any], chosen: Mapping[str, str] | None = None, seed: int = 0
+) -> list[Drop]:
+    """Two objects of results.json, paired over documents: each figure that a gate holds, of all tasks and groups asked for.
+
+    chosen: by task or group, which figures (see figures.held). InputError when they were measured differently, on other
+    documents, or have no such figure.
+    """
     check_comparable(candidate["settings"], candidate.get("ran"), baseline)
-    drops = []
-    for task, ours in candidate["tasks"].items():
-        theirs = baseline["tasks"].get(task)
-        if theirs is None or theirs["metric"] != ours["metric"]:
-            raise InputError(f"the baseline has no {ours['metric']} for task {task}")
-        sides = [{(d["doc"], d["hash"]): float(d["score"]) for d in side["documents"]} for side in (ours, theirs)]
-        if sides[0].keys() != sides[1].keys():
-            raise InputError(f"task {task}: the baseline answered other documents than the candidate")
-        order = sorted(sides[0], key=str)
-        mine, other = (torch.tensor([side[key] for key in order], dtype=torch.float64) for side in sides)
-        sign = 1.0 if ours["higher_is_better"] else -1.0
-        told: dict[str, Any] = {}
-        if _is_mean(mine, ours["value"]) and _is_mean(other, theirs["value"]):
-            told["low"], told["high"] = bootstrap(sign * (other - mine), level, seed)
-            if all(bool(((side == 0) | (side == 1)).all()) for side in (mine, other)):
-                worse, better = ((other > mine), (mine > other)) if sign > 0 else ((mine > other), (other > mine))
-                told["lost"], told["won"] = int(worse.sum()), int(better.sum())
-                told["p"] = mcnemar(told["lost"], told["won"])
-        drop = sign * (theirs["value"] - ours["value"])
-        drops.append(TaskDrop(task, ours["metric"], theirs["value"], ours["value"], drop, len(order), **told))
+    chosen, samples = dict(chosen or {}), candidate["settings"].get("samples", 1)
+    drops: list[Drop] = []
+    inside = {task for group in candidate.get("groups", {}).values() for task in group["tasks"]}
+    for group, told in candidate.get("groups", {}).items():
+        drops += _group_drops(candidate, baseline, group, told, chosen.pop(group, None), samples, seed)
+    for task in candidate["tasks"]:
+        if task not in inside:
+            drops += [
+                _drop(candidate, baseline, (task,), task, key, seed)
+                for key in held(figures_in(candidate["tasks"][task]), samples, chosen.pop(task, None), task)
+            ]
+    if chosen:
+        raise InputError(f"--metric names {next(iter(chosen))!r}, which is no task or group that was asked for")
     return drops
 
 
-def _is_mean(scores: Tensor, value: float) -> bool:
-    return len(scores) > 0 and abs(float(scores.mean()) - value) <= 1e-6 * max(1.0, abs(value))
+def _group_drops(
+    candidate: dict[str, Any],
+    baseline: dict[str, Any],
+    group: str,
+    told: dict[str, Any],
+    name: str | None,
+    samples: int,
+    seed: int,
+) -> Iterator[Drop]:
+    """A group by its own aggregates, of the figures that a gate holds of its tasks."""
+    keys = dict.fromkeys(
+        key for task in told["tasks"] for key in held(figures_in(candidate["tasks"][task]), samples, name, group)
+    )
+    own = [key for key in keys if key in told["figures"]]
+    if not own:
+        raise InputError(f"group {group} has no aggregate of {', '.join(keys)}; name its tasks in --tasks instead")
+    for key in own:
+        ours, theirs = told["figures"][key], baseline.get("groups", {}).get(group, {}).get("figures", {}).get(key)
+        if theirs is None:
+            raise InputError(f"the baseline has no {key} for group {group}")
+        yield _drop(candidate, baseline, tuple(told["tasks"]), group, key, seed, (ours, theirs))
 
 
-def bootstrap(differences: Tensor, level: float, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean of `differences` [n] over RESAMPLES draws of n of them (Efron 1979)."""
-    count, generator = len(differences), torch.Generator().manual_seed(seed)
-    # equal differences are drawn together: how often each value comes is multinomial, whatever the number of documents
-    values, times = differences.unique(return_counts=True)
-    if len(values) == 1:
-        return float(values[0]), float(values[0])
-    means = torch.zeros(RESAMPLES, dtype=torch.float64)
-    left, mass = torch.full((RESAMPLES,), float(count), dtype=torch.float64), 1.0
-    if len(values) <= 64:
-        for value, share in zip(values, times / count, strict=True):
-            drawn = torch.binomial(left, torch.full_like(left, min(1.0, float(share) / mass)), generator=generator)
-            means += value * drawn
-            left, mass = left - drawn, max(mass - float(share), 1e-12)
-        means /= count
-    else:
-        for begin in range(0, RESAMPLES, 500):
-            picks = torch.randint(count, (min(500, RESAMPLES - begin), count), generator=generator)
-            means[begin : begin + len(picks)] = differences[picks].mean(1)
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
+def _drop(
+    candidate: dict[str, Any], baseline: dict[str, Any], tasks: tuple[str, ...], name: str, key: str, seed: int,
+    values: tuple[float, float] | None = None,
+) -> Drop:  # fmt: skip
+    """values: of a group, its aggregates in lm-eval's own weighing."""
+    sides = [_side(candidate["tasks"][task], baseline["tasks"].get(task), task, key) for task in tasks]
+    better = sides[0][0]["higher_is_better"]
+    ours, theirs = values or (sides[0][0]["value"], sides[0][1]["value"])
+    sign = 1.0 if better else -1.0
+    sizes = [len(candidate["tasks"][task]["documents"]) for task in tasks]
+    drop = Drop(name, key, theirs, ours, sign * (theirs - ours), sum(sizes), seed=seed)
+    if any(figure["scores"] is None for pair in sides for figure in pair):
+        return drop
+    mine, other = ([torch.tensor(pair[at]["scores"], dtype=torch.float64) for pair in sides] for at in (0, 1))
+    parts = _weighed([sign * (b - a) for a, b in zip(mine, other, strict=True)], drop.drop)
+    if parts is None or (values is None and not all(is_mean(figure["scores"], figure["value"]) for figure in sides[0])):
+        return drop
+    weights = sizes if len(parts) == 1 else [1] * len(tasks)
+    guesses = [weight * (candidate["tasks"][task].get("chance") or 0.0) for task, weight in zip(tasks, weights, strict=True)]
+    every = torch.cat([*mine, *other])
+    binary, bounded = bool(((every == 0) | (every == 1)).all()), bool(((every >= 0) & (every <= 1)).all())
+    chance = sum(guesses) / sum(weights) if bounded and better else None
+    return Drop(name, key, theirs, ours, drop.drop, sum(sizes), Paired(parts, binary, bounded), chance, seed)
 
 
-def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of `lost` against `won` discordant pairs, alike under the null (McNemar 1947, binomial form)."""
-    total, fewer = lost + won, min(lost, won)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**total)
+def _weighed(parts: list[torch.Tensor], drop: float) -> tuple[torch.Tensor, ...] | None:
+    """Differences so that their mean is the group's drop: over all documents, or over tasks that weigh the same; None where
+    it is neither."""
+    joined = torch.cat(parts)
+    if abs(float(joined.mean()) - drop) <= 1e-6:
+        return (joined,)
+    return tuple(parts) if abs(float(torch.stack([part.mean() for part in parts]).mean()) - drop) <= 1e-6 else None
 
 
-def drops_json(drops: Sequence[TaskDrop], rule: Rule) -> list[dict[str, Any]]:
-    return [{**asdict(drop), "failed": rule.fails(drop)} for drop in drops]
+def _side(ours: dict[str, Any], theirs: dict[str, Any] | None, task: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figure `key` of both, the baseline's scores in the order of the candidate's documents. InputError unless both have
+    it and answered the same documents."""
+    mine, other = figures_in(ours).get(key), None if theirs is None else figures_in(theirs).get(key)
+    if theirs is None or mine is None or other is None:
+        raise InputError(f"the baseline has no {key} for task {task}")
+    places = [{(d["doc"], d["hash"]): at for at, d in enumerate(side["documents"])} for side in (ours, theirs)]
+    if places[0].keys() != places[1].keys():
+        raise InputError(f"task {task}: the baseline answered other documents than the candidate")
+    if any(figure["scores"] is None or len(figure["scores"]) != len(places[0]) for figure in (mine, other)):
+        return mine | {"scores": None}, other
+    return mine, other | {"scores": [other["scores"][places[1][document]] for document in places[0]]}
 
 
-def write_junit(path: Path, name: str, results: dict[str, Any], drops: Sequence[TaskDrop], rule: Rule, seconds: float) -> None:
-    """Each task as a test case that fails where the gate does, in the XML that CI services show."""
-    by_task = {drop.task: drop for drop in drops}
+def verdicts_json(verdicts: Sequence[Verdict], rule: Rule) -> list[dict[str, Any]]:
+    found = []
+    for verdict in verdicts:
+        drop, interval = verdict.drop, verdict.drop.interval(rule.level)
+        paired = drop.paired if drop.paired is not None and drop.paired.binary else None
+        found.append({
+            "task": drop.task, "metric": drop.metric, "baseline": drop.baseline, "candidate": drop.candidate,
+            "drop": drop.drop, "documents": drop.documents, "low": None if interval is None else interval[0],
+            "high": None if interval is None else interval[1], "p": None if paired is None else paired.p,
+            "lost": None if paired is None else paired.lost, "won": None if paired is None else paired.won,
+            "chance": drop.chance, "smallest_drop": drop.smallest, "outcome": verdict.outcome, "why": verdict.why or None,
+            "failed": verdict.outcome == FAIL,
+        })  # fmt: skip
+    return found
+
+
+def write_junit(
+    path: Path, name: str, results: dict[str, Any], verdicts: Sequence[Verdict], rule: Rule, seconds: float
+) -> None:
+    """Each figure as a test case that fails where the gate does, in the XML that CI services show."""
     limit = results["settings"].get("limit")
     limited = f" (limited to {limit} documents)" if limit is not None else ""
-    failed = [drop for drop in drops if rule.fails(drop)]
-    suite = ET.Element("testsuite", name=f"hybridize eval {name}{limited}", tests=str(len(results["tasks"])),
-                       failures=str(len(failed)), errors="0", time=f"{seconds:.1f}")  # fmt: skip
-    for task, found in results["tasks"].items():
-        case = ET.SubElement(suite, "testcase", classname=name, name=f"{task}{limited}")
-        drop = by_task.get(task)
-        text = f"{task} {found['metric']} is {found['value']:.4f}" if drop is None else drop.describe(rule.level)
-        if drop in failed:
-            ET.SubElement(case, "failure", message=f"{text}; --max-drop allows {rule.max_drop}")
+    open_ = [] if rule.allow_inconclusive else [task for task, outcome in by_task(verdicts).items() if outcome == UNKNOWN]
+    cases = [(verdict, verdict.outcome == FAIL or verdict.drop.task in open_) for verdict in verdicts]
+    bare = [] if verdicts else list(results["tasks"].items())
+    suite = ET.Element("testsuite", name=f"hybridize eval {name}{limited}", tests=str(len(cases) + len(bare)),
+                       failures=str(sum(failed for _, failed in cases)), errors="0", time=f"{seconds:.1f}")  # fmt: skip
+    for verdict, failed in cases:
+        several = sum(other.drop.task == verdict.drop.task for other, _ in cases) > 1
+        title = f"{verdict.drop.task} {verdict.drop.metric}" if several else verdict.drop.task
+        case = ET.SubElement(suite, "testcase", classname=name, name=f"{title}{limited}")
+        text = verdict.drop.describe(rule.level)
+        if failed:
+            reason = f"cannot tell: {verdict.why}" if verdict.outcome == UNKNOWN else f"--max-drop allows {rule.max_drop}"
+            ET.SubElement(case, "failure", message=f"{text}; {reason}")
+        elif verdict.outcome == UNKNOWN:
+            ET.SubElement(case, "skipped", message=f"cannot tell: {verdict.why}")
         ET.SubElement(case, "system-out").text = text
+    for task, found in bare:
+        case = ET.SubElement(suite, "testcase", classname=name, name=f"{task}{limited}")
+        ET.SubElement(case, "system-out").text = f"{task} {found['metric']} is {found['value']:.4f}"
     ET.indent(suite)
     write_text_atomic(path, ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")

@@ -8,7 +8,8 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,30 +18,35 @@ import torch
 from torch import nn
 
 from hybridize.errors import InputError, WorkError, first_line
+from hybridize.evaluation.figures import matching
+from hybridize.evaluation.recall import GROUP, LENGTHS, recall_group
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.journal import Journal
     from hybridize.distillation.ranks import Ranks
 
 # read, and what its last positions should predict -> log-probability, and whether each token was the most likely
+Progress = Callable[[int, int], None]  # requests answered, of how many
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides an evaluation's figures. limit: documents per task; gen_kwargs as lm-eval reads them (a=b,c=d); samples:
-    answers to each document of a generating task; think_end: what closes a block of thinking, which is no part of an answer."""
+    """What decides an evaluation's figures. limit: documents per task, or their share below 1; batch_size: a number, `auto`
+    or `auto:N`; gen_kwargs as lm-eval reads them (a=b,c=d); samples: answers to each document of a generating task; think_end:
+    what closes a block of thinking, which is no part of an answer; recall_lengths: tokens, of the tasks of `recall`."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int = 8
+    limit: float | None = None
+    batch_size: int | str = 8
     apply_chat_template: bool = False
     gen_kwargs: str | None = None
     include_path: str | None = None
     seed: int = 0
     samples: int = 1
     think_end: str | None = None
+    recall_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -51,10 +57,12 @@ class EvalSettings:
             raise InputError("--think-end is empty")
         if not self.tasks:
             raise InputError("--tasks is empty")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"--limit {self.limit} must be at least 1")
-        if self.batch_size < 1:
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))):
+            raise InputError(f"--limit {self.limit} must be a whole number of documents, or a share of them below 1")
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size} must be at least 1")
+        if self.recall_lengths is not None and GROUP not in self.tasks:
+            raise InputError(f"--recall-lengths has no use without --tasks {GROUP}")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise InputError(f"--num-fewshot {self.num_fewshot} must not be negative")
         if self.include_path is not None and not Path(self.include_path).is_dir():
@@ -62,7 +70,29 @@ class EvalSettings:
 
     def to_json(self) -> dict[str, Any]:
         """What two results must share to be compared."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "include_path"}
+        said = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "include_path"}
+        if self.recall_lengths is None:
+            del said["recall_lengths"]
+        return said
+
+
+def parse_limit(text: str | None) -> float | None:
+    """`100` -> 100, `0.1` -> 0.1, as lm-eval has it. InputError for what is no number."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError as error:
+        raise InputError(f"--limit {text} is no number of documents, nor a share of them") from error
+
+
+def parse_batch_size(text: str) -> int | str:
+    """`8` -> 8; `auto` and `auto:N` stay, as lm-eval has them. InputError for others."""
+    if text.isdecimal():
+        return int(text)
+    if re.fullmatch(r"auto(:\d+)?", text):
+        return text
+    raise InputError(f"--batch-size {text} is no number, nor auto or auto:N")
 
 
 def task_names(text: str) -> tuple[str, ...]:
@@ -78,8 +108,11 @@ def check_think_end(tokenizer: Any, text: str | None) -> None:
         raise InputError(f"--think-end {text}: the tokenizer does not show it in what is written (a special token?)")
 
 
-def open_tasks(settings: EvalSettings) -> Any:
-    """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones."""
+def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
+    """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones.
+
+    tokenizer: what lengths of `recall` are counted in.
+    """
     quiet_lm_eval()
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import env
@@ -88,20 +121,30 @@ def open_tasks(settings: EvalSettings) -> Any:
     if "from_string" not in vars(env):
         env.from_string = functools.cache(env.from_string)
 
-    unknown: list[str] = list(settings.tasks)
+    unknown = [task for task in settings.tasks if task != GROUP]
+    manager = None if unknown else TaskManager(include_defaults=False)
     for defaults in (False, True):  # lm-eval's own thousands of tasks take seconds to index: only when they are needed
-        if not defaults and settings.include_path is None:
+        if not unknown or (not defaults and settings.include_path is None):
             continue
         try:
             manager = TaskManager(include_path=settings.include_path, include_defaults=defaults)
         except Exception as error:  # a broken YAML raises whatever its loader raises
             raise InputError(f"--include-path {settings.include_path}: {error}") from error
-        unknown = [task for task in settings.tasks if task not in set(manager.all_tasks)]
-        if not unknown:
-            break
+        unknown = [task for task in unknown if task not in set(manager.all_tasks)]
     if unknown:
         raise InputError(f"lm-eval knows no task {unknown[0]!r}; a task of your own needs --include-path DIR")
-    return manager
+    return manager if GROUP not in settings.tasks else _with_recall(manager, settings, tokenizer)
+
+
+def _with_recall(manager: Any, settings: EvalSettings, tokenizer: Any) -> Any:
+    """The same task manager, which knows the group `recall` besides."""
+    if tokenizer is None:
+        raise InputError(f"task {GROUP} is for eval, which has a tokenizer to count its lengths in")
+    with _hushed():
+        group = recall_group(tokenizer, settings.recall_lengths or LENGTHS, settings.seed)
+    kept, load = copy.copy(manager), manager.load
+    kept.load = lambda names: load([group if name == GROUP else name for name in names])
+    return kept
 
 
 def repeatable(manager: Any) -> Any:
@@ -110,6 +153,26 @@ def repeatable(manager: Any) -> Any:
     kept, load = copy.copy(manager), functools.cache(lambda names: manager.load(list(names)))
     kept.load = lambda names: load(tuple(names))
     return kept
+
+
+def check_code(manager: Any, settings: EvalSettings, confirmed: bool) -> None:
+    """Loads the tasks; InputError naming the first that runs what a model writes, unless that is `confirmed`."""
+    for name, task in _loaded(manager, settings).items():
+        if getattr(task, "UNSAFE_CODE", False) and not confirmed:
+            raise InputError(f"task {name} runs the code that the model writes; --confirm-run-unsafe-code if you want that")
+
+
+def check_metrics(manager: Any, settings: EvalSettings, chosen: Mapping[str, str]) -> None:
+    """Loads the tasks; InputError for a --metric that names no task or group asked for, or no figure of it."""
+    loaded = _load(manager, settings)
+    for name, metric in chosen.items():
+        tasks = [loaded["tasks"][name]] if name in loaded["tasks"] else []
+        tasks += loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else []
+        if not tasks:
+            raise InputError(f"--metric names {name!r}, which is no task or group of --tasks")
+        figures = {f"{one},{filter_.name}": None for task in tasks for one in task.aggregation() for filter_ in task._filters}
+        if not matching(figures, metric):
+            raise InputError(f"--metric {name}={metric}: the task has {'; '.join(figures)}")
 
 
 def check_choices(manager: Any, settings: EvalSettings) -> None:
@@ -125,17 +188,20 @@ def generates(manager: Any, settings: EvalSettings) -> bool:
 
 
 def _loaded(manager: Any, settings: EvalSettings) -> dict[str, Any]:
+    return dict(_load(manager, settings)["tasks"])
+
+
+def _load(manager: Any, settings: EvalSettings) -> dict[str, Any]:
     try:
         with _hushed():
-            tasks: dict[str, Any] = manager.load(list(settings.tasks))["tasks"]
+            return dict(manager.load(list(settings.tasks)))
     except Exception as error:
         raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {first_line(error)}") from error
-    return tasks
 
 
 def evaluate(
     model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None,
-    journal: Journal | None = None, ranks: Ranks | None = None,
+    journal: Journal | None = None, ranks: Ranks | None = None, progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
     """lm-eval's results with per-document samples, and under `cut`, by task, how many answers ended for their length only.
     WorkError where lm-eval fails (its data cannot be had).
@@ -157,7 +223,9 @@ def evaluate(
 
     with _hushed():
         if answer is None:
-            wrapped: Any = Answering(model, tokenizer, settings.batch_size, settings.seed, settings.think_end, journal, ranks)
+            wrapped: Any = Answering(
+                model, tokenizer, settings.batch_size, settings.seed, settings.think_end, journal, ranks, progress
+            )
         else:
             wrapped = Told(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
         if settings.samples > 1:
@@ -168,6 +236,7 @@ def evaluate(
             found = simple_evaluate(
                 model=wrapped, tasks=list(settings.tasks), num_fewshot=settings.num_fewshot, limit=settings.limit,
                 apply_chat_template=settings.apply_chat_template, gen_kwargs=settings.gen_kwargs, task_manager=manager,
+                confirm_run_unsafe_code=True,  # see check_code
                 log_samples=True, bootstrap_iters=0, random_seed=settings.seed, numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
             )  # fmt: skip
@@ -180,35 +249,6 @@ def evaluate(
             return {}
         raise WorkError("lm-eval gave no results")
     return found if answer is not None else {**found, "cut": dict(wrapped.cut)}
-
-
-def main_metric(task_result: dict[str, Any], samples: int = 1) -> tuple[str, float]:
-    """The figure a task is judged by: acc_norm's plain sibling acc before others, exact_match for generation; of several
-    samples' their majority's.
-
-    Returns lm-eval's key (`acc,none`) and its value.
-    """
-    figures = {k: v for k, v in task_result.items() if "," in k and "_stderr" not in k and isinstance(v, int | float)}
-    voted = {k: v for k, v in figures.items() if samples > 1 and k.endswith(f"maj@{samples}")}
-    figures = voted or figures
-    for wanted in ("acc", "exact_match", "acc_norm", "f1"):
-        for key, value in figures.items():
-            if key.split(",")[0] == wanted:
-                return key, float(value)
-    if not figures:
-        raise WorkError(f"task {task_result.get('alias', '')} reports no figure")
-    key = next(iter(figures))
-    return key, float(figures[key])
-
-
-def document_scores(samples: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Per document: its id, lm-eval's hash of it, and its score under the metric `key` (`name,filter`)."""
-    metric, _, chosen = key.partition(",")
-    return [
-        {"doc": s["doc_id"], "hash": s["doc_hash"], "score": float(s[metric])}
-        for s in samples
-        if s.get("filter") == chosen and isinstance(s.get(metric), int | float | bool)
-    ]
 
 
 def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from hybridize.anatomy import Anatomy, anatomy, lineage
 from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError, first_line
 
-from .gate import LEVEL, bootstrap
+from .gate import LEVEL
+from .intervals import bootstrap
 from .results import read_results
 
 DEPTH = 3  # folders below those given in which checkpoints are looked for

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.manifest import libraries
 from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError
-from hybridize.evaluation.harness import EvalSettings, document_scores, main_metric
+from hybridize.evaluation.figures import chance_of, document_scores, figures_of, group_figures, main_figure
+from hybridize.evaluation.harness import EvalSettings
 
 FORMAT = 1
 
@@ -19,10 +21,11 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
     """results.json's object out of lm-eval's own. `checkpoint`: the content hash; `ran`: device, type, engine."""
     tasks = {}
     for task, samples in found["samples"].items():
-        key, value = main_metric(found["results"][task], settings.samples)
-        better = found.get("higher_is_better", {}).get(task, {}).get(key.split(",")[0], True)
+        figures = figures_of(found, task)
+        key = main_figure(figures, settings.samples)
         tasks[task] = {
-            "metric": key, "value": value, "higher_is_better": bool(better), "documents": document_scores(samples, key),
+            "metric": key, "value": figures[key]["value"], "higher_is_better": figures[key]["higher_is_better"],
+            "documents": document_scores(samples, key), "chance": chance_of(samples), "figures": figures,
         }  # fmt: skip
         if task in found.get("cut", {}):
             tasks[task]["cut"] = found["cut"][task]
@@ -31,8 +34,28 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
     }
     return {
         "format": FORMAT, "checkpoint": checkpoint, "settings": settings.to_json(), "limited": settings.limit is not None,
-        "ran": ran, "libraries": libraries(), "tasks": tasks, "lm_eval": own,
+        "ran": ran, "libraries": libraries(), "tasks": tasks, "groups": groups_of(found, settings.tasks), "lm_eval": own,
     }  # fmt: skip
+
+
+def groups_of(found: dict[str, Any], asked: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of the groups that were asked for: their aggregates, in lm-eval's own weighing, and all tasks below them."""
+    below = found.get("group_subtasks", {})
+
+    def leaves(name: str) -> list[str]:
+        return [leaf for child in below[name] for leaf in leaves(child)] if below.get(name) else [name]
+
+    tasks = {name: [task for task in leaves(name) if task in found["samples"]] for name in asked if below.get(name)}
+    made = {name: {"tasks": tasks[name], "figures": group_figures(found, name)} for name in tasks}
+    return {name: told for name, told in made.items() if told["figures"] and told["tasks"]}
+
+
+def figures_in(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All figures of a task in results.json; of an older file the one that it has."""
+    if "figures" in task:
+        return dict(task["figures"])
+    scores = [float(document["score"]) for document in task["documents"]]
+    return {task["metric"]: {"value": task["value"], "higher_is_better": task["higher_is_better"], "scores": scores or None}}
 
 
 def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
@@ -58,11 +81,20 @@ def read_results(path: Path) -> dict[str, Any]:
             documents = [
                 (isinstance(d["doc"], int), isinstance(d["hash"], str), _is_number(d["score"])) for d in told["documents"]
             ]
-        except (KeyError, TypeError, OverflowError):
+            whole = whole and all(map(_is_figure, figures_in(told).values()))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             whole = False
         if not whole or not all(map(all, documents)):
             raise InputError(f"{path}: task {task} has not metric, value, direction and a score for each document")
     return found
+
+
+def _is_figure(figure: Any) -> bool:
+    scores = figure["scores"]
+    return (
+        _is_number(figure["value"]) and isinstance(figure["higher_is_better"], bool)
+        and (scores is None or (isinstance(scores, list) and all(map(_is_number, scores))))
+    )  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:

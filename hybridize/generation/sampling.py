@@ -132,16 +132,19 @@ class Sampler:
         self.settings, self.rules = settings, rules or Rules()
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)
         self.drawn = torch.zeros(rows, new, device=device)
+        self.broken = torch.zeros(rows, dtype=torch.bool, device=device)  # a logit was NaN or infinite
 
     def begin(self, row: int, prompt: int, seed: int) -> None:
         """This row's next sequence begins: a prompt of so many tokens, and whatever follows from the seed."""
         self.starts[row] = prompt
+        self.broken[row] = False
         if self.settings.temperature > 0:
             self.drawn[row] = torch.rand(self.drawn.shape[1], generator=torch.Generator().manual_seed(seed)).to(
                 self.drawn.device
             )
 
     def __call__(self, logits: Tensor, lengths: Tensor, history: Tensor) -> Tensor:
+        self.broken |= ~(logits < torch.inf).all(-1)  # false of NaN, too; what a model rules out is minus infinity
         if not self.rules.idle:
             logits = ruled(logits, history, lengths, self.starts, self.rules)
         if self.settings.temperature == 0:

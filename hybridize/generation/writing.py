@@ -31,11 +31,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Written:
-    """ids: the answer without the end token; ended: by such a token or by `stop`, not by its length."""
+    """ids: the answer without the end token; ended: by such a token or by `stop`, not by its length; broken: a logit of it was
+    not finite, and what was picked from it means nothing."""
 
     key: tuple[int, int]
     ids: list[int]
     ended: bool
+    broken: bool = False
 
 
 def seed_of(seed: int, key: object) -> int:
@@ -75,12 +77,12 @@ def write(
             return
         for _ in range(min(STRIDE, new)):
             decoder.step()
-        lengths, history = decoder.cache.lengths.tolist(), decoder.history.cpu()
+        lengths, history, broken = decoder.cache.lengths.tolist(), decoder.history.cpu(), sampler.broken.tolist()
         for row, one in list(running.items()):
             begin = len(one.ids)
             made = history[row, begin : min(lengths[row] + 1, begin + new)].tolist()
             end = next((at for at, token in enumerate(made) if token in ends), None)
             ended = stop(one.key, made[:end]) or end is not None
-            if ended or len(made) == new:
-                yield Written(one.key, made[:end], ended)
+            if ended or len(made) == new or broken[row]:
+                yield Written(one.key, made[:end], ended, broken[row])
                 del running[row]

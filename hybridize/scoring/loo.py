@@ -21,7 +21,8 @@ from hybridize.distillation.losses import divergence
 from hybridize.distillation.measure import CHUNK_TOKENS, autocast, before_output, hidden_states, token_logits
 from hybridize.distillation.packing import Batch
 from hybridize.errors import InputError, WorkError
-from hybridize.evaluation.harness import EvalSettings, document_scores, evaluate, main_metric, margins
+from hybridize.evaluation.figures import document_scores, figures_of, main_figure
+from hybridize.evaluation.harness import EvalSettings, evaluate, margins
 from hybridize.modeling import HybridForCausalLM
 from hybridize.scoring.belief import scored
 from hybridize.scoring.interface import Progress, attention_layers
@@ -93,6 +94,9 @@ def answers(
                     sums = last.gather(2, target.view(1, -1, 1).expand(len(last), -1, 1)).sum((1, 2)).tolist()
                     greedy = (last.argmax(2) == target).all(1).tolist()
                     for variant, answer in enumerate(zip(sums, greedy, strict=True)):
+                        if not math.isfinite(answer[0]):
+                            which = "the model" if variant == 0 else f"the model without layer {layers[variant - 1]}"
+                            raise WorkError(f"{which}: a log-likelihood is {answer[0]}; try --dtype float32")
                         found[variant][number] = answer
                 done += 1
             progress(done, len(texts))
@@ -125,7 +129,7 @@ def loo_tasks(
     def answer(requests: Sequence[Request]) -> list[Answer]:
         keys = [(tuple(read), tuple(wanted)) for read, wanted in requests]
         if not known:
-            table = answers(model, requests, settings.ablate, tasks.batch_size, progress)
+            table = answers(model, requests, settings.ablate, int(tasks.batch_size), progress)
             known.update({key: [row[number] for row in table] for number, key in enumerate(keys)})
         return [known[key][variant] for key in keys]
 
@@ -163,7 +167,7 @@ def _finite(scores: list[LayerScore]) -> list[LayerScore]:
 def _per_document(found: dict[str, Any], metric: str) -> dict[str, dict[int, float]]:
     scores = {}
     for task, samples in found["samples"].items():
-        key, _ = main_metric(found["results"][task])
+        key = main_figure(figures_of(found, task))
         rows = margins(samples) if metric == "margin" else document_scores(samples, key)
         worse = found["higher_is_better"].get(task, {}).get(key.split(",")[0]) is False and metric != "margin"
         scores[task] = {row["doc"]: -row["score"] if worse else row["score"] for row in rows}

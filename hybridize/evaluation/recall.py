@@ -1,0 +1,179 @@
+"""Tasks that ask for something said long before, made from a seed in lengths of the checkpoint's own tokens; no download.
+
+What likelihood hides: a hybrid may keep its perplexity and lose what it was told. The kinds are those of needle-in-a-haystack
+tests and of RULER (2404.06654, section 3), in texts of our own: filler.txt, in an order of its own for every document.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridize.errors import InputError
+
+GROUP = "recall"
+LENGTHS = (1024, 4096)
+DOCUMENTS = 50  # of each kind and length
+ANSWER = 48  # tokens of an answer at most
+ROOM = 96  # tokens of a length that the answer and a chat template's own text may take
+SHORTEST = 512
+PLACES = (
+    "Oslo", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Perth", "Lagos", "Basel", "Kyoto", "Sofia", "Riga", "Dakar", "Minsk",
+    "Seoul", "Tunis", "Bern", "Hanoi", "Porto", "Accra", "Leeds", "Malmo", "Nancy", "Osaka",
+)  # fmt: skip
+Document = dict[str, str]
+Sentences = list[str]
+
+
+def _number(draw: random.Random) -> str:
+    return str(draw.randint(10_000, 99_999))
+
+
+def _needle(draw: random.Random, _: int, count: int = 1) -> tuple[Sentences, str, str, str]:
+    """What is hidden, the question, the beginning of its answer, and the answer."""
+    places = draw.sample(PLACES, count)
+    numbers = [_number(draw) for _ in places]
+    hidden = [f"The magic number of {place} is {number}." for place, number in zip(places, numbers, strict=True)]
+    asked = draw.randrange(count)
+    begin = f"The magic number of {places[asked]} is"
+    return hidden, f"What is the magic number of {places[asked]}, as the text says?", begin, numbers[asked]
+
+
+def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]:
+    """As many pairs of key and value as fit take the place of the filler."""
+    keys = [f"{draw.choice('bcdfghjk')}{draw.choice('aeiou')}{draw.randint(100, 999)}" for _ in range(length // 8)]
+    pairs = {key: _number(draw) for key in keys}
+    asked = draw.choice(list(pairs))
+    lines = [f"{key}: {value};" for key, value in pairs.items()]
+    return lines, f"Which value stands at {asked} in the list?", f"{asked}:", pairs[asked]
+
+
+def _variables(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
+    """A value that is handed on three times; another chain beside it."""
+    letters = draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 8)
+    chains = [letters[:4], letters[4:]]
+    names = [[f"{letter}{draw.randint(1, 9)}" for letter in chain] for chain in chains]
+    values, hidden = [_number(draw) for _ in names], list[Sentences]()
+    for chain, value in zip(names, values, strict=True):
+        steps = [f"VAR {chain[0]} = {value}."]
+        hidden.append(steps + [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(chain)])
+    last = names[0][-1]
+    mixed = [step for pair in zip(*hidden, strict=True) for step in pair]
+    return mixed, f"What is the value of VAR {last} in the text?", f"VAR {last} =", values[0]
+
+
+def _copy(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
+    code = " ".join(str(draw.randint(10, 99)) for _ in range(8))
+    return [f"The code of the vault is: {code}."], "Repeat the code of the vault.", "The code of the vault is:", code
+
+
+KINDS: dict[str, Callable[[random.Random, int], tuple[Sentences, str, str, str]]] = {
+    "needle": _needle, "needles": functools.partial(_needle, count=8), "lookup": _lookup, "variables": _variables,
+    "copy": _copy,
+}  # fmt: skip
+
+
+def parse_lengths(text: str | None) -> tuple[int, ...]:
+    """`1024,4096` -> (1024, 4096). InputError for what is no length."""
+    if text is None:
+        return LENGTHS
+    try:
+        found = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise InputError(f"--recall-lengths {text}: numbers of tokens with commas between, as 1024,4096,16384") from error
+    if found[0] < SHORTEST:
+        raise InputError(f"--recall-lengths {text}: at least {SHORTEST} tokens each")
+    return found
+
+
+def make_document(tokenizer: Any, kind: str, length: int, seed: int, number: int) -> Document:
+    """One document of at most `length` tokens, answer and ROOM included: `text`, `answer`, and `prefix`, how that begins."""
+    draw = random.Random(f"{seed} {kind} {length} {number}")
+    hidden, question, prefix, answer = KINDS[kind](draw, length)
+    sizes = _sizes(tokenizer)
+    budget = length - ROOM - ANSWER - sum(_size(tokenizer, part) for part in (question, prefix))
+    if kind == "lookup":
+        asked = next(part for part in hidden if part.startswith(prefix))
+        kept, used = [asked], _size(tokenizer, asked)
+        for part in hidden:
+            if part is not asked and used + (size := _size(tokenizer, part)) <= budget:
+                kept.append(part)
+                used += size
+        draw.shuffle(kept)
+        body = kept
+    else:
+        budget -= sum(_size(tokenizer, part) for part in hidden)
+        order, body, used = list(sizes), list[str](), 0
+        while True:
+            draw.shuffle(order)
+            fits = [part for part in order if (used := used + sizes[part]) <= budget]
+            body += fits
+            if len(fits) < len(order):
+                break
+        places = sorted(draw.randint(0, len(body)) for _ in hidden)
+        for place, part in reversed(list(zip(places, hidden, strict=True))):
+            body.insert(place, part)
+    return {"text": " ".join(body) + f"\n\n{question}", "prefix": prefix, "answer": answer}
+
+
+def _size(tokenizer: Any, text: str) -> int:
+    """Tokens of a sentence in a text, with a space before it; never fewer than it takes there."""
+    return len(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+
+
+@functools.lru_cache(maxsize=4)
+def _sizes(tokenizer: Any) -> dict[str, int]:
+    """The filler's sentences and their sizes in tokens."""
+    return {line: _size(tokenizer, line) for line in Path(__file__).with_name("filler.txt").read_text().splitlines()}
+
+
+def judge(document: Document, answers: Sequence[str]) -> dict[str, float]:
+    """Whether the answer begins with the numbers that were asked for, whatever stands between them."""
+    wanted, said = re.findall(r"\d+", document["answer"]), re.findall(r"\d+", answers[0])
+    return {"recall": float(said[: len(wanted)] == wanted)}
+
+
+def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
+    """lm-eval's group `recall`: a group for each length, in it a task for each kind."""
+    from datasets import Dataset
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.config.group import AggMetricConfig
+
+    aggregate = [AggMetricConfig(metric="recall", aggregation="mean", weight_by_size=True, filter_list="none")]
+    whole = Group(GROUP, aggregate_metric_list=aggregate)
+    for length in lengths:
+        part = Group(f"{GROUP}_{length}", aggregate_metric_list=aggregate)
+        for kind in KINDS:
+
+            def load(kind: str = kind, length: int = length, **_: Any) -> dict[str, Any]:
+                rows = [make_document(tokenizer, kind, length, seed, number) for number in range(DOCUMENTS)]
+                return {"test": Dataset.from_list(rows)}
+
+            part.add(
+                ConfigurableTask(
+                    config={
+                        "task": f"{GROUP}_{kind}_{length}", "custom_dataset": load, "test_split": "test",
+                        "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{answer}}",
+                        "gen_prefix": "{{prefix}}", "process_results": judge, "metadata": {"version": 1.0},
+                        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER},
+                        "metric_list": [{"metric": "recall", "aggregation": "mean", "higher_is_better": True}],
+                    }
+                )
+            )  # fmt: skip
+        whole.add(part)
+    return whole
+
+
+def by_length(tasks: dict[str, dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Of a results.json's tasks the recall by length and kind."""
+    found: dict[int, dict[str, float]] = {}
+    for name, task in tasks.items():
+        if parts := re.fullmatch(rf"{GROUP}_([a-z]+)_(\d+)", name):
+            found.setdefault(int(parts[2]), {})[parts[1]] = float(task["value"])
+    return dict(sorted(found.items()))
