@@ -135,7 +135,7 @@ def command(
                 answers.append({"text": text, "finish": finish, "tokens": len(answer.ids)})
                 continue
             place = answer.key[0]
-            traces.add(answer.key, trace_of(encoder, rows[place], where_of(place), read[place], answer))
+            traces.add(answer.key, trace_of(encoder, rows[place], where_of(place), answer))
             pace = made / (time.monotonic() - started)
             out.progress(f"{done} of {len(keys)} answers, {pace:,.0f} tokens/s", last=done == len(keys))
     if traces is None:
@@ -167,11 +167,14 @@ def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) ->
 
 
 def _read(encoder: Encoder, rows: Sequence[dict[str, Any]], where_of: Callable[[int], str]) -> list[list[int]]:
-    """Each row's prompt in tokens; InputError naming the first without any."""
+    """Each row's prompt in tokens; InputError naming the first without any, or that cannot be written with an answer."""
+    from hybridize.generation.traces import question_of
+
     read = [encoder.prompt(row, where_of(i)) for i, row in enumerate(rows)]
     for i, ids in enumerate(read):
         if not ids:
             raise InputError(f"{where_of(i)} has no token")
+        question_of(encoder, rows[i], where_of(i))
     return read
 
 

@@ -204,4 +204,10 @@ def template_text(path: Path | None) -> str | None:
         return None
     if not path.is_file():
         raise InputError(f"--chat-template {path} does not exist")
-    return path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--chat-template {path} is not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise InputError(f"--chat-template {path} is empty")
+    return text

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
@@ -72,7 +75,7 @@ def test_pairs_and_prompts_without_a_template_begin_as_texts_do() -> None:
     tokenizer = without_template(marked_tokenizer("<bos> $A <|end|>"))
     encoder = Encoder(tokenizer, "assistant")
     assert shown(tokenizer, encoder.encode({"prompt": "ab", "response": "cde"}, "x")) == ["<bos>ab[cde<|end|>]"]
-    assert encoder.prompt({"prompt": "ab"}, "x") == tokenizer("ab")["input_ids"]
+    assert encoder.prompt({"prompt": "ab"}, "x") == tokenizer("ab")["input_ids"][:-1]  # an answer is to follow
     assert tokenizer.decode(tokenizer("ab")["input_ids"]) == "<bos>ab<|end|>"
 
 
@@ -213,15 +216,15 @@ def test_what_a_model_wrote_comes_back_exactly(
     seen: dict[str, tuple[list[int], list[int], bool]] = {}
     real = traces.trace_of
 
-    def spied(encoder: Encoder, row: Any, where: str, prompt: list[int], answer: Any) -> dict[str, Any]:
-        line = real(encoder, row, where, prompt, answer)
-        seen[json.dumps(line["messages"])] = prompt, answer.ids, answer.ended
+    def spied(encoder: Encoder, row: Any, where: str, answer: Any) -> dict[str, Any]:
+        line = real(encoder, row, where, answer)
+        seen[json.dumps(line["messages"])] = encoder.prompt(row, where), answer.ids, answer.ended
         return line
 
     monkeypatch.setattr(traces, "trace_of", spied)
     home = shutil.copytree(teacher, tmp_path / "home")
     (home / "chat_template.jinja").write_text(CUTS)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(12)))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(24)))
     cli(
         "generate",
         home,
@@ -236,7 +239,7 @@ def test_what_a_model_wrote_comes_back_exactly(
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(home)
     encoder, rows = Encoder(tokenizer, "assistant"), [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
-    assert len(rows) >= 10
+    assert len(rows) >= 20
     for row in rows:
         prompt, written, ended = seen[json.dumps(row["messages"])]
         (part,) = encoder.encode(row, "row").parts()
@@ -266,3 +269,113 @@ def test_commands_say_what_they_do_not_read(cli: Runner, tmp_path: Path, monkeyp
         assert "answers have text that the chat template does not show" in cli.stderr
     cli("distill", "h1", "--steps", 1, "--dry-run", "--seq-len", 48)
     assert "--seq-len 48 is more than the 32 positions" in cli.stderr
+
+
+THINKS = (  # writes reasoning that stands apart, and shows what else precedes an answer only while it is asked for
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ 'Be brief. ' if loop.last }}{{ m.content }}<|end|>"
+    "{% elif m.role == 'assistant' %}<|assistant|><think>{{ m.reasoning_content or '' }}</think>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]{% endfor %}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "count", "arguments": '{"keys": true, "of": null}'}}
+
+
+def learnt(template: str | None, *messages: dict[str, Any], **more: Any) -> tuple[str, list[str]]:
+    """What is learnt of a chat's last answer, and what is said about it."""
+    tokenizer = make_tokenizer()
+    encoder = Encoder(tokenizer, "assistant", template)
+    part = encoder.encode({"messages": list(messages), **more}, "x").parts()[-1]
+    return tokenizer.decode([t for t, k in zip(part.ids, part.keep, strict=True) if k]), encoder.remarks()
+
+
+def test_reasoning_under_a_template_that_rewrites_what_precedes() -> None:
+    thought = ANSWER | {"reasoning_content": "abc"}
+    assert learnt(THINKS, ASK, thought) == ("<think>abc</think>1<|end|>", [])
+    assert learnt(THINKS, ASK, ANSWER) == ("1<|end|>", [])
+    cut = {"role": "assistant", "content": None, "reasoning_content": "still thin"}
+    assert learnt(THINKS, ASK, cut, finish_reason="length")[0] == "<think>still thin"
+    assert learnt(THINKS, ASK, thought | {"content": "then 1"}, finish="max_tokens")[0] == "<think>abc</think>then 1"
+
+
+def test_arguments_are_json_also_where_a_template_prints_them() -> None:
+    text, said = learnt(THINKS, ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]})
+    assert text == '[count {"keys": true, "of": null}]<|end|>'
+    assert said == []
+
+
+def test_losses_are_seen_whatever_stands_beside_them() -> None:
+    """A part that stands in another's text is not there for that, and a call has arguments."""
+    plain = make_tokenizer().chat_template
+    assert "1 tokens are not learnt" in learnt(plain, ASK, {"role": "assistant", "content": "7 it is", "reasoning": "7"})[1][0]
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    names = plain.replace("{{ m['content'] }}", "{{ m['content'] }}" + calls)
+    call = {"type": "function", "function": {"name": "count", "arguments": {"where": "Oslo"}}}
+    assert "not learnt" in learnt(names, ASK, ANSWER | {"tool_calls": [call]})[1][0]
+    assert "not learnt" in learnt(plain, ASK, ANSWER | {"content": "I count now", "tool_calls": [call]})[1][0]
+    text, _ = learnt(names, ASK, {"role": "assistant", "content": "", "function_call": {"name": "count", "arguments": "{}"}})
+    assert text == "count<|end|>"
+
+
+def test_templates_that_end_answers_in_text() -> None:
+    """No other role's header is learnt, and no footer, where the tokenizer knows no mark to end at."""
+    always = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}### assistant:\n"
+    assert learnt(always, ASK, ANSWER)[0] == "\n1\n\n"  # Jinja drops a template's last line break, so the model writes it
+    ends = "{% if add_generation_prompt %}assistant: {% else %}[the end]{% endif %}"
+    footer = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + ends
+    assert learnt(footer, ASK, ANSWER)[0] == "1\n"
+    strange = "{% for m in messages %}<|of|>{{ m.role }}\n{{ m.content }}<|done|>{% endfor %}<|of|>assistant\n"
+    assert learnt(strange, ASK, ANSWER)[0] == "\n1<|done|>"
+
+
+def test_a_template_that_shows_an_answer_twice_is_refused() -> None:
+    twice = make_tokenizer().chat_template + "{% if not add_generation_prompt %}summary: {{ messages[-1].content }}{% endif %}"
+    with pytest.raises(InputError, match="x: the chat template shows an answer 2 times"):
+        learnt(twice, ASK, ANSWER)
+
+
+def test_each_named_template_is_asked_whether_it_takes_lists() -> None:
+    tokenizer = make_tokenizer()
+    takes = tokenizer.chat_template.replace("{{ m['content'] }}", "{% for p in m.content %}{{ p.text or p }}{% endfor %}")
+    tokenizer.chat_template = {"default": takes, "tool_use": tokenizer.chat_template}
+    encoder, parts = Encoder(tokenizer, "assistant"), [{"type": "text", "text": "Q1"}]
+    for more in ({}, {"tools": [{"name": "count"}]}):
+        row = {"messages": [{"role": "user", "content": parts}, ANSWER], **more}
+        assert shown(tokenizer, encoder.encode(row, str(more)))[0].startswith("<|user|>Q1<|end|>")
+
+
+def test_small_things_of_pairs() -> None:
+    tokenizer = without_template(marked_tokenizer("<bos> $A"))
+    encoder = Encoder(tokenizer, "assistant")
+    assert shown(tokenizer, encoder.encode({"prompt": "", "response": "a"}, "x")) == ["<bos>[a<|end|>]"]
+    assert shown(tokenizer, encoder.encode({"prompt": "a", "response": "b<|end|>"}, "x")) == ["<bos>a[b<|end|>]"]
+    asked = {"instruction": "Count.", "input": "1 2", "system": "Be brief."}
+    assert tokenizer.decode(encoder.prompt(asked, "x")) == "<bos>Be brief.\nCount.\n1 2"
+    ends = without_template(marked_tokenizer("<bos> $A <|end|>"))
+    assert ends.decode(Encoder(ends, "assistant").prompt({"prompt": "a"}, "x")) == "<bos>a"
+
+
+def test_settings_of_config_json_count_where_there_are_no_others(cli: Runner, teacher: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(teacher, tmp_path / "home")
+    config = json.loads((home / "config.json").read_text())
+    (home / "generation_config.json").unlink(missing_ok=True)
+    (home / "config.json").write_text(json.dumps(config | {"num_beams": 3}))
+    assert "config.json has num_beams = 3" in cli.fails("generate", home, "hi")
+    answers = []
+    for settings in ({}, {"suppress_tokens": list(range(4, 240))}):
+        (home / "config.json").write_text(json.dumps(config | settings))
+        answers.append(json.loads(cli("generate", home, "hi", "--max-new-tokens", 6, "--json"))["answers"])
+    (home / "config.json").write_text(json.dumps(config))
+    (home / "generation_config.json").write_text(json.dumps({"suppress_tokens": list(range(4, 240)), "eos_token_id": 1}))
+    answers.append(json.loads(cli("generate", home, "hi", "--max-new-tokens", 6, "--json"))["answers"])
+    assert answers[0] != answers[1] == answers[2]
+
+
+def test_what_cannot_be_written_is_named_before_an_answer_is(cli: Runner, teacher: Path, tmp_path: Path) -> None:
+    dated = {"messages": [ASK | {"timestamp": datetime.datetime(2026, 1, 1)}]}
+    pyarrow.parquet.write_table(pa.Table.from_pylist([dated]), tmp_path / "dated.parquet")
+    cli("generate", teacher, "--prompts", tmp_path / "dated.parquet", "--max-new-tokens", 3, "-o", tmp_path / "t.jsonl")
+    assert json.loads((tmp_path / "t.jsonl").read_text())["messages"][0] == ASK
+    (tmp_path / "half.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "\\ud83d"}]}\n')
+    given = ("generate", teacher, "--prompts", tmp_path / "half.jsonl", "-o", tmp_path / "h.jsonl")
+    assert "half.jsonl:1 cannot be written with its answer" in cli.fails(*given)

@@ -62,6 +62,7 @@ def test_alpaca_and_other_pairs() -> None:
     assert read_question(row, "x") == "Count.\n1 2 3"
     assert read_form({"prompt": "a", "completion": "b"}, "x")[0] == Pair("a", "b")
     assert messages_of({"prompt": [ASK], "completion": [ANSWER]}) == [ASK, ANSWER]
+    assert messages_of({"prompt": [ASK], "completion": "Seven."}) == [ASK, ANSWER]
     for wrong in ({"instruction": "Count."}, {"output": "Three."}, {"prompt": "a"}, row | {"output": 3}):
         with pytest.raises(InputError, match="must both be there, as text"):
             read_form(wrong, "x")
@@ -93,6 +94,8 @@ def test_messages_of_every_kind() -> None:
     )
     assert form.kwargs == {"documents": [{"text": "d"}], "a": 1}
     assert unread == {"id", "messages[].weight"}
+    turns = [{"from": "human", "value": "a", "id": 1}, {"from": "gpt", "value": "b", "weight": 0}]
+    assert read_form({"conversations": turns}, "x")[1] == {"conversations[].id", "conversations[].weight"}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,9 @@ def test_messages_of_every_kind() -> None:
         ({"messages": [ASK, ANSWER], "token_ids": ["a"]}, "`token_ids` must be a list of token ids"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "needs a `from` and a `value`"),
         ({"conversations": [{"from": "function_call", "value": "count()"}]}, "must be JSON with `name`"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "nobody knows who"),
+        ({"messages": [ASK, ANSWER | {"reasoning": "a", "thinking": "b"}]}, "must be text, and one"),
+        ({"messages": [ASK, ANSWER], "tools": "[" * 100_000}, "`tools` must be a list of objects"),
         ({"x": 1}, "has neither `messages`"),
     ],
 )
@@ -126,6 +132,8 @@ BOM = b"\xef\xbb\xbf"
     ("name", "content"),
     [
         ("plain.jsonl", TEXT), ("blank.jsonl", b"\n" + TEXT.replace(b"\n", b"\n \n\n")), ("bom.jsonl", BOM + TEXT),
+        ("bom-blank.jsonl", BOM + b"\n" + TEXT),
+        ("late.json", b" " * 40 + json.dumps(ROWS, indent=2).encode()),
         ("gz.jsonl.gz", gzip.compress(TEXT)), ("named.jsonl", gzip.compress(BOM + TEXT)), ("bz.jsonl.bz2", bz2.compress(TEXT)),
         ("xz.jsonl.xz", lzma.compress(TEXT)), ("list.json", json.dumps(ROWS).encode()),
         ("pretty.json", BOM + json.dumps(ROWS, indent=2).encode()), ("list.jsonl", json.dumps(ROWS, indent=1).encode()),
@@ -175,7 +183,8 @@ def test_a_line_is_named_by_its_number_in_the_file(tmp_path: Path) -> None:
     [
         ("ä".encode("utf-16"), "is UTF-16 text; save it as UTF-8"), (b"PK\x03\x04rest", "is a zip archive"),
         (gzip.compress(TEXT)[:-9], "cannot be unpacked"), (json.dumps({"rows": ROWS}, indent=2).encode(), "is one JSON object"),
-        (b"[\n", "is not JSON"), (b"[]", "has no rows"), (b"", "has no rows"),
+        (b"[\n", "is not JSON"), (b"[\n{},\n{]\n", "is not JSON: Expecting"), ("ä".encode("utf-32"), "is UTF-32 text"),
+        (b"[]", "has no rows"), (b"", "has no rows"),
     ],
 )  # fmt: skip
 def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes, says: str) -> None:

@@ -194,6 +194,24 @@ def test_eval_of_a_longrope_teacher_answers_as_stock_does(cli: Runner, tmp_path:
     assert "longrope" in cli.fails("generate", home, "hi")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"min_length": 1e30}, {"min_new_tokens": "3"}, {"min_new_tokens": 0.5}, {"no_repeat_ngram_size": 2.7},
+        {"bad_words_ids": [5]},
+        {"bad_words_ids": "x"}, {"suppress_tokens": 3}, {"top_k": "many"}, {"repetition_penalty": "x"},
+    ],
+)  # fmt: skip
+def test_settings_of_no_sense_are_named_before_weights(
+    cli: Runner, teacher: Path, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    home = shutil.copytree(teacher, tmp_path / "home")
+    (home / "generation_config.json").write_text(json.dumps(said))
+    assert "generation_config.json cannot be read" in cli.fails("generate", home, "hi")
+    (home / "generation_config.json").write_text('{"no_repeat_ngram_size": -1}')
+    cli("generate", home, "hi", "--max-new-tokens", 2)
+
+
 def test_sampling_settings_of_a_checkpoint_that_samples() -> None:
     made = vars(GenerationConfig()) | {"repetition_penalty": 1.05}
     found = settings_of(made, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, True, [1])

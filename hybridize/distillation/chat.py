@@ -18,6 +18,7 @@ from hybridize.errors import InputError, first_line
 PROBE = "Qx7probeZ4"  # stands for an answer's text, to see what the template writes around it
 _OPENED = re.compile(r"<([\w:.-]*(?:think|thought|reason)[\w:.-]*)>\s*\Z", re.IGNORECASE)  # as <think>, at a prompt's end
 _EMPTY_BLOCK = re.compile(r"<([\w:.-]+)>\s*</\1>")
+_TEXT_MARK = re.compile(r"\s*<[|/]?[\w|\u2581\uff5c-]+\|?>")  # as <|im_end|> where the tokenizer has no such token
 _NEAR = 6  # characters of a prompt's end by which its place is known again
 _HALF_MARK = re.compile(r"<[^<>\s]*\Z")
 
@@ -51,7 +52,7 @@ class ChatTemplate:
         added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
         marks = sorted({mark for mark in added | set(tokenizer.all_special_tokens) if mark.strip()}, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
-        self._parts: bool | None = None
+        self._parts: dict[str, bool] = {}
 
     def prompt(self, conversation: Conversation, where: str) -> str:
         """What a model reads before it answers the conversation's last message."""
@@ -84,6 +85,10 @@ class ChatTemplate:
         before, message = conversation.messages[:at], conversation.messages[at]
         probed = self._render(conversation, [*before, _probe(message)], where)
         place = probed.rfind(PROBE)
+        if probed.count(PROBE) > 1:
+            raise InputError(
+                f"{where}: the chat template shows an answer {probed.count(PROBE)} times; which of them is written?"
+            )
         if place < 0:
             raise InputError(f"{where}: the loss mask keeps no token of this row: the chat template does not show its answers")
         around, tail = probed[:place], probed[place + len(PROBE) :]
@@ -91,14 +96,14 @@ class ChatTemplate:
         lead, lost = self._before_text(conversation, at, around, prompt, where), ""
         if _is_plain(message):
             content = message.get("content", "")
-            text, ending, after = _lead(lead, prompt, content) + content, *self._split(tail)
+            text, ending, after = _lead(lead, prompt, content) + content, *self._split(conversation, at, tail, where)
         else:
             (text, ending, after), lost = self._composed(conversation, at, prompt, (around, lead, tail), where)
         text = _continued(prompt, text)
         opened = _OPENED.search(prompt)
         unclosed = opened is not None and f"</{opened[1]}>" not in text
         if conversation.cut and at == len(conversation.messages) - 1:
-            ending, after, unclosed = "", "", False
+            text, ending, after, unclosed = _until_cut(text, message), "", "", False
         return Turn(prompt, text + ending, ending, after[: len(after) - len(after.lstrip())], lost, unclosed)
 
     def _before_text(self, conversation: Conversation, at: int, around: str, prompt: str, where: str) -> str:
@@ -114,19 +119,39 @@ class ChatTemplate:
         text = around.rstrip()
         return around[len(text) :] if _same_end(text, prompt) >= _NEAR else ""
 
-    def _split(self, tail: str) -> tuple[str, str]:
+    def _split(self, conversation: Conversation, at: int, tail: str, where: str) -> tuple[str, str]:
         """What the template writes after an answer's text: what ends the answer, and what follows, as a line break.
 
         The end is the first special token; where others follow at once, all up to the tokenizer's own end token, if that is
-        among them: what follows a finished chat may begin with special tokens, too.
+        among them: what follows a finished chat may begin with special tokens, too. Without one it is a mark in the text, or
+        the lines that stand there also when a question follows.
         """
         found = self._marks.search(tail) if self._marks else None
         if found is None:
-            return tail, ""
+            mark = _TEXT_MARK.match(tail)
+            end = (
+                mark.end()
+                if mark
+                else len(tail)
+                if not tail.strip()
+                else self._as_before_a_question(conversation, at, tail, where)
+            )
+            return tail[:end], tail[end:]
         end, last = found.end(), self.tokenizer.eos_token
         while last and last in self._run(tail, end) and not tail[:end].endswith(last):
             end += len(self._marks.match(tail, end)[0])  # type: ignore[union-attr, index]
         return tail[:end], tail[end:]
+
+    def _as_before_a_question(self, conversation: Conversation, at: int, tail: str, where: str) -> int:
+        """How much of `tail` stands behind an answer in the middle of a chat, too, in whole lines."""
+        question = {"role": "user", "content": "Why?"}
+        messages = [*conversation.messages[:at], _probe(conversation.messages[at]), question]
+        try:
+            other = self._render(conversation, messages, where).rsplit(PROBE, 1)[-1]
+        except InputError:  # a template that takes no question there
+            return len(tail)
+        same = tail[: _shared(tail, other)]
+        return same.rfind("\n") + 1 or len(same) - len(same.lstrip())
 
     def _run(self, text: str, begin: int) -> list[str]:
         """The special tokens that follow one another from `begin` on."""
@@ -149,12 +174,12 @@ class ChatTemplate:
         if rendered.startswith(prompt):
             begin = len(prompt)
         else:  # the template writes otherwise what precedes a finished answer: the probe shows where the answer begins
-            begin = _shared(around, rendered)
+            begin = min(_shared(around, rendered), len(around) - len(lead))
             if half := _HALF_MARK.search(rendered[:begin]):
                 begin = half.start()
         body = rendered[begin:]
         if tail and body.endswith(tail):
-            text, (ending, after) = body.removesuffix(tail), self._split(tail)
+            text, (ending, after) = body.removesuffix(tail), self._split(conversation, at, tail, where)
         else:
             text, ending, after = self._last_marks(body)
         if lead and text.startswith(lead):
@@ -164,9 +189,7 @@ class ChatTemplate:
         source = self._source(conversation)
         if thought.strip() and thought.strip() not in text and "</think>" in source and not message.get("tool_calls"):
             text, thought = f"<think>\n{thought.strip()}\n</think>\n\n{content}", ""  # the block that the template cuts out
-        calls = [str(_function(call).get("name", "")) for call in message.get("tool_calls", ())]
-        lost = [part for part in (thought.strip(), content.strip(), *calls) if part and part not in text]
-        return (text, ending, after), "\n".join(lost)
+        return (text, ending, after), _lost(text, thought, content, message.get("tool_calls", ()))
 
     def _last_marks(self, body: str) -> tuple[str, str, str]:
         """`body` in three: the special token that it closes with, what stands before, and line breaks after it."""
@@ -189,14 +212,20 @@ class ChatTemplate:
         if not source:
             raise InputError(f"{where}: the tokenizer has templates {', '.join(self.template)} but none is called 'default'")
         failed: Exception | None = None
+        printed: str | None = None
         for form in self._forms(messages, source):
             try:
                 text: str = self.tokenizer.apply_chat_template(
                     form, chat_template=source, tokenize=False, add_generation_prompt=prompt, **conversation.kwargs
                 )
-                return text
             except Exception as error:  # Jinja's own errors and the template's raise_exception
                 failed = failed or error
+                continue
+            if not _prints_python(text, form):
+                return text
+            printed = printed or text
+        if printed is not None:
+            return printed
         assert failed is not None
         raise InputError(f"{where}: the chat template rejects it: {first_line(failed)}") from failed
 
@@ -214,15 +243,15 @@ class ChatTemplate:
 
     def _reads_parts(self, source: str) -> bool:
         """Whether the template takes a message's content as a list of parts; others would print the list."""
-        if self._parts is None:
+        if source not in self._parts:
             try:
                 shown = self.tokenizer.apply_chat_template(
                     [{"role": "user", "content": [{"type": "text", "text": PROBE}]}], chat_template=source, tokenize=False
                 )
             except Exception:  # whatever the template has against a list
                 shown = ""
-            self._parts = PROBE in shown and "'text'" not in shown and '"text"' not in shown
-        return self._parts
+            self._parts[source] = PROBE in shown and "'text'" not in shown and '"text"' not in shown
+        return self._parts[source]
 
 
 def _probe(message: Message) -> Message:
@@ -252,6 +281,54 @@ def _continued(prompt: str, text: str) -> str:
     size = len(opened[1]) + 2
     rest, space = text.lstrip()[size:], prompt[opened.start() + size :]
     return rest[_shared(rest, space) :]
+
+
+def _until_cut(text: str, message: Message) -> str:
+    """An answer of several parts up to the last thing that was written before it was cut."""
+    if _is_plain(message) or "tool_calls" in message:
+        return text
+    last = _joined(message.get("content", "")) or message.get(REASONING[0], "")
+    for written in (last, last.strip()):
+        if written and written in text:
+            return text[: text.rfind(written) + len(written)]
+    return text
+
+
+def _lost(text: str, thought: str, content: str, calls: Sequence[dict[str, Any]]) -> str:
+    """What of an answer's parts does not stand in `text`: reasoning, then content, then names and arguments of calls."""
+    missing, (thought, content) = [], (thought.strip(), content.strip())
+    begin = text.find(thought) + len(thought) if thought in text else 0
+    if thought and (thought not in text or (content in text and content not in text[begin:])):
+        missing.append(thought)  # or it stands in the content alone
+    if content not in text:
+        missing.append(content)
+    for call in calls:
+        function = _function(call)
+        values = list(_values(function.get("arguments")))
+        if any(value not in text for value in (str(function.get("name", "")), *values)):
+            missing.append(json.dumps(function, ensure_ascii=False, default=str))
+    return "\n".join(missing)
+
+
+def _values(value: Any) -> Iterable[str]:
+    """The words and numbers in a call's arguments, as JSON writes them."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield str(key)
+            yield from _values(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _values(part)
+    elif isinstance(value, str):
+        yield from (word for word in value.split() if word.isalnum() and word.isascii())
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield str(value)
+
+
+def _prints_python(text: str, messages: Sequence[Message]) -> bool:
+    """Whether a template printed a call's arguments as Python has them, not JSON."""
+    told = [_function(call).get("arguments") for message in messages for call in message.get("tool_calls", ())]
+    return any(isinstance(one, dict) and one and str(one) in text and str(one) != json.dumps(one) for one in told)
 
 
 def _shared(one: str, other: str) -> int:

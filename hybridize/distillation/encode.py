@@ -77,8 +77,12 @@ class Encoder:
         question = read_question(row, where)
         if isinstance(question, str) and self.template:
             question = Conversation([{"role": "user", "content": question}])
+        if isinstance(question, Pair) and not self.template:
+            question = question.before
+        elif isinstance(question, Pair):
+            question = question.as_chat().question
         if isinstance(question, str):
-            return self._check(self._with_added(question, where), where)
+            return self._check(self._without_back(self._with_added(question, where)), where)
         return self._check(self._tokens(self.chat.prompt(question, where), where), where)
 
     def remarks(self) -> list[str]:
@@ -100,7 +104,10 @@ class Encoder:
     def read(self, row: dict[str, Any], where: str) -> Document:
         """Like `encode`, of a row that will not come again."""
         form, unread = read_form(row, where)
-        self.unread.update(dict.fromkeys(sorted(unread)))
+        source = str(self.template)  # a template may read any key of a message
+        self.unread.update(
+            dict.fromkeys(key for key in sorted(unread) if "[]." not in key or key.split("[].")[1] not in source)
+        )
         if isinstance(form, Pair) and self.template:
             form = form.as_chat()
         if isinstance(form, Conversation):
@@ -126,20 +133,21 @@ class Encoder:
 
     def _pair(self, form: Pair, where: str) -> Document:
         """A prompt and its response without a chat template: one text, of which the response and the end token are learnt."""
-        before = f"{form.system}\n{form.prompt}" if form.system else form.prompt
-        head = self._with_added(before, where)
-        head = head[: len(head) - len(self._back)] if self._back and head[-len(self._back) :] == self._back else head
+        before = form.before
+        head = self._without_back(self._with_added(before, where))
         if self._is_written(form.written, form.response):
             answer = list(form.written or ())
         else:
             answer = self._answer(head, before, form.response, where)
-        if not form.cut and self.tokenizer.eos_token_id is not None:
-            answer = [*answer, self.tokenizer.eos_token_id]
+        end = self.tokenizer.eos_token_id
+        if not form.cut and end is not None and answer[-1:] != [end]:
+            answer = [*answer, end]
         return Document(head + answer, [False] * len(head) + [True] * len(answer), whole=not form.cut)
 
     def _conversation(self, form: Conversation, where: str) -> Document:
         """Each answer after its own prompt; answers share a sequence as long as the next prompt begins with all before it."""
-        if self.mask == "none" and not form.generated and (text := self.chat.joined(form, where)) is not None:
+        written = form.generated and form.messages[-1]["role"] == "assistant"
+        if self.mask == "none" and not written and (text := self.chat.joined(form, where)) is not None:
             joined = self._tokens(text, where)
             return Document(joined, [True] * len(joined))
         ids: list[int] = []
@@ -149,7 +157,12 @@ class Encoder:
         for number, turn in enumerate(turns):
             last = number == len(turns) - 1 and form.messages[-1]["role"] == "assistant"
             head = self._tokens(turn.prompt, where)
-            if last and self._is_written(form.written, form.messages[-1].get("content")):
+            if (
+                last
+                and "tool_calls" not in form.messages[-1]
+                and "reasoning" not in form.messages[-1]
+                and self._is_written(form.written, form.messages[-1].get("content"))
+            ):
                 answer = [*form.written, *self._tokens(turn.ending, where)]  # type: ignore[misc]
             else:
                 answer = self._answer(head, turn.prompt, turn.text, where)
@@ -164,7 +177,7 @@ class Encoder:
             self._count(turn, whole)
         if last and not form.generated:
             ids += self._tokens(turns[-1].after, where)
-        if self.mask == "none" and not form.generated:  # what follows the last answer belongs to the stream
+        if self.mask == "none" and not (last and form.generated):  # what follows the last answer belongs to the stream
             every, sequence = self._tokens(self.chat.whole(form, where), where), ids[starts[-1] :]
             if every[: len(sequence)] == sequence:
                 ids += every[len(sequence) :]
@@ -207,7 +220,7 @@ class Encoder:
         self._counted[_ENDLESS] += whole and not turn.ending
 
     def _tokens(self, text: str, where: str, added: bool = False) -> list[int]:
-        if not text:
+        if not text and not added:
             return []
         try:
             return list(self.tokenizer(text, add_special_tokens=added)["input_ids"])
@@ -228,6 +241,10 @@ class Encoder:
         if back and ids[-2 * len(back) :] == back * 2:
             ids = ids[: -len(back)]
         return ids
+
+    def _without_back(self, ids: list[int]) -> list[int]:
+        """Without what the tokenizer adds behind a text: an answer is to follow."""
+        return ids[: -len(self._back)] if self._back and ids[-len(self._back) :] == self._back else ids
 
     def _added(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and behind any text."""

@@ -20,6 +20,7 @@ from hybridize.errors import InputError, first_line
 KNOWN = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".bz2", ".xz")
 _SPOOL = 64 << 20  # bytes of an unpacked file that stay in memory; a larger one lies on the disk
 _NAMED = {  # what is not read, by its first bytes
+    codecs.BOM_UTF32_LE: "UTF-32 text; save it as UTF-8", codecs.BOM_UTF32_BE: "UTF-32 text; save it as UTF-8",
     codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
     b"PK\x03\x04": "a zip archive (or a spreadsheet); unpack it first", b"ARROW1": "an Arrow file; save it as parquet",
     b"\x89HDF": "an HDF5 file; save it as parquet", b"SQLite format 3": "a database; save it as parquet",
@@ -45,7 +46,7 @@ def open_rows(path: Path) -> tuple[Sequence[Any], str]:
     inner = path.with_suffix("") if unpack else path
     source = _spooled(path, unpack) if unpack else path.open("rb")
     source.seek(0)
-    head = source.read(16)
+    head = source.read(4096)
     source.seek(0)
     for magic, what in _NAMED.items():
         if head.startswith(magic):
@@ -54,6 +55,8 @@ def open_rows(path: Path) -> tuple[Sequence[Any], str]:
         return Table(_parquet(path, source if unpack else None)), "row "
     if inner.suffix == ".txt":
         text = _text(path, source.read())
+        if "\0" in text:
+            raise InputError(f"{path} holds NUL characters, as UTF-16 text without a mark does; save it as UTF-8")
         return [{"text": text}] if text.strip() else [], ""
     listed = _listed(path, source, head)
     return (listed, "row ") if listed is not None else (Lines(path, source, None if unpack else path), "")
@@ -128,11 +131,16 @@ def _listed(path: Path, source: IO[bytes], head: bytes) -> list[Any] | None:
             return None
     except RecursionError:
         return None
-    try:
-        value = json.loads(_text(path, source.read()))
-    except (ValueError, RecursionError):
-        value = None
+    content = _text(path, source.read())
     source.seek(0)
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        return None
+    except ValueError as error:
+        if first.strip() not in (b"[", b"{"):
+            return None  # a broken line, which is named by its number
+        raise InputError(f"{path} is not JSON: {error}") from error
     if isinstance(value, dict):
         raise InputError(f"{path} is one JSON object over several lines; rows are an object a line, or a list of objects")
     return value if isinstance(value, list) else None
@@ -171,9 +179,10 @@ class Lines(Sequence[Any]):
         self._before = self._state()
         at = 0
         for number, line in enumerate(self._file, start=1):
-            begin = at + len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else at
+            marked = number == 1 and line.startswith(codecs.BOM_UTF8)
+            begin = at + len(codecs.BOM_UTF8) if marked else at
             at += len(line)
-            if line.strip() and at > begin:
+            if line.removeprefix(codecs.BOM_UTF8 if marked else b"").strip():
                 self._begins.append(begin)
                 self._ends.append(at)
                 self._numbers.append(number)

@@ -20,6 +20,8 @@ ROLES = {  # ShareGPT's names of who speaks, and the roles of chat templates
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what servers call the reasoning beside an answer
 WRITTEN_BY_GENERATE = frozenset({"tokens", "row", "sample"})  # what `generate` notes about its answers
 LOSS_WEIGHTS = ("weight", "train")  # a message's share of the loss in other tools, which is not read here
+READ = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "from", "value", *REASONING}  # of a message
+CUT = ("length", "max_tokens", "max_length")  # what servers call an answer that reached its length
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Pair:
     generated: bool = False
     cut: bool = False
     written: list[int] | None = None
+
+    @property
+    def before(self) -> str:
+        """What stands before the response without a chat template."""
+        return f"{self.system}\n{self.prompt}" if self.system else self.prompt
 
     def as_chat(self) -> Conversation:
         """The same as chat messages."""
@@ -90,8 +97,9 @@ def read_form(row: Any, where: str) -> tuple[Conversation | Pair | Plain, frozen
     return form, _unread(given, read)
 
 
-def read_question(row: Any, where: str) -> Conversation | str:
-    """What is to be answered in the row called `where`: chat messages less a last answer, or a prompt.
+def read_question(row: Any, where: str) -> Conversation | Pair | str:
+    """What is to be answered in the row called `where`: chat messages less a last answer, or a prompt, a pair where there is a
+    system text to it.
 
     InputError naming the row where there is nothing to answer.
     """
@@ -104,7 +112,7 @@ def read_question(row: Any, where: str) -> Conversation | str:
     prompt, system = _prompt(given, where), _text(given, "system", where)
     if not prompt:
         raise InputError(f"{where} has neither `messages` nor a `prompt` with text")
-    return Pair(prompt, "", system).as_chat().question if system else prompt
+    return Pair(prompt, "", system) if system else prompt
 
 
 def check_row(row: Any, where: str) -> None:
@@ -125,11 +133,12 @@ def _given(row: Any, where: str) -> dict[str, Any]:
 
 def _unread(given: dict[str, Any], read: set[str]) -> frozenset[str]:
     known = read | WRITTEN_BY_GENERATE | {"finish", "finish_reason", "token_ids"}
-    weights = {
-        f"messages[].{key}" for message in given.get("messages") or () for key in LOSS_WEIGHTS
-        if isinstance(message, dict) and key in message
+    lists = [name for name in ("messages", "conversations", "prompt", "completion") if isinstance(given.get(name), list)]
+    inside = {
+        f"{name}[].{key}" for name in lists for message in given[name] if isinstance(message, dict)
+        for key, value in message.items() if key not in READ and value is not None
     }  # fmt: skip
-    return frozenset(given.keys() - known) | weights
+    return frozenset(given.keys() - known) | inside
 
 
 def _conversation(given: dict[str, Any], where: str) -> tuple[Conversation | None, set[str]]:
@@ -145,7 +154,9 @@ def _conversation(given: dict[str, Any], where: str) -> tuple[Conversation | Non
     elif isinstance(given.get("prompt"), list):
         messages, read = _messages(given["prompt"], "prompt", where), read | {"prompt", "completion"}
         if "completion" in given:
-            messages = messages + _messages(given["completion"], "completion", where)
+            said = given["completion"]
+            said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+            messages = messages + _messages(said, "completion", where)
     else:
         return None, set()
     kwargs = {key: value for key in ("tools", "documents") if (value := _listed(given, key, where))}
@@ -201,7 +212,7 @@ def _parsed(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -217,7 +228,7 @@ def _generated(given: dict[str, Any], where: str) -> tuple[bool, bool, list[int]
     finish, ids = given.get("finish", given.get("finish_reason")), given.get("token_ids")
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
         raise InputError(f"{where}: `token_ids` must be a list of token ids")
-    return finish is not None, finish == "length", ids
+    return finish is not None, finish in CUT, ids
 
 
 def _messages(value: Any, key: str, where: str) -> list[Message]:
@@ -230,7 +241,9 @@ def _message(value: Any, where: str) -> Message:
     """One message without keys that say nothing; reasoning under all the names that templates know it by."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
-    message = {key: part for key, part in value.items() if part is not None and key not in LOSS_WEIGHTS}
+    message = {key: part for key, part in value.items() if _is_json(part) and key not in LOSS_WEIGHTS}
+    if isinstance(message.get("function_call"), dict) and "tool_calls" not in message:  # as OpenAI had it before tools
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         message["content"] = [_part(part, where) for part in content]
@@ -242,9 +255,10 @@ def _message(value: Any, where: str) -> Message:
         message["tool_calls"] = [_call(call) for call in calls]
         if not calls:
             del message["tool_calls"]
-    thought = next((message[key] for key in REASONING if message.get(key)), None)
-    if not isinstance(thought, str | None):
-        raise InputError(f"{where}: the reasoning of a message must be text")
+    thoughts = [message[key] for key in REASONING if message.get(key)]
+    thought = thoughts[0] if thoughts else None
+    if not isinstance(thought, str | None) or any(other != thought for other in thoughts):
+        raise InputError(f"{where}: the reasoning of a message must be text, and one")
     for key in REASONING:
         message.pop(key, None)
     if thought is not None:
@@ -252,6 +266,11 @@ def _message(value: Any, where: str) -> Message:
     if content is None and thought is None and "tool_calls" not in message:
         raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
     return message
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value says something that a template can be given: no null, and no date of a table's."""
+    return isinstance(value, str | bool | int | float | list | dict)
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
@@ -282,12 +301,13 @@ def _sharegpt(value: Any, where: str) -> list[Message]:
 
 def _sharegpt_turn(turn: dict[str, Any], where: str) -> Message:
     speaker, said = turn["from"], turn.get("value")
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise InputError(f"{where}: nobody knows who {speaker!r} is in `conversations`; known: {', '.join(ROLES)}")
     if not isinstance(said, str):
         raise InputError(f"{where}: each turn of `conversations` needs a `from` and a `value`, both text")
     if speaker != "function_call":
-        return {"role": ROLES[speaker], "content": said}
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        return {**rest, "role": ROLES[speaker], "content": said}
     calls = _parsed(said)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):

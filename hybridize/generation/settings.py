@@ -11,6 +11,7 @@ from hybridize.errors import InputError, first_line
 from hybridize.generation.sampling import Rules, SamplingSettings
 
 FILE = "generation_config.json"
+MOST = 1 << 31  # of a number of tokens
 TOP_K = 50  # transformers' own where a checkpoint samples and says nothing
 FOLLOWED: dict[str, tuple[Any, ...]] = {  # settings of every step, with the values at which they do nothing
     "repetition_penalty": (None, 1, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0),
@@ -48,13 +49,15 @@ def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, asked
     """
     from transformers import GenerationConfig
 
-    made = GenerationConfig()
-    if (path / FILE).is_file():
-        try:
+    file = path / FILE if (path / FILE).is_file() else path / "config.json"
+    try:
+        if file.name == FILE:
             made = GenerationConfig.from_pretrained(path, local_files_only=True)
-            _check(made)
-        except Exception as error:  # whatever it has against the file
-            raise InputError(f"{path / FILE} cannot be read: {first_line(error)}") from error
+        else:  # older checkpoints have them there
+            made = GenerationConfig(**{key: config[key] for key in vars(GenerationConfig()) if key in config})
+        _check(made)
+    except Exception as error:  # whatever it has against the file
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
     asked = {key: value for key, value in asked.items() if value is not None}
     samples = asked["temperature"] > 0 if "temperature" in asked else bool(made.do_sample)
     own = made.do_sample  # what a checkpoint says of sampling is not meant where it does not sample
@@ -84,7 +87,7 @@ def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool
     if "min_new_tokens" in given:  # which goes before min_length
         given.pop("min_length", None)
     rules = Rules(
-        float(given.get("repetition_penalty", 1.0)), int(given.get("no_repeat_ngram_size", 0)),
+        float(given.get("repetition_penalty", 1.0)), max(0, int(given.get("no_repeat_ngram_size", 0))),
         tuple(given.get("suppress_tokens", ())), tuple(given.get("begin_suppress_tokens", ())),
         tuple(word[0] for word in banned if len(word) == 1 and word[0] not in ends),
         int(given.get("min_length", 0)), int(given.get("min_new_tokens", 0)), tuple(sorted(ends)),
@@ -100,13 +103,24 @@ def ends_of(said: Iterable[Any], tokenizer: Any) -> frozenset[int]:
 
 def _check(made: Any) -> None:
     """ValueError where something that is used here is of no use."""
-    for name in ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "no_repeat_ngram_size", "min_length"):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if not isinstance(getattr(made, name), int | float | None):
             raise ValueError(f"{name} is {getattr(made, name)!r}")
+    for name in ("top_k", "no_repeat_ngram_size", "min_length", "min_new_tokens"):
+        value = getattr(made, name)
+        if value is not None and (not isinstance(value, int | float) or value != int(value) or abs(value) > MOST):
+            raise ValueError(f"{name} is {value!r}")
+    words = made.bad_words_ids
+    if words is not None and not (isinstance(words, list) and all(_are_tokens(word) for word in words)):
+        raise ValueError(f"bad_words_ids is {words!r}")
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         value = getattr(made, name)
-        if value is not None and not (isinstance(value, list) and all(type(token) is int for token in value)):
+        if value is not None and not _are_tokens(value):
             raise ValueError(f"{name} is {value!r}")
     for end in made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]:
         if not isinstance(end, int | None):
             raise ValueError(f"eos_token_id is {made.eos_token_id!r}")
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)

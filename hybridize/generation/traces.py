@@ -10,39 +10,54 @@ from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.checkpoint.journal import Journal
 from hybridize.checkpoint.writer import check_writable
 from hybridize.distillation.encode import Encoder, decoded
-from hybridize.distillation.forms import read_question
-from hybridize.errors import InputError
+from hybridize.distillation.forms import Conversation, Pair, read_question
+from hybridize.errors import InputError, first_line
 from hybridize.generation.writing import Written
 
 CONTEXT = ("tools", "documents", "chat_template_kwargs")  # what of a row its chat template reads beside the messages
 
 
-def trace_of(encoder: Encoder, row: dict[str, Any], where: str, prompt: list[int], answer: Written) -> dict[str, Any]:
+def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written) -> dict[str, Any]:
     """The line to distil on: what was asked in `row`, and the answer's text with all its tokens.
 
-    Encoding it gives back `prompt` and the answer's ids: where the text alone does not say them, as with templates that cut
+    Encoding it gives back the prompt and the answer's ids: where the text alone does not say them, as with templates that cut
     reasoning out or tokenizers with several ways to say the same, they are in `token_ids`.
     """
-    text, question = decoded(encoder.tokenizer, answer.ids), read_question(row, where)
-    line: dict[str, Any]
-    if isinstance(question, str) and not encoder.template:
-        line = {"prompt": question, "response": text}
+    text = decoded(encoder.tokenizer, answer.ids)
+    line = question_of(encoder, row, where)
+    if "messages" in line:
+        line["messages"] = [*line["messages"], {"role": "assistant", "content": text}]
     else:
-        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question.messages
-        line = {"messages": [*asked, {"role": "assistant", "content": text}]}
-        line |= {key: row[key] for key in CONTEXT if row.get(key)}
+        line["response"] = text
     line |= {"tokens": len(answer.ids) if text else 0, "finish": "stop" if answer.ended else "length"}
-    if answer.ids and not _gives_back(encoder, line, where, prompt, answer.ids):
+    if answer.ids and not _gives_back(encoder, line, where, answer.ids):
         line["token_ids"] = answer.ids
     return line
 
 
-def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, prompt: list[int], ids: list[int]) -> bool:
+def question_of(encoder: Encoder, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The part of a line that is known before there is an answer. InputError where it cannot be written as JSON."""
+    question = read_question(row, where)
+    if isinstance(question, Pair) and encoder.template:
+        question = question.as_chat().question
+    if isinstance(question, Conversation) or encoder.template:
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question.messages  # type: ignore[union-attr]
+        line = {"messages": asked} | {key: row[key] for key in CONTEXT if row.get(key)}
+    else:
+        line = {"prompt": question if isinstance(question, str) else question.before}
     try:
-        made = encoder.read(line, where).parts()[-1].ids
+        json.dumps(line, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} cannot be written with its answer: {first_line(error)}") from error
+    return line
+
+
+def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, ids: list[int]) -> bool:
+    """Whether the text alone is encoded as its ids are."""
+    try:
+        return encoder.read(line, where).ids == encoder.read(line | {"token_ids": ids}, where).ids
     except InputError:  # a template that rejects what was written
         return False
-    return made[: len(prompt) + len(ids)] == [*prompt, *ids]
 
 
 class Traces:
