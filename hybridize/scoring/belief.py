@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = Fa
     """Scores with standard errors and rank intervals. A score is the mean over parts of sum of values / sum of weights.
 
     measured: parts, which weigh the same. Units (questions, batches, steps) are drawn again within each part, the same for all
-    layers; with `seeds` the parts are runs of other seeds and are drawn again themselves.
+    layers; with `seeds` the parts are runs of other seeds and are drawn again themselves. Few units spread less when drawn
+    again than they should (ten steps: intervals of 90% held 81%), so the draws are widened as Student's t has it.
     """
     generator = torch.Generator().manual_seed(0)
     score = torch.stack([values.sum(0) / weights.sum() for values, weights in measured]).mean(0)
@@ -31,17 +33,30 @@ def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = Fa
         drawn = torch.randint(len(weights), (RESAMPLES, len(weights)), generator=generator)
         counts = torch.zeros(RESAMPLES, len(weights), dtype=torch.float64)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        parts.append((counts @ values) / (counts @ weights).unsqueeze(1))
+        again, centre = (counts @ values) / (counts @ weights).unsqueeze(1), values.sum(0) / weights.sum()
+        parts.append(centre + (again - centre) * (len(weights) / max(1, len(weights) - 1)) ** 0.5)
     found = torch.stack(parts)  # [parts, resamples, layers]
     if seeds:
         which = torch.randint(len(parts), (len(parts), RESAMPLES), generator=generator)
         found = found.gather(0, which.unsqueeze(2).expand(-1, -1, found.shape[2]))
     again = found.mean(0)
-    first, last = _places(again)
+    few = len(measured) if seeds and len(measured) > 1 else min(len(weights) for _, weights in measured)
+    first, last = _places(score + (again - score) * _students(few - 1))
     low = torch.quantile(first, (1 - SURE) / 2, dim=0, interpolation="nearest")
     high = torch.quantile(last, (1 + SURE) / 2, dim=0, interpolation="nearest")
     rows = zip(layers, score.tolist(), again.std(0).tolist(), low.int().tolist(), high.int().tolist(), strict=True)
     return [LayerScore(layer, value, error, (best, worst)) for layer, value, error, best, worst in rows]
+
+
+def _students(freedom: int) -> float:
+    """How much further Student's t of so many degrees of freedom reaches than the normal distribution, at SURE, two-sided
+    (expansion of Cornish and Fisher; Abramowitz and Stegun, 26.7.5)."""
+    if freedom < 1:
+        return 1.0
+    z, v = NormalDist().inv_cdf(0.5 + SURE / 2), freedom
+    terms = (z**3 + z) / (4 * v), (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return (z + sum(terms) + third) / z
 
 
 def _places(scores: Tensor) -> tuple[Tensor, Tensor]:
