@@ -25,6 +25,16 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the result with the checkpoint in its runtime.")
     ] = True,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="The teacher's hub id, for the card [default: where it is known].")
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="For the card, as apache-2.0 [default: the teacher's card's].")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: nobody else sees it.")] = False,
     output: opt.Output = None,
     device: opt.Device = "cpu",
     revision: opt.Revision = None,
@@ -40,22 +50,36 @@ def command(
     """
     out = Output(as_json, quiet)
     from hybridize.checkpoint.writer import check_output
+    from hybridize.errors import InputError
     from hybridize.export.export import ExportSettings, export
+    from hybridize.export.push import check_push, push
     from hybridize.runtime import pick_device, quiet_transformers
 
-    settings = ExportSettings(form, outtype, verify)
+    settings = ExportSettings(form, outtype, verify, base_model, license_)
+    if private and push_to_hub is None:
+        raise InputError("--private has no use without --push-to-hub")
     source = open_checkpoint(checkpoint, revision)
     target = output or Path(f"{source.path.resolve().name}-{form}")
     check_output(target, overwrite, source.path)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     quiet_transformers()
     found = export(
         source, checkpoint, target, settings, overwrite=overwrite, device=pick_device(device), report=out.progress
     )  # fmt: skip
 
+    address = None
+    if push_to_hub is not None:
+        out.progress(f"uploading to {push_to_hub}")
+        address = push(target, push_to_hub, private)
+
     def human() -> None:
         print(f"{target}: {', '.join(found.files)}")
+        if address is not None:
+            print(address)
         print(found.verdict.sentence() if found.verdict else f"not verified: {found.unverified}")
 
     verdict = None if found.verdict is None else asdict(found.verdict)
     result = {"output": str(target), "format": form, "files": found.files, "verified": verdict, "unverified": found.unverified}
+    result["pushed"] = address
     out.result(result, human)

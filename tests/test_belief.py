@@ -106,7 +106,7 @@ def test_students_quantiles(freedom: int, quantile: float) -> None:
 
 
 def test_ten_steps_hold_the_truth_as_often_as_they_say() -> None:
-    """MMR's own case, 400 experiments of eight layers: a score is the mean of ten steps. Drawn again as they are, ten steps gave
+    """MMR's own case, 400 experiments of eight layers, ten steps each. Drawn again as they are, ten steps gave
     standard errors whose 90% intervals held 84%; and ranks are held at least as often as they say."""
     means, inside, ranked = [0.33 * layer for layer in range(8)], 0, 0
     for seed in range(400):

@@ -18,6 +18,7 @@ from transformers.generation import logits_process as theirs
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable
+from hybridize.generation import decoder
 from hybridize.generation.sampling import Rules, SamplingSettings, ruled
 from hybridize.generation.settings import FOLLOWED, REFUSED, REFUSED_IN_SAMPLING, settings_of
 from hybridize.generation.writing import Wanted, write
@@ -99,6 +100,26 @@ def test_answers_equal_transformers_generate(name: str, kind: str) -> None:
         assert found[n].ids == (answer[:-1] if answer[-1] in ends else answer)
         assert found[n].ended == (answer[-1] in ends)
     assert answers != before, "settings that change nothing would show nothing"
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_them_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers with the step as a CUDA graph and call by call; a logit that is not finite is seen in both."""
+    model = hybrid("amma", kind).to("cuda")
+    rules = Rules(1.7, 2, (5, 7), (9, 3), (8,), 12, 9, (1, 6))
+    wanted = [Wanted((n, 0), [3 + n, *range(2, 5 + n)], n) for n in range(4)]
+    for sampling in (SamplingSettings(), SamplingSettings(1.2, 20, 0.9)):
+        found = []
+        for capture in (True, False):
+            monkeypatch.setattr(decoder, "can_capture", lambda _, capture=capture: capture)
+            written = write(model, wanted, 9, 20, {1, 6}, sampling, rows=4, rules=rules)
+            found.append({one.key: (one.ids, one.ended, one.broken) for one in written})
+        assert found[0] == found[1]
+        assert not any(broken for _, _, broken in found[0].values())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
+    monkeypatch.setattr(decoder, "can_capture", lambda _: True)
+    assert all(one.broken for one in write(model, wanted, 9, 20, {1, 6}, SamplingSettings(), rows=4))
 
 
 def test_every_setting_is_followed_refused_or_of_no_effect() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.export.origin import Origin, front_matter, plain, read_origin, result_lines
 
 HF = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,33 +47,42 @@ model.create_chat_completion([{"role": "user", "content": "What is 17 times 23?"
 Of llama.cpp's architecture `granitehybrid`."""
 
 
-def model_card(source: CheckpointReader, manifest: dict[str, Any] | None, use: str = HF, verified: str = "not verified") -> str:
-    """use: how to load it, in Markdown; verified: one sentence on what was compared."""
-    config = source.config
+def model_card(
+    source: CheckpointReader, manifest: dict[str, Any] | None, use: str = HF, verified: str = "not verified",
+    origin: Origin | None = None, name: str = "hybrid",
+) -> str:  # fmt: skip
+    """use: how to load it, in Markdown; verified: one sentence on what was compared; name: what the model is called."""
+    config, origin = source.config, origin or read_origin(source, manifest)
     kinds = config["layer_types"]
     mixers = [str(i) for i, kind in enumerate(kinds) if kind == "linear_attention"]
     root = manifest["root"] if manifest else {"path": "unknown", "hash": "unknown"}
+    teacher = plain(origin.base_model or Path(root["path"]).name or "a teacher")
     strip = "".join("M" if kind == "linear_attention" else "a" for kind in kinds)
     data = manifest["data"] if manifest else []
+    tokens = manifest["tokens"] if manifest else 0
+    how = f"and were distilled back to the teacher on {tokens:,} tokens" if tokens else "and have not been trained since"
+    unknown = "that of the teacher and of the data, which this card does not know"
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [hybridize, mamba, hybrid]", "---",
-        f"# Hybrid of {_plain(Path(root['path']).name or 'a teacher')}", "",
-        f"{len(mixers)} of {len(kinds)} attention layers are Mamba layers (mixer: {(config['mixer'] or {}).get('kind')}).", "",
-        f"    {strip}   (M Mamba, a attention)", "",
+        front_matter(origin, name), f"# Hybrid of {teacher}", "",
+        f"A language model that decodes faster than the transformer it comes from, {teacher}: {len(mixers)} of its "
+        f"{len(kinds)} attention layers were replaced by Mamba layers (mixer: {(config['mixer'] or {}).get('kind')}), whose memory does not "
+        f"grow with the text. The new layers started from the attention's own weights, {how}, by hybridize after the method of "
+        "Apriel-H1 (arXiv 2511.02651). Tokenizer, chat template and vocabulary are the teacher's.",
+        "", f"    {strip}   (first layer left: M Mamba, a attention)", "",
         "## Use", "", use, "",
-        "## Verified", "", f"Against the checkpoint in float32: {verified}.", "",
+        "## Results", "", *result_lines(origin),
+        "## Verified", "", f"Against the checkpoint it was exported from, in float32: {verified}.", "",
+        "## Licence and limits", "",
+        f"Licence: {plain(origin.license) if origin.license else unknown}. "
+        "The model knows and repeats what its teacher does, mistakes included; what conversion may cost first is recall over "
+        "long texts and long chains of reasoning.", "",
         "## Lineage", "",
-        f"- teacher: `{_plain(root['path'])}`, content hash `{_plain(root['hash'])[:16]}`",
+        f"- teacher: `{plain(Path(root['path']).name)}`, content hash `{plain(root['hash'])[:16]}`",
         f"- the checkpoint: content hash `{source.hash[:16]}`",
         f"- Mamba layers: {', '.join(mixers) or 'none'}",
-        f"- training tokens since the teacher: {manifest['tokens'] if manifest else 0:,}",
+        f"- training tokens since the teacher: {tokens:,}",
     ]  # fmt: skip
-    lines += [f"- data: `{_plain(part.get('path', '?'))}`, {_plain(part.get('rows', '?'))} rows" for part in data]
+    lines += [f"- data: `{plain(Path(str(part.get('path', '?'))).name)}`, {plain(part.get('rows', '?'))} rows" for part in data]
     if manifest:
-        lines.append(f"- last step: `{_plain(manifest['command'])}`, made by hybridize {_plain(manifest['version'])}")
+        lines.append(f"- last step: `{plain(manifest['command'])}`, made by hybridize {plain(manifest['version'])}")
     return "\n".join(lines) + "\n"
-
-
-def _plain(text: Any) -> str:
-    """Text from a file, safe inside Markdown: no control characters, no markup."""
-    return re.sub(r"[^\w./:+ @-]", "_", str(text))[:200]

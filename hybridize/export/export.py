@@ -17,6 +17,7 @@ from hybridize.export import card
 from hybridize.export.gguf import check_gguf, write_gguf
 from hybridize.export.granite import Embedding, embed, write_granite
 from hybridize.export.hf import check_hf, write_hf
+from hybridize.export.origin import read_origin
 from hybridize.export.verify import Verdict, ask_llama_cpp, ask_own_code, ask_transformers, reference, runtime_missing
 from hybridize.runtime import load_tokenizer
 
@@ -26,11 +27,14 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """form: one of FORMATS; outtype: how a gguf file keeps matrices (None elsewhere, else f16); verify: ask the runtime."""
+    """form: one of FORMATS; outtype: how a gguf file keeps matrices (None elsewhere, else f16); verify: ask the runtime;
+    base_model, license: what the card is to say of the teacher, where its files do not."""
 
     form: str = "hf"
     outtype: str | None = None
     verify: bool = True
+    base_model: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def export(
     """Writes `output`, atomically: a model that the runtime finds to be another never appears. Raises as check_export."""
     embedding = check_export(source, name, settings)
     manifest = read_manifest(source.path)
+    origin = read_origin(source, manifest, settings.base_model, settings.license)
     missing = runtime_missing(settings.form) if settings.verify else "not asked for (--no-verify)"
     outtype = settings.outtype or "f16"
     use = {"hf": card.HF, "granite": card.GRANITE}.get(settings.form, "")
@@ -106,6 +111,6 @@ def export(
             else:
                 verdict = (ask_own_code if settings.form == "hf" else ask_transformers)(made, wanted, device)
         said = verdict.sentence() if verdict else f"not verified: {missing}"
-        (path / "README.md").write_text(card.model_card(source, manifest, use, said), encoding="utf-8")
+        (path / "README.md").write_text(card.model_card(source, manifest, use, said, origin, output.name), encoding="utf-8")
         seal_again(path)
     return Exported(sorted(file.name for file in output.iterdir()), verdict, missing)
