@@ -259,8 +259,8 @@ def _measured(
     started = time.monotonic()
 
     def progress(done: int, count: int) -> None:
-        left = (time.monotonic() - started) / done * (count - done)
-        out.progress(f"{done:,} of {count:,} requests, {left / 60:,.1f} minutes left", last=done == count)
+        left = f", {(time.monotonic() - started) / done * (count - done) / 60:,.1f} minutes left" if done else ""
+        out.progress(f"{done:,} of {count:,} requests{left}", last=done == count)
 
     found = evaluate(model, tokenizer, settings, manager, journal=journal, ranks=ranks, progress=progress)
     if journal is None:

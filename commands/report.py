@@ -22,18 +22,18 @@ def command(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Reads folders of checkpoints with what eval and bench left there; writes ./report (or -o): index.html and PNGs.
+    """Reads folders of checkpoints with what eval and bench left there; writes ./report (or -o): index.html.
 
-    Quality against throughput and against tokens spent, tasks with intervals, fidelity, speed, layouts, lineage: one page that
-    needs nothing beside it. Nothing is measured.
+    How much faster, how much lost, at how many layers: a chart, a row a stage with the drop from the teacher, training curves,
+    recall, layouts, lineage, exports. One page that needs nothing beside it. Nothing is measured.
     """
     out = Output(as_json, quiet)
     from hybridize import __version__
-    from hybridize.checkpoint.atomic import write_bytes_atomic, write_text_atomic
+    from hybridize.checkpoint.atomic import write_text_atomic
     from hybridize.errors import InputError
     from hybridize.evaluation.report import collect
+    from hybridize.evaluation.report_chart import charts
     from hybridize.evaluation.report_page import page
-    from hybridize.evaluation.report_plot import pictures
 
     for path in paths:
         if not path.exists():
@@ -41,15 +41,11 @@ def command(
     target = output or Path("report")
     index = result_file(target, "index.html", overwrite, "the report goes")
     found = collect(paths)
-    drawn = pictures(found)
-    if drawn is None:
-        out.note("no pictures: matplotlib is not installed (pip install 'hybridize[plots]')")
-    for name, data in (drawn or {}).items():
-        write_bytes_atomic(target / f"{name}.png", data)
+    drawn = charts(found)
     made = f"{time.strftime('%Y-%m-%d')}, hybridize {__version__}, {len(found.entries)} checkpoints"
-    write_text_atomic(index, page(found, drawn or {}, title, made))
+    write_text_atomic(index, page(found, drawn, title, made))
     for problem in found.problems:
         out.warn(f"not read: {problem}")
     names = [entry.name for entry in found.entries]
-    told = {"report": str(index), "checkpoints": names, "pictures": sorted(drawn or {}), "problems": found.problems}
+    told = {"report": str(index), "checkpoints": names, "pictures": sorted(drawn), "problems": found.problems}
     out.result(told, lambda: print(f"{index}: {len(names)} checkpoints"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import pkgutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs the CUDA kernels: {reason}"))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draws without a generator of their own are the same in every run; HYBRIDIZE_TEST_SEED gives others."""
+    torch.manual_seed(int(os.environ.get("HYBRIDIZE_TEST_SEED", "0")))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def untuned() -> None:
     """One small configuration for each Triton kernel: trying them all takes a minute a shape, and no test reads a clock."""
@@ -167,3 +175,32 @@ def worst(one: torch.Tensor, other: torch.Tensor) -> float:
     difference = (one - other).abs()
     print(f"max difference {difference.max():.3e}, mean {difference.mean():.3e}, size {other.abs().max():.3e}")
     return float(difference.max() / other.abs().max().clamp(min=1e-30))
+
+
+def rounding(model: torch.nn.Module, run: Callable[[], Sequence[torch.Tensor]], draws: int = 3) -> list[float]:
+    """What float32 explains of a difference between two ways to compute the same: how far each result of `run` moves where
+    every weight is off by one unit in its last place. Two ways round every operation once or so differently, as such weights
+    would; so a small multiple of this bounds their difference on any CPU, however the sums cancel.
+    """
+    base, moved = [value.detach().clone() for value in run()], []
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1
+                parameter.copy_(kept[name] * (1 + signs * torch.finfo(torch.float32).eps))
+        moved.append([float((value.detach() - before).abs().max()) for value, before in zip(run(), base, strict=True)])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(kept[name])
+    found = [max(each) for each in zip(*moved, strict=True)]
+    print("rounding explains", ", ".join(f"{value:.2e}" for value in found))
+    return found
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference, of finite values."""
+    assert one.shape == other.shape
+    assert torch.isfinite(one).all()
+    return float((one.detach() - other.detach()).abs().max())

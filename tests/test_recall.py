@@ -53,8 +53,10 @@ def test_needles_lie_at_all_depths_and_variables_lead_to_one_value() -> None:
     assert max(depths) > 0.8
     for number in range(20):
         document = make_document(TOKENIZER, "variables", 4000, 1, number)
-        found = dict(re.findall(r"VAR (\w\d) = (?:VAR )?(\w+)\.", document["text"]))
-        name = re.search(r"VAR (\w\d) =", document["prefix"])[1]
+        text = document["text"]
+        found = dict(re.findall(r"Variable (\w\d) has the value (\d+)\.", text))
+        found |= dict(re.findall(r"Variable (\w\d) has the same value as (\w\d)\.", text))
+        name = re.search(r"variable (\w\d) is", document["prefix"])[1]
         while name in found:
             name = found[name]
         assert name == document["answer"]

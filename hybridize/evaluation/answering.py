@@ -30,7 +30,7 @@ from hybridize.modeling import HybridForCausalLM
 
 AUTO, ON_CPU = 64, 8  # requests at once at most where that is `auto`, lm-eval's own number; and without a GPU
 LOGIT = 16  # bytes a logit: as the model gives it, in float32, and its log-softmax
-CHUNK = 32  # batches between two entries into the journal
+CHUNK = 8  # batches between two entries into the journal, and two signs of life
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
 OURS = {"until", "max_gen_toks", "do_sample", *DRAWN, *FOLLOWED} - {"bad_words_ids"}  # others are transformers' own to follow
 TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
@@ -80,6 +80,8 @@ class Answering(HFLM):
         waiting = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
         order = sorted(waiting, key=lambda key: (-len(waiting[key].args[0]), key))  # the longest first, as lm-eval has it
         size, done = CHUNK * int(self.batch_size) * self.ranks.size, 0
+        if order:
+            self.progress(0, len(order))
         for begin in range(0, len(order), size):
             mine = order[begin : begin + size][self.ranks.rank :: self.ranks.size]
             got = []

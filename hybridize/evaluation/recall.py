@@ -22,6 +22,7 @@ DOCUMENTS = 50  # of each kind and length
 ANSWER = 48  # tokens of an answer at most
 ROOM = 96  # tokens of a length that the answer and a chat template's own text may take
 SHORTEST = 512
+CHAIN = 3  # variables, of which the first has a number
 PLACES = (
     "Oslo", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Perth", "Lagos", "Basel", "Kyoto", "Sofia", "Riga", "Dakar", "Minsk",
     "Seoul", "Tunis", "Bern", "Hanoi", "Porto", "Accra", "Leeds", "Malmo", "Nancy", "Osaka",
@@ -54,17 +55,16 @@ def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]
 
 
 def _variables(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
-    """A value that is handed on three times; another chain beside it."""
-    letters = draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 8)
-    chains = [letters[:4], letters[4:]]
-    names = [[f"{letter}{draw.randint(1, 9)}" for letter in chain] for chain in chains]
+    """A value that is handed on twice; another chain beside it."""
+    letters = draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 2 * CHAIN)
+    names = [[f"{letter}{draw.randint(1, 9)}" for letter in chain] for chain in (letters[:CHAIN], letters[CHAIN:])]
     values, hidden = [_number(draw) for _ in names], list[Sentences]()
     for chain, value in zip(names, values, strict=True):
-        steps = [f"VAR {chain[0]} = {value}."]
-        hidden.append(steps + [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(chain)])
+        steps = [f"Variable {chain[0]} has the value {value}."]
+        hidden.append(steps + [f"Variable {new} has the same value as {old}." for old, new in itertools.pairwise(chain)])
     last = names[0][-1]
     mixed = [step for pair in zip(*hidden, strict=True) for step in pair]
-    return mixed, f"What is the value of VAR {last} in the text?", f"VAR {last} =", values[0]
+    return mixed, f"Which number is the value of variable {last}?", f"The value of variable {last} is the number", values[0]
 
 
 def _copy(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:

@@ -1,12 +1,14 @@
-"""What is known of a family of checkpoints, gathered from their own files: layout, lineage, tasks, fidelity, speed.
+"""What is known of a family of checkpoints, gathered from their own files: layout, lineage, tasks, fidelity, speed, training.
 
-Nothing is measured and no weight is read. A file that cannot be read is named, and the rest goes on.
+Nothing is measured, no weight is read. A file that cannot be read is named. Paths are shown without the machine's folders.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -15,50 +17,97 @@ from typing import Any
 import torch
 
 from hybridize.anatomy import Anatomy, anatomy, lineage
+from hybridize.checkpoint.manifest import MANIFEST, read_manifest
 from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError, first_line
+from hybridize.modeling import MIXER_LAYER
 
-from .gate import LEVEL
+from .figures import main_figure
+from .gate import LEVEL, Drop, compare
 from .intervals import bootstrap
-from .results import read_results
+from .recall import GROUP, by_length
+from .results import figures_in, read_results
 
 DEPTH = 3  # folders below those given in which checkpoints are looked for
+Key = tuple[str, str]  # a task or group, and which of its figures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """main: what the task or group is called by. low, high: its interval at LEVEL, where documents' scores are known."""
+
+    value: float
+    better: bool
+    main: bool
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint in another format. parent: of which checkpoint. verified: what its own card says of that, if it says it."""
+
+    name: str
+    form: str
+    parent: Path
+    verified: str | None
 
 
 @dataclass
 class Entry:
-    """A checkpoint, or a results file without one. tasks: by task metric, value, low, high, documents, limited; steps,
-    generations: bench.json's."""
+    """A checkpoint, or a results file without one.
+
+    origin: the teacher's place and content hash, as the manifest has them. baseline: the teacher's results that an evaluation
+    left beside the entry's own. figures: of tasks and groups, in the order of the
+    file. drops: the same held against the teacher's; apart: why they cannot be. steps, generations: bench.json's. loss, kl:
+    training tokens since the teacher, and what was logged then.
+    """
 
     name: str
     path: Path
     shape: Anatomy | None = None
     tokens: int = 0
     lineage: list[dict[str, Any]] = field(default_factory=list)
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origin: tuple[Path | None, str] = (None, "")
+    results: dict[str, Any] | None = None
+    baseline: dict[str, Any] | None = None
+    figures: dict[Key, Figure] = field(default_factory=dict)
+    drops: dict[Key, Drop] = field(default_factory=dict)
+    apart: str | None = None
+    limited: bool = False
+    recall: dict[int, float] = field(default_factory=dict)
     fidelity: dict[str, Any] | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     generations: list[dict[str, Any]] = field(default_factory=list)
-    machine: str = ""
+    loss: list[tuple[float, float]] = field(default_factory=list)
+    kl: list[tuple[float, float]] = field(default_factory=list)
+    exports: list[Export] = field(default_factory=list)
 
     @property
-    def quality(self) -> float | None:
-        """Mean over the tasks."""
-        values = [task["value"] for task in self.tasks.values()]
-        return sum(values) / len(values) if values else None
+    def mixers(self) -> int:
+        return 0 if self.shape is None else self.shape.kinds.count(MIXER_LAYER)
+
+    def step(self, context: int, batch: int) -> dict[str, Any] | None:
+        """That cell of the bench, where it has a speed."""
+        for step in self.steps:
+            if (step["context"], step["batch"]) == (context, batch) and step["tokens_per_second"] is not None:
+                return step
+        return None
 
     def throughput(self, context: int, batch: int) -> float | None:
         """Tokens a second of decoding, in that cell of the bench."""
-        for step in self.steps:
-            if (step["context"], step["batch"]) == (context, batch) and step["tokens_per_second"] is not None:
-                return float(step["tokens_per_second"])
-        return None
+        step = self.step(context, batch)
+        return None if step is None else float(step["tokens_per_second"])
 
 
 @dataclass
 class Report:
+    """entries: in the order of conversion. lost: exports whose checkpoint is not among them. bases: the folders given."""
+
     entries: list[Entry]
     problems: list[str]
+    bases: list[Path] = field(default_factory=list)
+    lost: list[Export] = field(default_factory=list)
 
     @property
     def cell(self) -> tuple[int, int] | None:
@@ -71,9 +120,31 @@ class Report:
                     have[key] = have.get(key, 0) + 1
         return max(have, key=lambda key: (have[key], key[0] * key[1], key), default=None)
 
-    @property
-    def tasks(self) -> list[str]:
-        return sorted({task for entry in self.entries for task in entry.tasks})
+    def teacher(self, entry: Entry) -> Entry | None:
+        """What `entry` was made from in the beginning, by place, else by the content that was evaluated."""
+        place, content = entry.origin
+        others = [other for other in self.entries if other is not entry and other.mixers == 0]
+        same = (o for o in others if content and o.results is not None and o.results.get("checkpoint") == content)
+        return next((other for other in others if other.path == place), None) or next(same, None)
+
+    def shown(self, path: str | Path) -> str:
+        """A path as a reader may see it: from a folder that was given, else its name; hub ids as they are."""
+        text = str(path)
+        if hub := re.search(r"models--([^/]+)/snapshots/", text):
+            return hub[1].replace("--", "/")
+        if not Path(text).is_absolute():
+            return text if not text.startswith((".", "~")) else Path(text).name
+        for base in self.bases:
+            if Path(text).is_relative_to(base) and Path(text) != base:
+                return str(Path(text).relative_to(base))
+        return Path(text).name
+
+    def clean(self, text: str) -> str:
+        """A sentence in which every absolute path is shown as above."""
+        for base in sorted(self.bases, key=lambda base: -len(str(base))):
+            if base != base.parent:
+                text = text.replace(f"{base}/", "").replace(str(base), base.name)
+        return re.sub(r"(?<![\w:/.])~?/(?:[^\s/<>\"']+/)+[^\s/:<>\"',;()]*", lambda found: self.shown(found[0]), text)
 
 
 def collect(paths: Sequence[Path]) -> Report:
@@ -81,35 +152,91 @@ def collect(paths: Sequence[Path]) -> Report:
 
     InputError where there is nothing at all.
     """
-    report = Report([], [])
-    homes = [home for path in paths for home in _checkpoints(path)]
+    report = Report([], [], [path.resolve() if path.is_dir() else path.resolve().parent for path in paths])
+    homes = [home for path in paths for home in _below(path, DEPTH)]
+    exports = []
     for home in dict.fromkeys(home.resolve() for home in homes):
-        _guarded(report, home / "config.json", lambda home=home: report.entries.append(_entry(home)))  # type: ignore[misc]
+        if _is_export(home):
+            _guarded(report, home / MANIFEST, lambda home=home: exports.append(_export(report, home)))  # type: ignore[misc]
+        elif (home / "config.json").is_file():
+            _guarded(report, home / "config.json", lambda home=home: report.entries.append(_entry(report, home)))  # type: ignore[misc]
     _named_apart(report.entries)
+    _add_loose(report, paths)
+    for entry in list(report.entries):
+        _add_own(report, entry)
     for file in sorted({file.resolve() for path in paths for file in _files(path, "bench.json")}):
-        _guarded(report, file, lambda file=file: _add_bench(report.entries, read_json(file)))  # type: ignore[misc]
-    known = {entry.path for entry in report.entries}
-    for file in sorted({file.resolve() for path in paths for file in _files(path, "results.json")}):
-        if file.parent.parent not in known:
-            entry = Entry(file.parent.name if file.name == "results.json" else file.stem, file)
-            _guarded(report, file, lambda entry=entry, file=file: _add_tasks(entry, file))  # type: ignore[misc]
-            if entry.tasks:
-                report.entries.append(entry)
-    for entry in report.entries:
-        for name, add in (("results.json", _add_tasks), ("fidelity.json", _add_fidelity)):
-            file = entry.path / "eval" / name
-            if entry.shape is not None and file.is_file():
-                _guarded(report, file, lambda add=add, entry=entry, file=file: add(entry, file))  # type: ignore[misc]
+        _guarded(report, file, lambda file=file: _add_bench(report, read_json(file)))  # type: ignore[misc]
     if not report.entries:
         raise InputError(f"no checkpoint and no results.json below {', '.join(map(str, paths))}")
+    for export in exports:
+        next((entry.exports for entry in report.entries if entry.path == export.parent), report.lost).append(export)
+    _ordered(report)
+    for entry in report.entries:
+        _compare(report, entry)
     return report
 
 
-def _guarded(report: Report, file: Path, step: Any) -> None:
+def _add_loose(report: Report, paths: Sequence[Path]) -> None:
+    """Results that lie beside no checkpoint are entries of their own."""
+    known = {entry.path for entry in report.entries}
+    for file in sorted({file.resolve() for path in paths for file in _files(path, "results.json")}):
+        if file.parent.parent in known:
+            continue
+        home = file.parent.parent if file.parent.name == "eval" else file.parent
+        entry = Entry(home.name if file.name == "results.json" else file.stem, file)
+        _guarded(report, file, lambda entry=entry, file=file: _add_tasks(report, entry, file))  # type: ignore[misc]
+        if entry.results is not None:
+            report.entries.append(entry)
+
+
+def _add_own(report: Report, entry: Entry) -> None:
+    """What lies in the checkpoint's own folder."""
+    if entry.shape is None:
+        return
+    before = entry.lineage[-2]["tokens"] if len(entry.lineage) > 1 else 0
+    found: list[tuple[Path, Callable[[Path], None]]] = [
+        (entry.path / "eval/results.json", lambda file: _add_tasks(report, entry, file)),
+        (entry.path / "eval/baseline.json", lambda file: _add_baseline(report, entry, file)),
+        (entry.path / "eval/fidelity.json", lambda file: _add_fidelity(report, entry, file)),
+        (entry.path / "metrics.jsonl", lambda file: entry.loss.extend(_curve(file, "loss", before))),
+        (entry.path / "eval.jsonl", lambda file: entry.kl.extend(_curve(file, "reverse_kl", before))),
+    ]
+    for file, add in found:
+        if file.is_file():
+            _guarded(report, file, lambda add=add, file=file: add(file))  # type: ignore[misc]
+
+
+def _guarded(report: Report, file: Path, step: Callable[[], Any]) -> None:
     try:
         step()
     except Exception as error:  # files of strangers: whatever is wrong with one, the others are read
-        report.problems.append(f"{file}: {first_line(error)}")
+        told, where = report.clean(first_line(error)), report.shown(file)
+        report.problems.append(told if told.startswith(where) else f"{where}: {told}")
+
+
+def _ordered(report: Report) -> None:
+    """In the order of conversion: every teacher, then what was made of it, by Mamba layers and place in the lineage."""
+    teachers = [entry for entry in report.entries if any(report.teacher(other) is entry for other in report.entries)]
+
+    def place(entry: Entry) -> tuple[Any, ...]:
+        teacher = report.teacher(entry) or entry
+        family = teachers.index(teacher) if teacher in teachers else len(teachers) + (entry.shape is None)
+        return family, entry not in teachers, entry.mixers, len(entry.lineage), entry.tokens, entry.name
+
+    report.entries.sort(key=place)
+
+
+def _compare(report: Report, entry: Entry) -> None:
+    """With the teacher, by the gate's own comparison."""
+    teacher = report.teacher(entry)
+    for baseline in (None if teacher is None else teacher.results, entry.baseline):
+        if entry.drops or not entry.results or not baseline:
+            continue
+        try:
+            found, entry.apart = compare(entry.results, baseline), None
+            entry.drops = {(drop.task, drop.metric): drop for drop in found}
+        except Exception as error:  # files of strangers, as above
+            entry.apart = report.clean(first_line(error))
 
 
 def _below(path: Path, depth: int) -> Iterator[Path]:
@@ -120,10 +247,6 @@ def _below(path: Path, depth: int) -> Iterator[Path]:
                 yield from _below(child, depth - 1)
 
 
-def _checkpoints(path: Path) -> list[Path]:
-    return [home for home in _below(path, DEPTH) if (home / "config.json").is_file()]
-
-
 def _files(path: Path, name: str) -> list[Path]:
     """Files of this name below `path`, or `path` itself where it is one."""
     if path.is_file():
@@ -131,10 +254,35 @@ def _files(path: Path, name: str) -> list[Path]:
     return [home / name for home in _below(path, DEPTH + 1) if (home / name).is_file()]
 
 
-def _entry(home: Path) -> Entry:
+def _is_export(home: Path) -> bool:
+    try:
+        return (home / MANIFEST).is_file() and read_json(home / MANIFEST).get("command") == "export"
+    except InputError:
+        return False
+
+
+def _export(report: Report, home: Path) -> Export:
+    found = read_manifest(home)
+    assert found is not None
+    form = " ".join(str(found["settings"][key]) for key in ("format", "outtype") if found["settings"].get(key))
+    card = home / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    said = re.search(r"^## Verified\s+(.+)$", text, re.MULTILINE)
+    told = "" if said is None else report.clean(said[1].split("float32: ")[-1])[:300].rstrip(".")
+    verified = told if "greedy tokens equal" in told or told.startswith("not verified") else None
+    return Export(report.shown(home), form or "unknown format", (home / found["parent"]["path"]).resolve(), verified)
+
+
+def _entry(report: Report, home: Path) -> Entry:
     entry = Entry(home.name, home, anatomy(read_json(home / "config.json"), str(home)))
-    entry.lineage = [{**step, "tokens": int(step.get("tokens") or 0)} for step in lineage(home)]
+    entry.lineage = [
+        {"checkpoint": report.shown(step["checkpoint"]), "command": step["command"], "tokens": int(step.get("tokens") or 0)}
+        for step in lineage(home)
+    ]
     entry.tokens = entry.lineage[-1]["tokens"]
+    found = read_manifest(home)
+    if found is not None:
+        entry.origin = (home / found["root"]["path"]).resolve(), found["root"]["hash"]
     return entry
 
 
@@ -146,15 +294,52 @@ def _named_apart(entries: list[Entry]) -> None:
             entry.name = f"{entry.path.parent.name}/{entry.path.name}"
 
 
-def _add_tasks(entry: Entry, file: Path) -> None:
+def _add_tasks(report: Report, entry: Entry, file: Path) -> None:
+    _set_tasks(entry, read_results(file))
+    if not entry.figures and not entry.recall:
+        raise InputError(f"{report.shown(file)} holds no task")
+
+
+def _add_baseline(report: Report, entry: Entry, file: Path) -> None:
+    """The teacher's results, if they are that; the teacher's own where it has none."""
     found = read_results(file)
+    if not entry.origin[1] or found.get("checkpoint") != entry.origin[1]:
+        return
+    entry.baseline, teacher = found, report.teacher(entry)
+    if teacher is None:
+        teacher = Entry(Path(entry.lineage[0]["checkpoint"]).name, file)
+        report.entries.append(teacher)
+    if teacher.results is None and not (teacher.path / "eval/results.json").is_file():
+        _set_tasks(teacher, found)
+
+
+def _set_tasks(entry: Entry, found: dict[str, Any]) -> None:
+    """Groups by their own aggregates, and tasks that are in no group; recall tasks are told by length."""
+    groups = found.get("groups") or {}
+    inside = {task for group in groups.values() for task in group["tasks"]}
+    figures: dict[Key, Figure] = {}
+    for name, group in groups.items():
+        own = {str(key): float(value) for key, value in group["figures"].items()}
+        better = figures_in(found["tasks"][group["tasks"][0]])
+        for key, value in own.items():
+            more = bool(better[key]["higher_is_better"]) if key in better else True
+            figures[name, key] = Figure(value, more, key == main_figure(own))
     for task, told in found["tasks"].items():
-        scores = torch.tensor([float(d["score"]) for d in told["documents"]], dtype=torch.float64)
-        low, high = _interval(scores) if abs(float(scores.mean()) - told["value"]) < 1e-6 else (None, None)
-        entry.tasks[str(task)] = {
-            "metric": str(told["metric"]), "value": float(told["value"]), "low": low, "high": high,
-            "documents": len(scores), "limited": bool(found.get("limited")),
-        }  # fmt: skip
+        if task in inside or re.fullmatch(rf"{GROUP}_[a-z]+_\d+", task):
+            continue
+        for key, figure in figures_in(told).items():
+            low, high = _spread(figure)
+            figures[task, key] = Figure(float(figure["value"]), figure["higher_is_better"], key == told["metric"], low, high)
+    entry.results, entry.figures, entry.limited = found, figures, bool(found.get("limited"))
+    entry.recall = {length: sum(kinds.values()) / len(kinds) for length, kinds in by_length(found["tasks"]).items()}
+
+
+def _spread(figure: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The interval of a figure that is the mean of its scores."""
+    if not figure["scores"]:
+        return None, None
+    scores = torch.tensor([float(score) for score in figure["scores"]], dtype=torch.float64)
+    return _interval(scores) if abs(float(scores.mean()) - figure["value"]) < 1e-6 else (None, None)
 
 
 def _interval(scores: torch.Tensor) -> tuple[float | None, float | None]:
@@ -170,30 +355,43 @@ def _interval(scores: torch.Tensor) -> tuple[float | None, float | None]:
     return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
-def _add_fidelity(entry: Entry, file: Path) -> None:
+def _add_fidelity(report: Report, entry: Entry, file: Path) -> None:
     found = read_json(file)
     wanted = ("reverse_kl", "forward_kl", "agreement", "perplexity", "teacher_perplexity")
-    entry.fidelity = {key: float(found[key]) for key in wanted} | {"data": str(found["settings"]["data"])}
+    data = str(found["settings"]["data"])
+    data = report.shown(data) if data.startswith(("/", "~")) else report.clean(data)
+    entry.fidelity = {key: float(found[key]) for key in wanted} | {"data": data}
 
 
-def _add_bench(entries: list[Entry], found: dict[str, Any]) -> None:
+def _curve(file: Path, key: str, before: int) -> Iterator[tuple[float, float]]:
+    """Tokens since the teacher and what was logged then; a step whose loss was not finite has none."""
+    for line in file.read_text().splitlines():
+        told = json.loads(line)
+        value, tokens = told.get(key), float(told["tokens"])
+        if value is not None and math.isfinite(float(value)) and math.isfinite(tokens):
+            yield before + tokens, float(value)
+
+
+def _add_bench(report: Report, found: dict[str, Any]) -> None:
     """To the checkpoints that were timed, by path, else by name."""
+    machine = report.clean(str(found["machine"]))
     for name, told in found["checkpoints"].items():
         path = Path(str(found["paths"].get(name, name)))
-        match = [e for e in entries if e.path == path.resolve()] or [e for e in entries if e.path.name == path.name]
+        match = [e for e in report.entries if e.path == path.resolve()]
+        match = match or [e for e in report.entries if path.name in (e.path.name, e.name)]
         for entry in match[:1]:
-            entry.machine = str(found["machine"])
             kept = {(step["context"], step["batch"]): step for step in entry.steps}
-            kept |= {(step["context"], step["batch"]): step for step in map(_step, told["steps"])}
+            kept |= {(step["context"], step["batch"]): step for step in (_step(step, machine) for step in told["steps"])}
             entry.steps = [kept[key] for key in sorted(kept)]
             made = {(g["prompt"], g["new"]): g for g in entry.generations}
             made |= {(g["prompt"], g["new"]): g for g in map(_generation, told["generations"])}
             entry.generations = [made[key] for key in sorted(made)]
 
 
-def _step(told: dict[str, Any]) -> dict[str, Any]:
+def _step(told: dict[str, Any], machine: str) -> dict[str, Any]:
     speed = None if told["ms"] is None else float(told["tokens_per_second"])
-    return {"context": int(told["context"]), "batch": int(told["batch"]), "tokens_per_second": speed}
+    speed = None if speed is None or not 0 < speed < math.inf else speed
+    return {"context": int(told["context"]), "batch": int(told["batch"]), "tokens_per_second": speed, "machine": machine}
 
 
 def _generation(told: dict[str, Any]) -> dict[str, Any]:
