@@ -22,6 +22,7 @@ LESS_MEMORY = (
     "a smaller --batch-size or --seq-len helps; distill has --micro-batch-size, --gradient-checkpointing, --offload-teacher, "
     "--train mixers and more GPUs under torchrun, and its --dry-run says what is needed; export has --no-verify"
 )
+WIDE = 300  # columns where there is no terminal: nothing is cut there
 EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -68,7 +69,7 @@ class Output:
         for row in rows:
             table.add_row(*row)
         terminal = sys.stdout.isatty()
-        console = Console(file=sys.stdout, force_terminal=None if terminal else False, width=None if terminal else 120)
+        console = Console(file=sys.stdout, force_terminal=None if terminal else False, width=None if terminal else WIDE)
         console.print(title, soft_wrap=True, markup=False, highlight=False)
         console.print(table)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -131,11 +133,24 @@ def without_storage(make: Callable[[], M]) -> M:
     return model
 
 
+def keep_compiled_apart() -> None:
+    """A cache of compiled code for each kind of CPU and number of threads. To be called before anything is compiled.
+
+    torch keeps one for all: code for wide vectors that a narrower setting found there gave a loss of 67 instead of 122, without
+    a word, and the other way round it aborts (torch 2.13; `ATEN_CPU_CAPABILITY=avx2` after `avx512`, and before).
+    """
+    usual = str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual) == usual:  # torch has noted its own choice there by now
+        kind = f"{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}".replace(" ", "-").lower()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{usual}_{kind}"
+
+
 def compile_layers(model: Any) -> None:
     """torch.compile for each decoder layer in place: a graph a kind of layer, so 60 layers compile as fast as 3.
 
     The scans stay calls of their own kernels.
     """
+    keep_compiled_apart()
     # transformers runs all layers through one wrapper, whose graphs (kinds x masks x training) would soon reach the limit of 8
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.base_model.layers:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +148,26 @@ def test_without_a_compiler_the_loss_is_slow_but_there(monkeypatch: pytest.Monke
         plain_and_fused(Loss(), 5)
     plain_and_fused(Loss(), 6)  # says it once
     losses._fused.cache_clear()
+
+
+COMPILED = """
+import torch
+from hybridize.distillation.losses import Loss, _fused
+g = torch.Generator().manual_seed(40)
+student, teacher = (3 * torch.randn(40, 500, generator=g) for _ in range(2))
+scale = torch.rand(40, generator=g)
+labels = torch.randint(0, 500, (40,), generator=g)
+print(float(_fused()(Loss.parse("reverse-kl=.7,ce=.2", 1.3), student, teacher, labels, scale)))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for the CPU needs g++")
+def test_code_compiled_for_one_kind_of_cpu_is_not_run_on_another(tmp_path: Path) -> None:
+    """torch's own cache does not tell them apart, and then the loss is another, as on a home directory that machines share."""
+    found = []
+    for kind in ("avx512", "avx2", "avx512"):
+        told = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
+        environment = {**told, "ATEN_CPU_CAPABILITY": kind, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=True)
+        found.append(float(done.stdout))
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)

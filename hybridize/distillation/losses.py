@@ -22,6 +22,7 @@ from torch import Tensor
 from hybridize.distillation.pairs import named_numbers
 from hybridize.errors import InputError, first_line
 from hybridize.modeling import soft_capped
+from hybridize.runtime import keep_compiled_apart
 
 CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
 Terms = tuple[Tensor, Tensor]  # f and u, [n, V]
@@ -113,6 +114,7 @@ def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor
 @functools.cache
 def _fused() -> Callable[..., Tensor]:
     """`_replace`, compiled: it reads the logits three times instead of some twenty and keeps nothing in between."""
+    keep_compiled_apart()
     # a log-probability reads logits, maximum and sum, a term two of them: more than what the compiler by itself computes twice
     # instead of keeping it as another float32 [n, V]
     chosen = [torch.compile(_replace, options={"realize_reads_threshold": 16})]

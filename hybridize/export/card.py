@@ -65,9 +65,9 @@ def model_card(
     lines = [
         front_matter(origin, name), f"# Hybrid of {teacher}", "",
         f"A language model that decodes faster than the transformer it comes from, {teacher}: {len(mixers)} of its "
-        f"{len(kinds)} attention layers were replaced by Mamba layers (mixer: {(config['mixer'] or {}).get('kind')}), whose memory does not "
-        f"grow with the text. The new layers started from the attention's own weights, {how}, by hybridize after the method of "
-        "Apriel-H1 (arXiv 2511.02651). Tokenizer, chat template and vocabulary are the teacher's.",
+        f"{len(kinds)} attention layers were replaced by Mamba layers (mixer: {(config['mixer'] or {}).get('kind')}), whose "
+        f"memory does not grow with the text. The new layers started from the attention's own weights, {how}, by hybridize "
+        "after the method of Apriel-H1 (arXiv 2511.02651). Tokenizer, chat template and vocabulary are the teacher's.",
         "", f"    {strip}   (first layer left: M Mamba, a attention)", "",
         "## Use", "", use, "",
         "## Results", "", *result_lines(origin),
