@@ -22,11 +22,12 @@ DOCUMENTS = 50  # of each kind and length
 ANSWER = 48  # tokens of an answer at most
 ROOM = 96  # tokens of a length that the answer and a chat template's own text may take
 SHORTEST = 512
-CHAIN = 3  # variables, of which the first has a number
+CHAIN = 3  # variables that have one value
 PLACES = (
     "Oslo", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Perth", "Lagos", "Basel", "Kyoto", "Sofia", "Riga", "Dakar", "Minsk",
     "Seoul", "Tunis", "Bern", "Hanoi", "Porto", "Accra", "Leeds", "Malmo", "Nancy", "Osaka",
 )  # fmt: skip
+UNTIL = {"variables": ["\n\n\n"]}  # a list may be written over several lines
 Document = dict[str, str]
 Sentences = list[str]
 
@@ -55,16 +56,12 @@ def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]
 
 
 def _variables(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
-    """A value that is handed on twice; another chain beside it."""
-    letters = draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 2 * CHAIN)
-    names = [[f"{letter}{draw.randint(1, 9)}" for letter in chain] for chain in (letters[:CHAIN], letters[CHAIN:])]
-    values, hidden = [_number(draw) for _ in names], list[Sentences]()
-    for chain, value in zip(names, values, strict=True):
-        steps = [f"Variable {chain[0]} has the value {value}."]
-        hidden.append(steps + [f"Variable {new} has the same value as {old}." for old, new in itertools.pairwise(chain)])
-    last = names[0][-1]
-    mixed = [step for pair in zip(*hidden, strict=True) for step in pair]
-    return mixed, f"Which number is the value of variable {last}?", f"The value of variable {last} is the number", values[0]
+    """A value that is handed on from variable to variable: which of them have it? As RULER's variable tracking with one chain."""
+    names = [f"{letter}{draw.randint(1, 9)}" for letter in draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", CHAIN)]
+    value = _number(draw)
+    hidden = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names))]
+    question = f"Find all variables that are assigned the value {value} in the text above, directly or by way of another."
+    return hidden, question, f"The variables with the value {value} are", " ".join(names)
 
 
 def _copy(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
@@ -133,9 +130,13 @@ def _sizes(tokenizer: Any) -> dict[str, int]:
 
 
 def judge(document: Document, answers: Sequence[str]) -> dict[str, float]:
-    """Whether the answer begins with the numbers that were asked for, whatever stands between them."""
-    wanted, said = re.findall(r"\d+", document["answer"]), re.findall(r"\d+", answers[0])
-    return {"recall": float(said[: len(wanted)] == wanted)}
+    """Whether the answer begins with the numbers that were asked for, in their order, or names all the variables and no other."""
+    wanted = document["answer"].split()
+    if wanted[0].isdecimal():
+        said = re.findall(r"\d+", answers[0])
+        return {"recall": float(said[: len(wanted)] == wanted)}
+    named = list(dict.fromkeys(re.findall(r"\b[A-Z]\d\b", answers[0])))
+    return {"recall": float(set(named[: len(wanted)]) == set(wanted))}
 
 
 def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
@@ -161,7 +162,7 @@ def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
                         "task": f"{GROUP}_{kind}_{length}", "custom_dataset": load, "test_split": "test",
                         "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{answer}}",
                         "gen_prefix": "{{prefix}}", "process_results": judge, "metadata": {"version": 1.0},
-                        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER},
+                        "generation_kwargs": {"until": UNTIL.get(kind, ["\n"]), "do_sample": False, "max_gen_toks": ANSWER},
                         "metric_list": [{"metric": "recall", "aggregation": "mean", "higher_is_better": True}],
                     }
                 )
