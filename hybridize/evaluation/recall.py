@@ -56,7 +56,7 @@ def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]
 
 
 def _variables(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
-    """A value that is handed on from variable to variable: which of them have it? As RULER's variable tracking with one chain."""
+    """A value that is handed on from variable to variable: which have it? As RULER's variable tracking with one chain."""
     names = [f"{letter}{draw.randint(1, 9)}" for letter in draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", CHAIN)]
     value = _number(draw)
     hidden = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names))]
@@ -130,7 +130,7 @@ def _sizes(tokenizer: Any) -> dict[str, int]:
 
 
 def judge(document: Document, answers: Sequence[str]) -> dict[str, float]:
-    """Whether the answer begins with the numbers that were asked for, in their order, or names all the variables and no other."""
+    """Whether the answer begins with the numbers that were asked for, in their order, or with all the variables alone."""
     wanted = document["answer"].split()
     if wanted[0].isdecimal():
         said = re.findall(r"\d+", answers[0])
