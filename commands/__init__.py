@@ -31,7 +31,7 @@ COMMANDS = (
 )
 
 app = typer.Typer(
-    name="hybridize", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    name="hybridize", no_args_is_help=True, add_completion=True, rich_markup_mode=None,
     help="Turns a transformer into a fast hybrid: attention layers become Mamba layers, distilled back to the teacher.",
 )  # fmt: skip
 

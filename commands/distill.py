@@ -156,8 +156,8 @@ def command(
         _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype, trust_remote_code)
         return
     check_output(target, overwrite or resume, source.path, *([origin.path] if origin else []))
-    from hybridize.distillation.distill import check_vocabularies, distill, open_corpus
-    from hybridize.distillation.ranks import join, leave
+    from hybridize.distillation.distill import check_vocabularies, open_corpus
+    from hybridize.distillation.ranks import join
     from hybridize.distillation.run_dir import RunDir
     from hybridize.runtime import pick_compute, quiet_transformers, ran_on
 
@@ -180,7 +180,23 @@ def command(
         return
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
+    _train(
+        out, source, checkpoint, origin, corpus, settings, target, spec, device=where, dtype=compute, overwrite=overwrite,
+        resume=resume, log_every=log_every, trust_remote_code=trust_remote_code, run=run, ranks=ranks,
+    )  # fmt: skip
+
+
+def _train(
+    out: Output, source: Any, checkpoint: str, origin: Any, corpus: Any, settings: Any, target: Path, spec: str, *, run: Any,
+    ranks: Any, **given: Any,
+) -> None:  # fmt: skip
+    """Trains and says how it goes: at the start what is learnt, then steps and measures, at the end what came of it."""
+    from hybridize.distillation.distill import distill
+    from hybridize.distillation.ranks import leave
+
+    where = given["device"]
     last: dict[str, Any] = {}
+    measured: list[float] = []
     say_tuning(out, where, source.config.get("mixer"))
 
     def report(event: dict[str, Any]) -> None:
@@ -190,6 +206,7 @@ def command(
             return
         last[kind] = event
         if kind == "eval":
+            measured.append(event["reverse_kl"])
             out.note(
                 f"step {event['step']}: held-out reverse KL {event['reverse_kl']:.4f}, forward KL {event['forward_kl']:.4f}, "
                 f"agreement {event['agreement']:.4f} ({event['heldout_tokens']} tokens)"
@@ -207,10 +224,15 @@ def command(
     if packing is not None:
         out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
     out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
-    used = distill(
-        source, checkpoint, origin, corpus, settings, target, device=where, dtype=compute, overwrite=overwrite, resume=resume,
-        log_every=log_every, trust_remote_code=trust_remote_code, run=run, ranks=ranks, report=report,
-    )  # fmt: skip
+    cut = min(settings.warmup_steps, settings.total_steps // 2)
+    if cut < settings.warmup_steps:
+        asked = f"--warmup-steps {settings.warmup_steps}"
+        out.note(f"warm-up: {cut} of {settings.total_steps} steps; it takes at most half of a run ({asked})")
+    try:
+        used = distill(source, checkpoint, origin, corpus, settings, target, run=run, ranks=ranks, report=report, **given)
+    except KeyboardInterrupt:
+        _say_of_interrupt(out, run, settings)
+        raise
 
     leave()
     if not ranks.main:
@@ -219,10 +241,31 @@ def command(
     if steps_done < settings.total_steps:
         out.note(f"ended after {steps_done} steps: no better in {settings.stop_when_flat} measures")
 
+    _warn_of_harm(out, measured, settings)
+
     def human() -> None:
         print(f"{target}: trained on {used:,} tokens")
 
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
+
+
+def _say_of_interrupt(out: Output, run: Any, settings: Any) -> None:
+    """What an interrupted run leaves, and how to go on with it."""
+    steps = run.steps()
+    if steps:
+        saved = f"{steps[-1]} of {settings.total_steps} steps are saved in {run.path}"
+        out.warn(f"{saved}; the same command with --resume goes on from there")
+    else:
+        out.warn(f"nothing was saved yet; the same command with --overwrite starts again, and {run.path} may be removed")
+
+
+def _warn_of_harm(out: Output, measured: list[float], settings: Any) -> None:
+    """Says so where training has taken the student further from its teacher, and what to try."""
+    if len(measured) > 1 and measured[-1] > measured[0]:
+        out.warn(
+            f"the held-out reverse KL ended at {measured[-1]:.4f}, above the {measured[0]:.4f} where it began: the rates are "
+            f"too high for this model or warm-up; try --lr-mixer {settings.lr_mixer * 0.3:.1g} --lr {settings.lr * 0.3:.1g}"
+        )
 
 
 def _cut(packing: Any) -> str:

@@ -29,6 +29,8 @@ EVERY = 10.0  # seconds between progress lines where there is no terminal
 class Output:
     """as_json: nothing but one JSON object on stdout. quiet: nothing but errors."""
 
+    unended = False  # whether the terminal's last line is progress that the next one would be glued to
+
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self._said = 0.0
@@ -36,10 +38,10 @@ class Output:
     def note(self, text: str) -> None:
         """A line about what is going on, to stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}")
 
     def progress(self, text: str, last: bool = False) -> None:
         """The latest state: rewritten in place on a terminal, a line every ten seconds elsewhere."""
@@ -47,6 +49,7 @@ class Output:
             return
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+            Output.unended = not last
         elif last or time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
             print(text, file=sys.stderr, flush=True)
@@ -72,6 +75,14 @@ class Output:
         console = Console(file=sys.stdout, force_terminal=None if terminal else False, width=None if terminal else WIDE)
         console.print(title, soft_wrap=True, markup=False, highlight=False)
         console.print(table)
+
+
+def say(text: str) -> None:
+    """A line of its own on stderr."""
+    if Output.unended:
+        print(file=sys.stderr)
+        Output.unended = False
+    print(text, file=sys.stderr, flush=True)
 
 
 def guarded(function: F) -> F:
@@ -106,5 +117,5 @@ def _fail(message: str, code: int) -> None:
     error = sys.exception()
     if os.environ.get("HYBRIDIZE_DEBUG") == "1" and error is not None:
         raise error
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(f"error: {message}")
     raise typer.Exit(code)

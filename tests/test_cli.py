@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -388,6 +389,48 @@ def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) 
     assert "is a directory" in cli.fails("eval", "h4", *common, "--junit", "ci")
 
 
+def test_an_interrupted_run_says_what_is_saved(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridize.distillation import training
+
+    cli("replace", "--indices", "1")
+    common = ("distill", "h1", "--steps", 4, "--batch-size", 2, "--seq-len", 48, "--warmup-steps", 50, "--device", "cpu")
+    update, calls = training.update, []
+
+    def interrupted(*given: object) -> None:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        update(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "update", interrupted)
+        cli.fails(*common, code=130)
+    assert "2 of 4 steps are saved in h1-kd.run; the same command with --resume goes on from there" in cli.stderr
+    assert "warm-up: 2 of 4 steps; it takes at most half of a run (--warmup-steps 50)" in cli.stderr
+    cli(*common, "--resume")
+    assert (place / "h1-kd/config.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cli.fails(*common, "-o", "none", code=130)
+    assert "nothing was saved yet" in cli.stderr
+
+
+def test_training_that_harms_says_so(place: Path, cli: Runner) -> None:
+    cli("replace", "--indices", "1")
+    common = ("distill", "h1", "--steps", 6, "--batch-size", 2, "--seq-len", 48, "--device", "cpu", "--eval-every", 0)
+    cli(*common, "-o", "good", "--lr", 1e-9, "--lr-mixer", 1e-3)
+    assert "above the" not in cli.stderr
+    cli(*common, "-o", "bad", "--lr", 3, "--lr-mixer", 3)
+    assert re.search(
+        r"held-out reverse KL ended at [\d.]+, above the [\d.]+ where it began: .* --lr-mixer 0.9 --lr 0.9", cli.stderr
+    )
+
+
+def test_the_package_is_the_command_line_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "hybridize", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("hybridize ")
+
+
 BAD = [
     (("distill", "--loss", "ce", "--steps", 1, "--cuda-graph"), "--cuda-graph needs a CUDA device"),
     (("distill", "--steps", 1, "--stage", "align", "--cuda-graph"), "--cuda-graph needs --stage distill"),
@@ -536,6 +579,8 @@ def test_help_is_fast_and_free_of_torch() -> None:
 
 def test_the_library_knows_no_command_line() -> None:
     for path in Path(hybridize.__file__).parent.rglob("*.py"):
+        if path.name == "__main__.py":  # `python -m hybridize`
+            continue
         text = path.read_text()
         for word in ("import typer", "from typer", "import rich", "from rich", "hybridize.commands", "sys.argv"):
             assert word not in text, (path, word)

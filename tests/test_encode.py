@@ -344,6 +344,17 @@ def test_each_named_template_is_asked_whether_it_takes_lists() -> None:
         assert shown(tokenizer, encoder.encode(row, str(more)))[0].startswith("<|user|>Q1<|end|>")
 
 
+def test_parts_of_an_answer_are_not_lost_where_they_are_joined() -> None:
+    """By line breaks for templates that take texts, by themselves for those that take lists."""
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]}
+    assert learnt(None, ASK, parts) == ("1\n2<|end|>", [])
+    takes = make_tokenizer().chat_template.replace(
+        "{{ m['content'] }}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+    )
+    assert learnt(takes, ASK, parts) == ("12<|end|>", [])
+
+
 def test_small_things_of_pairs() -> None:
     tokenizer = without_template(marked_tokenizer("<bos> $A"))
     encoder = Encoder(tokenizer, "assistant")

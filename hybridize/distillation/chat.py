@@ -128,14 +128,10 @@ class ChatTemplate:
         """
         found = self._marks.search(tail) if self._marks else None
         if found is None:
-            mark = _TEXT_MARK.match(tail)
-            end = (
-                mark.end()
-                if mark
-                else len(tail)
-                if not tail.strip()
-                else self._as_before_a_question(conversation, at, tail, where)
-            )
+            if mark := _TEXT_MARK.match(tail):
+                end = mark.end()
+            else:
+                end = self._as_before_a_question(conversation, at, tail, where) if tail.strip() else len(tail)
             return tail[:end], tail[end:]
         end, last = found.end(), self.tokenizer.eos_token
         while last and last in self._run(tail, end) and not tail[:end].endswith(last):
@@ -185,11 +181,11 @@ class ChatTemplate:
         if lead and text.startswith(lead):
             rest = text.removeprefix(lead)
             text = _lead(lead, prompt, rest) + rest
-        thought, content = message.get(REASONING[0], ""), _joined(message.get("content", ""))
-        source = self._source(conversation)
+        thought, source = message.get(REASONING[0], ""), self._source(conversation)
         if thought.strip() and thought.strip() not in text and "</think>" in source and not message.get("tool_calls"):
-            text, thought = f"<think>\n{thought.strip()}\n</think>\n\n{content}", ""  # the block that the template cuts out
-        return (text, ending, after), _lost(text, thought, content, message.get("tool_calls", ()))
+            written = _joined(message.get("content", ""))
+            text, thought = f"<think>\n{thought.strip()}\n</think>\n\n{written}", ""  # the block that the template cuts out
+        return (text, ending, after), _lost(text, thought, _texts(message), message.get("tool_calls", ()))
 
     def _last_marks(self, body: str) -> tuple[str, str, str]:
         """`body` in three: the special token that it closes with, what stands before, and line breaks after it."""
@@ -287,21 +283,20 @@ def _until_cut(text: str, message: Message) -> str:
     """An answer of several parts up to the last thing that was written before it was cut."""
     if _is_plain(message) or "tool_calls" in message:
         return text
-    last = _joined(message.get("content", "")) or message.get(REASONING[0], "")
+    last = next((part for part in reversed(_texts(message)) if part), message.get(REASONING[0], ""))
     for written in (last, last.strip()):
         if written and written in text:
             return text[: text.rfind(written) + len(written)]
     return text
 
 
-def _lost(text: str, thought: str, content: str, calls: Sequence[dict[str, Any]]) -> str:
+def _lost(text: str, thought: str, contents: Sequence[str], calls: Sequence[dict[str, Any]]) -> str:
     """What of an answer's parts does not stand in `text`: reasoning, then content, then names and arguments of calls."""
-    missing, (thought, content) = [], (thought.strip(), content.strip())
+    thought, contents = thought.strip(), [part.strip() for part in contents]
     begin = text.find(thought) + len(thought) if thought in text else 0
-    if thought and (thought not in text or (content in text and content not in text[begin:])):
-        missing.append(thought)  # or it stands in the content alone
-    if content not in text:
-        missing.append(content)
+    missing = [part for part in contents if part not in text]
+    if thought and (thought not in text or any(part in text and part not in text[begin:] for part in contents)):
+        missing.insert(0, thought)  # or it stands in the content alone
     for call in calls:
         function = _function(call)
         values = list(_values(function.get("arguments")))
@@ -343,6 +338,12 @@ def _shared(one: str, other: str) -> int:
 def _same_end(one: str, other: str) -> int:
     """Length of the common suffix."""
     return _shared(one[::-1], other[::-1])
+
+
+def _texts(message: Message) -> list[str]:
+    """The content of a message, part by part."""
+    content = message.get("content", "")
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def _joined(content: Any) -> str:
