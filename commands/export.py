@@ -23,8 +23,11 @@ def command(
         str | None, typer.Option("--outtype", help="Matrices of a gguf: f32, f16 or q8_0 [default: f16].")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare the result with the checkpoint in its runtime.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify", help="Compare the result with the checkpoint in its runtime, or fail [default: if it can]."
+        ),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="The teacher's hub id, for the card [default: where it is known].")
     ] = None,
@@ -55,7 +58,7 @@ def command(
     from hybridize.export.push import check_push, push
     from hybridize.runtime import pick_device, quiet_transformers
 
-    settings = ExportSettings(form, outtype, verify, base_model, license_)
+    settings = ExportSettings(form, outtype, verify is not False, verify is True, base_model, license_)
     if private and push_to_hub is None:
         raise InputError("--private has no use without --push-to-hub")
     source = open_checkpoint(checkpoint, revision)
@@ -72,6 +75,9 @@ def command(
     if push_to_hub is not None:
         out.progress(f"uploading to {push_to_hub}")
         address = push(target, push_to_hub, private)
+
+    if found.crashed:
+        out.warn(f"{target} is written but not verified: {found.unverified}")
 
     def human() -> None:
         print(f"{target}: {', '.join(found.files)}")

@@ -91,7 +91,8 @@ def test_code_that_does_not_run_never_appears(tmp_path: Path, cli: Runner, monke
     monkeypatch.setattr(exporting, "write_hf", spoiled)
     before = sorted(tmp_path.rglob("*"))
     text = cli.fails("export", source, "-o", tmp_path / "out", code=1)
-    assert "does not load in transformers (RuntimeError: spoiled)" in text
+    assert "the export does not load in transformers" in text
+    assert "(RuntimeError: spoiled)" in text
     assert sorted(tmp_path.rglob("*")) == before
 
 

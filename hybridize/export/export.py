@@ -18,7 +18,15 @@ from hybridize.export.gguf import check_gguf, write_gguf
 from hybridize.export.granite import Embedding, embed, write_granite
 from hybridize.export.hf import check_hf, write_hf
 from hybridize.export.origin import read_origin
-from hybridize.export.verify import Verdict, ask_llama_cpp, ask_own_code, ask_transformers, reference, runtime_missing
+from hybridize.export.verify import (
+    RuntimeCrash,
+    Verdict,
+    ask_llama_cpp,
+    ask_own_code,
+    ask_transformers,
+    reference,
+    runtime_missing,
+)
 from hybridize.runtime import load_tokenizer
 
 FORMATS = ("hf", "granite", "gguf")
@@ -28,22 +36,25 @@ Report = Callable[[str], None]
 @dataclass(frozen=True)
 class ExportSettings:
     """form: one of FORMATS; outtype: how a gguf file keeps matrices (None elsewhere, else f16); verify: ask the runtime;
-    base_model, license: what the card is to say of the teacher, where its files do not."""
+    insist: a runtime that cannot answer is an error, else the result is kept and called unverified; base_model, license: what
+    the card is to say of the teacher, where its files do not."""
 
     form: str = "hf"
     outtype: str | None = None
     verify: bool = True
+    insist: bool = False
     base_model: str | None = None
     license: str | None = None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """files of the directory; verdict of the runtime, or None and why there is none."""
+    """files of the directory; verdict of the runtime, or None and why there is none; crashed: it was asked and died."""
 
     files: list[str]
     verdict: Verdict | None
     unverified: str | None
+    crashed: bool = False
 
 
 def check_export(source: CheckpointReader, name: str, settings: ExportSettings) -> Embedding | None:
@@ -59,7 +70,10 @@ def check_export(source: CheckpointReader, name: str, settings: ExportSettings) 
         embedding = embed(source, name, "granite")
     else:
         check_hf(source, name)
-    if settings.verify and runtime_missing(settings.form) is None:
+    missing = runtime_missing(settings.form)
+    if settings.insist and missing is not None:
+        raise InputError(f"--verify: {missing}")
+    if settings.verify and missing is None:
         try:
             load_tokenizer(source.path)
         except InputError as error:
@@ -101,16 +115,21 @@ def export(
                 use = use.replace(card.VLLM, card.NOT_VLLM)
         else:
             write_hf(source, path, lineage)
-        verdict = None
+        verdict, crashed = None, False
         if missing is None:
             report("computing the checkpoint's own answers")
             wanted = reference(source.path, load_tokenizer(source.path), device)
             report("asking the runtime")
-            if settings.form == "gguf":
-                verdict = ask_llama_cpp(made, wanted, outtype)
-            else:
-                verdict = (ask_own_code if settings.form == "hf" else ask_transformers)(made, wanted, device)
+            try:
+                if settings.form == "gguf":
+                    verdict = ask_llama_cpp(made, wanted, outtype)
+                else:
+                    verdict = (ask_own_code if settings.form == "hf" else ask_transformers)(made, wanted, device)
+            except RuntimeCrash as error:
+                if settings.insist:
+                    raise
+                missing, crashed = str(error), True
         said = verdict.sentence() if verdict else f"not verified: {missing}"
         (path / "README.md").write_text(card.model_card(source, manifest, use, said, origin, output.name), encoding="utf-8")
         seal_again(path)
-    return Exported(sorted(file.name for file in output.iterdir()), verdict, missing)
+    return Exported(sorted(file.name for file in output.iterdir()), verdict, missing, crashed)

@@ -6,10 +6,11 @@ The reference is the checkpoint itself in float32: greedy tokens after a few pro
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
+import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hybridize.errors import WorkError
+from hybridize.errors import WorkError, first_line
 from hybridize.export.ask import answers, plain_greedy
 from hybridize.runtime import load_model
 
@@ -33,6 +34,7 @@ PROMPTS = (
     "It was a bright cold day in April, and the clocks were striking thirteen. In 1984 he wrote that down, twice; why?",
 )
 NEW_TOKENS = 32
+PATIENCE = 1800.0  # seconds for a foreign runtime's answers
 BOUND = 1e-4  # of the largest logit: rounding grows with the numbers rounded
 BOUNDS = {"f32": BOUND, "f16": 2e-2, "q8_0": 0.5}  # the last two are there to catch another model, not to judge rounding
 
@@ -105,27 +107,64 @@ def ask_transformers(path: Path, wanted: Reference, device: torch.device) -> Ver
 
 def ask_own_code(path: Path, wanted: Reference, device: torch.device) -> Verdict:
     """The code beside the weights, in a process that has not imported ours."""
+    told = {"model": str(path), "prompts": wanted.prompts, "sequences": wanted.sequences, "device": str(device)}
+    found, metadata_ = _asked("hybridize.export.ask", told, f"transformers {metadata.version('transformers')}", "not exported")
+    assert metadata_["module"].startswith("transformers_modules"), metadata_
+    logits, made = _parts(found, len(wanted.prompts))
+    return judge(_transformers(metadata_["class"]), wanted, logits, made, BOUND, exact=True)
+
+
+class RuntimeCrash(WorkError):
+    """A foreign runtime died, hung or said nothing that can be read: what it would compute is not known."""
+
+
+def _asked(module: str, told: dict[str, Any], runtime: str, else_: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a module of ours that drives a foreign runtime answers, in a process of its own: tensors and their metadata.
+
+    WorkError where it says what is wrong (ending with `else_`), RuntimeCrash where it cannot.
+    """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.safetensors"
-        told = {
-            "model": str(path), "answer": str(answer), "prompts": wanted.prompts, "sequences": wanted.sequences,
-            "new_tokens": NEW_TOKENS, "device": str(device),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "hybridize.export.ask"]
+        given = json.dumps(told | {"answer": str(answer), "new_tokens": NEW_TOKENS})
         environment = {**os.environ, "HF_MODULES_CACHE": folder}
-        done = subprocess.run(
-            command, env=environment, input=json.dumps(told), capture_output=True, text=True, check=False
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", module], env=environment, input=given, capture_output=True, text=True, check=False,
+                timeout=PATIENCE, errors="replace",
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeCrash(f"{runtime} gave no answer in {PATIENCE:.0f} s on this CPU ({_cpu()})") from error
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            raise RuntimeCrash(f"{runtime} died of {name} on this CPU ({_cpu()})")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise WorkError(f"the exported directory does not load in transformers ({last}); not exported")
-        with safe_open(answer, "pt") as file:
-            kind, module = file.metadata()["class"], file.metadata()["module"]
-            parts = range(len(wanted.prompts))
-            logits = [file.get_tensor(f"logits.{i}") for i in parts]
-            made = [file.get_tensor(f"made.{i}").tolist() for i in parts]
-    assert module.startswith("transformers_modules"), module
-    return judge(_transformers(kind), wanted, logits, made, BOUND, exact=True)
+            raise WorkError(f"the export does not load in {runtime} ({last}); {else_}")
+        try:
+            with safe_open(answer, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise RuntimeCrash(f"{runtime} ended without an answer that can be read ({first_line(error)})") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of no known version"
+
+
+def _parts(found: dict[str, Tensor], count: int) -> tuple[list[Tensor], list[list[int]]]:
+    return [found[f"logits.{i}"] for i in range(count)], [found[f"made.{i}"].tolist() for i in range(count)]
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _transformers(kind: str) -> str:
@@ -133,43 +172,18 @@ def _transformers(kind: str) -> str:
 
 
 def ask_llama_cpp(file: Path, wanted: Reference, outtype: str) -> Verdict:
-    """As above through llama-cpp-python on the CPU with a float32 cache, one prompt at a time; tokens of PROMPTS as well."""
-    import llama_cpp
-    import numpy
-
-    _silence_llama_cpp()
-    logits, made = [], []
-    for text, prompt, sequence in zip(PROMPTS, wanted.prompts, wanted.sequences, strict=True):
-        f32 = llama_cpp.GGML_TYPE_F32
-        room = max(len(sequence), len(prompt) + NEW_TOKENS) + 1
-        told = {"n_ctx": room, "n_batch": room, "logits_all": True, "type_k": f32, "type_v": f32, "verbose": False}
-        model = llama_cpp.Llama(str(file), **told)
-        ours = model.tokenize(text.encode(), special=True)
+    """As above through llama-cpp-python; tokens of PROMPTS as well."""
+    name = f"llama.cpp (llama-cpp-python {_version('llama-cpp-python')})"
+    told = {"model": str(file), "texts": PROMPTS, "prompts": wanted.prompts, "sequences": wanted.sequences}
+    found, _ = _asked("hybridize.export.ask_llama", told, name, "not exported")
+    for i, (text, prompt) in enumerate(zip(PROMPTS, wanted.prompts, strict=True)):
+        ours = found[f"tokens.{i}"].tolist()
         if ours != prompt:
             raise WorkError(
                 f"llama.cpp splits {text!r} into other tokens ({ours[:8]} ...) than the tokenizer ({prompt[:8]} ...)"
             )
-        model.eval(sequence)
-        logits.append(torch.from_numpy(numpy.array(model.scores[: len(sequence)])))
-        model.reset()
-        model = llama_cpp.Llama(str(file), **told)
-        model.eval(prompt)
-        new: list[int] = []
-        for _ in range(len(sequence) - len(prompt)):
-            new.append(int(model.scores[model.n_tokens - 1].argmax()))
-            model.eval(new[-1:])
-        made.append(new)
-    name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+    logits, made = _parts(found, len(wanted.prompts))
     return judge(name, wanted, logits, made, BOUNDS[outtype], exact=outtype == "f32")
-
-
-@functools.cache  # keeps hold of the callback as long as llama.cpp may call it
-def _silence_llama_cpp() -> Any:
-    import llama_cpp
-
-    callback = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(callback, None)
-    return callback
 
 
 def judge(runtime: str, wanted: Reference, logits: list[Tensor], made: list[list[int]], share: float, exact: bool) -> Verdict:
