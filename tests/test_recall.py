@@ -139,6 +139,16 @@ def test_tasks_that_run_code_want_a_word(place: Path, cli: Runner) -> None:
     common = ("eval", "teacher", "--tasks", "running", "--include-path", "tasks", "--limit", 2)
     assert "task running runs the code that the model writes; --confirm-run-unsafe-code" in cli.fails(*common)
     cli(*common, "--confirm-run-unsafe-code")
+    judge = (
+        "import subprocess\ndef judge(doc, results):\n    return {'exact_match': float(subprocess.run(['true']).returncode)}\n"
+    )
+    (place / "tasks/judging.py").write_text(judge)
+    (place / "tasks/unmarked.yaml").write_text(
+        text.replace("task: tiny_exact", "task: unmarked") + "\nprocess_results: !function judging.judge\n"
+    )
+    given = ("eval", "teacher", "--tasks", "unmarked", *common[4:], "-o", "out")
+    assert "task unmarked runs the code" in cli.fails(*given), "also where nobody has marked it"
+    cli(*given, "--confirm-run-unsafe-code")
 
 
 @pytest.mark.parametrize("task", ["tiny_choice", "tiny_exact"])

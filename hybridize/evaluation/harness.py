@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hybridize.distillation.ranks import Ranks
 
 # read, and what its last positions should predict -> log-probability, and whether each token was the most likely
+_RUNS = re.compile(r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)")  # in the source of a task's judge
 Progress = Callable[[int, int], None]  # requests answered, of how many
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
 
@@ -156,10 +157,21 @@ def repeatable(manager: Any) -> Any:
 
 
 def check_code(manager: Any, settings: EvalSettings, confirmed: bool) -> None:
-    """Loads the tasks; InputError naming the first that runs what a model writes, unless that is `confirmed`."""
+    """Loads the tasks; InputError naming the first that runs what a model writes, unless that is `confirmed`: one that lm-eval
+    marks so, or whose judge starts processes or executes text."""
     for name, task in _loaded(manager, settings).items():
-        if getattr(task, "UNSAFE_CODE", False) and not confirmed:
+        if not confirmed and (getattr(task, "UNSAFE_CODE", False) or _RUNS.search(_source_of_judge(task))):
             raise InputError(f"task {name} runs the code that the model writes; --confirm-run-unsafe-code if you want that")
+
+
+def _source_of_judge(task: Any) -> str:
+    """The file that a task's own process_results stands in, as text; empty where it has none."""
+    judge = getattr(getattr(task, "config", None), "process_results", None)
+    code = getattr(getattr(judge, "func", judge), "__code__", None)
+    try:
+        return "" if code is None else Path(code.co_filename).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def check_metrics(manager: Any, settings: EvalSettings, chosen: Mapping[str, str]) -> None:
