@@ -168,7 +168,7 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
     assert not list(place.glob("*.run"))
     assert not list(place.glob(".*tmp*"))
     card = (place / "release/README.md").read_text()
-    assert "3 of 4 attention layers are Mamba" in card
+    assert "3 of its 4 attention layers were replaced by Mamba layers" in card
     tokens = torch.randint(4, 260, (1, 9))
     first = AutoModelForCausalLM.from_pretrained("h3").model.norm.weight
     last = AutoModelForCausalLM.from_pretrained("h3-sft")
