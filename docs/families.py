@@ -15,11 +15,13 @@ from tests.families import FAMILY, make_family
 
 HEAD = """# Families
 
-What surgery makes of each family's attention, written by `python docs/families.py` from the code that decides, on tiny random
-models of the real classes ([tests/families.py](../tests/families.py)). Else `q_proj` becomes C, `k_proj` B, `v_proj` x and
-`o_proj` `out_proj`, key/value heads are repeated to query heads, and RoPE ends. Another tensor in an attention layer, a family
-that is not here, or RoPE of type longrope is refused by its name before anything is written. All of these pass the same tests:
-cached, padded, packed, in beams, with gradient checkpointing ([tests/test_families.py](../tests/test_families.py)).
+What surgery makes of each family's attention, written by `python docs/families.py` from the code
+that decides, on tiny random models of the real classes ([tests/families.py](../tests/families.py)).
+Else `q_proj` becomes C, `k_proj` B, `v_proj` x and `o_proj` `out_proj`, key/value heads are
+repeated to query heads, and RoPE ends. Another tensor in an attention layer, a family that is not
+here, or RoPE of type longrope is refused by its name before anything is written. All of these pass
+the same tests: cached, padded, packed, in beams, with gradient checkpointing
+([tests/test_families.py](../tests/test_families.py)).
 
 | teacher | has -> becomes |
 |---|---|
