@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from hybridize import __version__
 
 from .interrupts import interruptible
 from .output import EXIT_INTERRUPTED
 
-COMMANDS = (
-    "score_loo",
-    "score_mmr",
-    "score_restore",
-    "replace",
-    "distill",
-    "eval",
-    "export",
-    "bench",
-    "generate",
-    "report",
-    "inspect",
-    "verify",
-    "doctor",
-    "demo",
-)
+# The groups of `hybridize --help`, in the order of use. A line is whole at 80 columns: at most 58 characters.
+GROUPS = {
+    "Convert": {
+        "score_loo": "Rank layers by what removing each alone costs.",
+        "score_mmr": "Rank layers by how badly each converts.",
+        "score_restore": "Rank layers by what giving attention back recovers.",
+        "replace": "Replace attention layers with Mamba layers.",
+        "distill": "Train a hybrid towards its teacher.",
+        "generate": "Write traces: prompts with the teacher's own answers.",
+    },
+    "Measure": {
+        "eval": "Run lm-eval tasks, against a baseline as a gate.",
+        "bench": "Measure how fast checkpoints generate.",
+        "report": "Make one page of what eval and bench measured.",
+    },
+    "Serve": {
+        "export": "Write what transformers, vLLM or llama.cpp load.",
+    },
+    "Look after": {
+        "inspect": "Show layout, parameters, memory, lineage and rankings.",
+        "verify": "Check that every byte is as it was written.",
+        "doctor": "Check that torch, GPU, kernels and libraries compute right.",
+        "demo": "Write a small teacher with traces and tasks to try.",
+    },
+}
+COMMANDS = tuple(name for group in GROUPS.values() for name in group)
+
+
+class _Grouped(typer.core.TyperGroup):
+    """The commands under the headings of GROUPS, in place of one list. Typer brings its own click, whose types are private."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, COMMANDS))
+        for heading, commands in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name.replace("_", "-").ljust(width), line) for name, line in commands.items()])
+
 
 app = typer.Typer(
-    name="hybridize", no_args_is_help=True, add_completion=True, rich_markup_mode=None,
+    name="hybridize", cls=_Grouped, no_args_is_help=True, add_completion=True, rich_markup_mode=None,
     help="Turns a transformer into a fast hybrid: attention layers become Mamba layers, distilled back to the teacher.",
 )  # fmt: skip
 

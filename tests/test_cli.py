@@ -566,6 +566,17 @@ def test_flags_are_frozen() -> None:
     assert found == expected
 
 
+def test_the_commands_stand_in_groups_and_their_lines_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["--help"]).stdout.split("\nConvert:\n")[1]
+    assert [line for line in shown.splitlines() if line.endswith(":")] == ["Measure:", "Serve:", "Look after:"]
+    lines = [line for line in shown.splitlines() if line.startswith("  ")]
+    assert [line.split()[0].replace("-", "_") for line in lines] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("..") and len(line) <= 80 for line in lines), shown
+
+
 def test_help_is_fast_and_free_of_torch() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom hybridize.commands import app, COMMANDS\n"
