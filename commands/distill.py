@@ -169,7 +169,7 @@ def command(
     _check_machine(settings, source, where, ranks)
     if not ranks.main:
         out = Output(quiet=True)
-    spec = data_for(data, origin)
+    spec = data_for(out, data, origin)
     encoder = open_encoder(source, settings.mask, chat_template, trust_remote_code)
     corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
     say_of_rows(out, encoder)

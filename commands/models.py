@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +102,15 @@ def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) 
         out.note("the first step ever on a machine takes minutes: Mamba-2's kernels try their configurations, and remember")
 
 
-def data_for(data: str | None, teacher: CheckpointReader | None) -> str:
+def data_for(out: Output, data: str | None, teacher: CheckpointReader | None) -> str:
+    """What --data is; where it was omitted, says which of the places it is looked for in has won."""
     from hybridize.distillation.rows import find_data
 
-    return find_data(data, None if teacher is None else teacher.path)
+    found = find_data(data, None if teacher is None else teacher.path)
+    if data is None:
+        told = " (from $HYBRIDIZE_DATA)" if found == os.environ.get("HYBRIDIZE_DATA") else ""
+        out.note(f"--data is omitted: {found}{told} is read")
+    return found
 
 
 def open_encoder(source: CheckpointReader, mask: str, chat_template: Path | None, trust_remote_code: bool) -> Encoder:
@@ -142,7 +148,7 @@ def text_beside(
 
     origin = teacher_of(source, name, teacher)
     check_vocabularies(source, origin)
-    spec = data_for(data, origin)
+    spec = data_for(out, data, origin)
     corpus = open_corpus(spec, spec, encoder, limit)
     say_of_rows(out, encoder)
     plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=encoder.mask)

@@ -102,7 +102,7 @@ def command(
     if not ranks.main:
         out = Output(quiet=True)
     encoder = open_encoder(source, mask, chat_template, trust_remote_code)
-    text = data_for(data, origin)
+    text = data_for(out, data, origin)
     fit = calibration_for(
         out, None if no_calibrate else text, source, opt.CALIBRATION_PARTS, calibration_tokens, device, seed, chat_template,
         trust_remote_code,

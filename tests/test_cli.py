@@ -108,6 +108,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TRAIN = ("--steps", 3, "--batch-size", 2, "--seq-len", 48, "--eval-every", 0)
 
 
+MMR = ("--steps", 1, "--batch-size", 1, "--seq-len", 24)
+
+
+def test_the_data_that_won_is_named(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable left in the shell must not replace a teacher's traces unheard."""
+    cli("score-mmr", "--no-calibrate", *MMR, "-o", "a.json")
+    assert "--data is omitted: traces.jsonl is read" in cli.stderr
+    (place / "traces.jsonl").rename(place / "other.jsonl")
+    monkeypatch.setenv("HYBRIDIZE_DATA", "other.jsonl")
+    cli("score-mmr", "--no-calibrate", *MMR, "-o", "b.json")
+    assert "--data is omitted: other.jsonl (from $HYBRIDIZE_DATA) is read" in cli.stderr
+    cli("score-mmr", "--no-calibrate", "--data", "other.jsonl", *MMR, "-o", "c.json")
+    assert "--data is omitted" not in cli.stderr
+
+
 def test_a_metric_that_tells_nothing_says_so(place: Path, cli: Runner) -> None:
     """Accuracy on twelve questions that a random model answers by chance."""
     cli("score-loo", "--tasks", "tiny_choice", "--include-path", "tasks")
