@@ -126,14 +126,11 @@ def command(
     if tasks is None:
         if baseline is not None:
             raise InputError("--baseline compares tasks; give --tasks")
-        of_tasks = {
+        _check_of_tasks({
             "--junit": junit, "--log-samples": log_samples, "--samples": samples > 1, "--think-end": think_end,
             "--resume": resume, "--gen-kwargs": gen_kwargs, "--num-fewshot": num_fewshot is not None,
             "--include-path": include_path, "--metric": metric, "--recall-lengths": recall_lengths,
-        }  # fmt: skip
-        for flag, given in of_tasks.items():
-            if given:
-                raise InputError(f"{flag} has no use with --fidelity; it belongs to --tasks")
+        })  # fmt: skip
         if share is not None and share < 1:
             raise InputError(f"--limit {limit}: --fidelity takes a whole number of rows")
         rows = None if share is None else int(share)
@@ -180,22 +177,31 @@ def command(
     met = passes(verdicts, rule)
     if junit is not None:
         write_junit(junit, checkpoint, results, verdicts, rule, time.monotonic() - began)
-
-    summary = {
-        t: {"metric": v["metric"], "value": v["value"], "figures": {k: f["value"] for k, f in v["figures"].items()}}
-        for t, v in results["tasks"].items()
-    }
+    told = {"limited": limit is not None, "drops": verdicts_json(verdicts, rule), "outcomes": by_task(verdicts), "passed": met}
     out.result(
-        {
-            "results": str(target / "results.json"), "tasks": summary,
-            "groups": {name: group["figures"] for name, group in results["groups"].items()}, "limited": limit is not None,
-            "drops": verdicts_json(verdicts, rule), "outcomes": by_task(verdicts), "passed": met,
-        },
+        {"results": str(target / "results.json"), **_summary(results), **told},
         lambda: show_results(out, target / "results.json", results, other, verdicts, rule),
-    )  # fmt: skip
+    )
     say_of_gate(out, verdicts, rule)
     if not met:
         raise typer.Exit(EXIT_GATE)
+
+
+def _check_of_tasks(given: dict[str, Any]) -> None:
+    from hybridize.errors import InputError
+
+    for flag, value in given.items():
+        if value:
+            raise InputError(f"{flag} has no use with --fidelity; it belongs to --tasks")
+
+
+def _summary(results: dict[str, Any]) -> dict[str, Any]:
+    """What --json tells of tasks and groups: their figures, without documents."""
+    tasks = {
+        name: {"metric": task["metric"], "value": task["value"], "figures": {k: f["value"] for k, f in task["figures"].items()}}
+        for name, task in results["tasks"].items()
+    }
+    return {"tasks": tasks, "groups": {name: group["figures"] for name, group in results["groups"].items()}}
 
 
 def _chosen(metric: list[str] | None) -> dict[str, str]:
@@ -225,8 +231,7 @@ def _check_target(target: Path, junit: Path | None, replaceable: bool) -> None:
 def _measured(
     out: Output, reader: CheckpointReader, tokenizer: Any, *, settings: EvalSettings, manager: Any, target: Path,
     where: torch.device, compute: torch.dtype, ran: dict[str, Any], ranks: Ranks, resume: bool, overwrite: bool,
-    log_samples: bool,
-    trust_remote_code: bool, prefix: str = "",
+    log_samples: bool, trust_remote_code: bool, prefix: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """The checkpoint's results, written into `target` as well; nothing on any rank but the first."""
     from hybridize.checkpoint.atomic import clear_leftovers, write_json_atomic, write_text_atomic
