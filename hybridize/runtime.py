@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -139,7 +137,9 @@ def keep_compiled_apart() -> None:
     torch keeps one for all: code for wide vectors that a narrower setting found there gave a loss of 67 instead of 122, without
     a word, and the other way round it aborts (torch 2.13; `ATEN_CPU_CAPABILITY=avx2` after `avx512`, and before).
     """
-    usual = str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    usual = default_cache_dir()
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual) == usual:  # torch has noted its own choice there by now
         kind = f"{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}".replace(" ", "-").lower()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{usual}_{kind}"

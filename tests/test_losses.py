@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hybridize.distillation import losses
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.errors import InputError
+from hybridize.runtime import keep_compiled_apart
 from tests.conftest import worst
 
 
@@ -171,3 +172,15 @@ def test_code_compiled_for_one_kind_of_cpu_is_not_run_on_another(tmp_path: Path)
         done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=True)
         found.append(float(done.stdout))
     assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+
+
+def test_a_user_without_a_name_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is started with a user id alone."""
+
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("getpass.getuser", nameless)
+    keep_compiled_apart()
+    assert f"uid_{os.getuid()}_" in os.environ["TORCHINDUCTOR_CACHE_DIR"]
