@@ -224,10 +224,9 @@ def _train(
     if packing is not None:
         out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
     out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
-    cut = min(settings.warmup_steps, settings.total_steps // 2)
-    if cut < settings.warmup_steps:
+    if settings.warmup < settings.warmup_steps:
         asked = f"--warmup-steps {settings.warmup_steps}"
-        out.note(f"warm-up: {cut} of {settings.total_steps} steps; it takes at most half of a run ({asked})")
+        out.note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it takes at most half of a run ({asked})")
     try:
         used = distill(source, checkpoint, origin, corpus, settings, target, run=run, ranks=ranks, report=report, **given)
     except KeyboardInterrupt:

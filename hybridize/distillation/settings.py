@@ -164,5 +164,10 @@ class DistillSettings:
         return max(1, self.tokens // (self.batch_size * self.seq_len))
 
     @property
+    def warmup(self) -> int:
+        """Steps up to the peak of the rates: `warmup_steps`, at most half of the run."""
+        return min(self.warmup_steps, self.total_steps // 2)
+
+    @property
     def micro(self) -> int:
         return min(self.micro_batch_size or self.batch_size, self.batch_size)

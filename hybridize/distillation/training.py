@@ -137,7 +137,7 @@ class Training:
                     batch = next(batches)
                     part = batch.rows(self.rows).to(self.device)
                     value, norm = self._gradient(part, batch.kept)
-                    rate = factor(settings.schedule, finished, steps, min(settings.warmup_steps, steps // 2))
+                    rate = factor(settings.schedule, finished, steps, settings.warmup)
                     good = math.isfinite(value) and math.isfinite(norm)
                     if not good:
                         self._tolerate(finished + 1, value, norm, part)
