@@ -197,8 +197,10 @@ def _check_of_tasks(given: dict[str, Any]) -> None:
 
 def _summary(results: dict[str, Any]) -> dict[str, Any]:
     """What --json tells of tasks and groups: their figures, without documents."""
+    from hybridize.evaluation.results import values_in
+
     tasks = {
-        name: {"metric": task["metric"], "value": task["value"], "figures": {k: f["value"] for k, f in task["figures"].items()}}
+        name: {"metric": task["metric"], "value": task["value"], "figures": values_in(task)}
         for name, task in results["tasks"].items()
     }
     return {"tasks": tasks, "groups": {name: group["figures"] for name, group in results["groups"].items()}}
@@ -281,8 +283,10 @@ def _measured(
 
 
 def _warn_of_cuts(out: Output, results: dict[str, Any], samples: int) -> None:
+    from hybridize.evaluation.recall import kind_and_length
+
     for task, entry in results.get("tasks", {}).items():
-        if entry.get("cut") and not task.startswith("recall_"):  # judged by their beginning
+        if entry.get("cut") and kind_and_length(task) is None:  # judged by their beginning
             asked = len(entry["documents"]) * samples
             out.warn(f"{task}: {entry['cut']} of {asked} answers were cut at their length; --gen-kwargs max_gen_toks=N")
 

@@ -64,9 +64,9 @@ def _show_drops(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
 
 def _figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Of groups and tasks, by name and lm-eval's key."""
-    from hybridize.evaluation.results import figures_in
+    from hybridize.evaluation.results import values_in
 
-    tasks = {name: {key: f["value"] for key, f in figures_in(task).items()} for name, task in results["tasks"].items()}
+    tasks = {name: values_in(task) for name, task in results["tasks"].items()}
     return {name: dict(group["figures"]) for name, group in results.get("groups", {}).items()} | tasks
 
 

@@ -254,10 +254,17 @@ class Encoder:
 
     def _check(self, ids: list[int], where: str) -> list[int]:
         """The ids; InputError where one is beyond what the model has embeddings for."""
-        if self.vocabulary is not None and ids and (highest := max(ids)) >= self.vocabulary:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise InputError(f"{where} has the token {token!r} ({highest}), but the model knows only {self.vocabulary} tokens")
+        if self.vocabulary is not None and (unknown := unknown_token(self.tokenizer, ids, self.vocabulary)):
+            raise InputError(f"{where} has {unknown}")
         return ids
+
+
+def unknown_token(tokenizer: Any, ids: list[int], vocabulary: int) -> str | None:
+    """The highest of the ids, in words, where the model has no embedding for it, only for `vocabulary` tokens; else None."""
+    if not ids or (highest := max(ids)) < vocabulary:
+        return None
+    token = tokenizer.convert_ids_to_tokens(highest)
+    return f"the token {token!r} ({highest}), but the model knows only {vocabulary} tokens"
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:

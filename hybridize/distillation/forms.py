@@ -19,6 +19,7 @@ ROLES = {  # ShareGPT's names of who speaks, and the roles of chat templates
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what servers call the reasoning beside an answer
 WRITTEN_BY_GENERATE = frozenset({"tokens", "row", "sample"})  # what `generate` notes about its answers
+CONTEXT = ("tools", "documents", "chat_template_kwargs")  # what of a row its chat template reads beside the messages
 LOSS_WEIGHTS = ("weight", "train")  # a message's share of the loss in other tools, which is not read here
 READ = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "from", "value", *REASONING}  # of a message
 CUT = ("length", "max_tokens", "max_length")  # what servers call an answer that reached its length
@@ -143,7 +144,7 @@ def _unread(given: dict[str, Any], read: set[str]) -> frozenset[str]:
 
 def _conversation(given: dict[str, Any], where: str) -> tuple[Conversation | None, set[str]]:
     """Of a row with `messages`, `conversations`, or lists of messages as `prompt` and `completion`; None for others."""
-    read = {"tools", "documents", "chat_template_kwargs"}
+    read = set(CONTEXT)
     if "messages" in given:
         messages, read = _messages(given["messages"], "messages", where), read | {"messages"}
     elif "conversations" in given:

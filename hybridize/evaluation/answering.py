@@ -21,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import LogitsProcessorList
 
 from hybridize.checkpoint.journal import Journal
+from hybridize.distillation.encode import unknown_token
 from hybridize.distillation.ranks import Ranks
 from hybridize.errors import WorkError
 from hybridize.generation.decoder import looks_at_the_longest
@@ -183,10 +184,8 @@ class Answering(HFLM):
 
     def _check(self, ids: list[int]) -> list[int]:
         """The ids; WorkError where one is beyond what the model has embeddings for."""
-        if ids and (highest := max(ids)) >= self.model.config.vocab_size:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            known = self.model.config.vocab_size
-            raise WorkError(f"a document has the token {token!r} ({highest}), but the model knows only {known} tokens")
+        if unknown := unknown_token(self.tokenizer, ids, self.model.config.vocab_size):
+            raise WorkError(f"a document has {unknown}")
         return ids
 
     def _generation(self, told: dict[str, Any], raw: dict[str, Any]) -> Generation:

@@ -18,7 +18,7 @@ from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.figures import TOLERANCE, held, is_mean
 from hybridize.evaluation.intervals import Paired, holm
-from hybridize.evaluation.results import check_comparable, figures_in
+from hybridize.evaluation.results import check_comparable, figures_in, tasks_in_groups
 
 LEVEL = 0.95
 PASS, FAIL, UNKNOWN = "pass", "fail", "cannot tell"
@@ -179,7 +179,7 @@ def compare(
     check_comparable(candidate["settings"], candidate.get("ran"), baseline)
     chosen, samples = dict(chosen or {}), candidate["settings"].get("samples", 1)
     drops: list[Drop] = []
-    inside = {task for group in candidate.get("groups", {}).values() for task in group["tasks"]}
+    inside = tasks_in_groups(candidate)
     for group, told in candidate.get("groups", {}).items():
         drops += _group_drops(candidate, baseline, group, told, chosen.pop(group, None), samples, seed)
     for task in candidate["tasks"]:

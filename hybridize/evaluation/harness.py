@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from hybridize.checkpoint.journal import Journal
     from hybridize.distillation.ranks import Ranks
 
-# read, and what its last positions should predict -> log-probability, and whether each token was the most likely
 _RUNS = re.compile(r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)")  # in the source of a task's judge
 Progress = Callable[[int, int], None]  # requests answered, of how many
+# read, and what its last positions should predict -> log-probability, and whether each token was the most likely
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
 
 

@@ -171,10 +171,16 @@ def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
     return whole
 
 
+def kind_and_length(task: str) -> tuple[str, int] | None:
+    """`recall_needle_1024` -> ("needle", 1024); None for tasks that are not of the group."""
+    parts = re.fullmatch(rf"{GROUP}_([a-z]+)_(\d+)", task)
+    return None if parts is None else (parts[1], int(parts[2]))
+
+
 def by_length(tasks: dict[str, dict[str, Any]]) -> dict[int, dict[str, float]]:
     """Of a results.json's tasks the recall by length and kind."""
     found: dict[int, dict[str, float]] = {}
     for name, task in tasks.items():
-        if parts := re.fullmatch(rf"{GROUP}_([a-z]+)_(\d+)", name):
-            found.setdefault(int(parts[2]), {})[parts[1]] = float(task["value"])
+        if parts := kind_and_length(name):
+            found.setdefault(parts[1], {})[parts[0]] = float(task["value"])
     return dict(sorted(found.items()))

@@ -25,8 +25,8 @@ from hybridize.modeling import MIXER_LAYER
 from .figures import main_figure
 from .gate import LEVEL, Drop, compare
 from .intervals import bootstrap
-from .recall import GROUP, by_length
-from .results import figures_in, read_results
+from .recall import by_length, kind_and_length
+from .results import figures_in, read_results, tasks_in_groups
 
 DEPTH = 3  # folders below those given in which checkpoints are looked for
 Key = tuple[str, str]  # a task or group, and which of its figures
@@ -316,7 +316,7 @@ def _add_baseline(report: Report, entry: Entry, file: Path) -> None:
 def _set_tasks(entry: Entry, found: dict[str, Any]) -> None:
     """Groups by their own aggregates, and tasks that are in no group; recall tasks are told by length."""
     groups = found.get("groups") or {}
-    inside = {task for group in groups.values() for task in group["tasks"]}
+    inside = tasks_in_groups(found)
     figures: dict[Key, Figure] = {}
     for name, group in groups.items():
         own = {str(key): float(value) for key, value in group["figures"].items()}
@@ -325,7 +325,7 @@ def _set_tasks(entry: Entry, found: dict[str, Any]) -> None:
             more = bool(better[key]["higher_is_better"]) if key in better else True
             figures[name, key] = Figure(value, more, key == main_figure(own))
     for task, told in found["tasks"].items():
-        if task in inside or re.fullmatch(rf"{GROUP}_[a-z]+_\d+", task):
+        if task in inside or kind_and_length(task):
             continue
         for key, figure in figures_in(told).items():
             low, high = _spread(figure)

@@ -58,6 +58,16 @@ def figures_in(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {task["metric"]: {"value": task["value"], "higher_is_better": task["higher_is_better"], "scores": scores or None}}
 
 
+def values_in(task: dict[str, Any]) -> dict[str, float]:
+    """The values alone of all figures of a task."""
+    return {key: figure["value"] for key, figure in figures_in(task).items()}
+
+
+def tasks_in_groups(results: dict[str, Any]) -> set[str]:
+    """Tasks that a group stands for, in results.json."""
+    return {task for group in (results.get("groups") or {}).values() for task in group["tasks"]}
+
+
 def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
     """Each document of each task as a line of JSON: what was asked, what the model said, what of that counts, what is right."""
     kept = ("doc_id", "doc_hash", "filter", "arguments", "resps", "filtered_resps", "target", "metrics")

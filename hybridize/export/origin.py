@@ -81,7 +81,7 @@ def _license(teacher: Path | None) -> str | None:
 
 def _figures(home: Path) -> list[Figure]:
     """Of eval/results.json, with the teacher's of eval/baseline.json where that was of the same settings."""
-    from hybridize.evaluation.results import check_comparable, figures_in, read_results
+    from hybridize.evaluation.results import check_comparable, read_results, values_in
 
     try:
         found = read_results(home / "eval/results.json")
@@ -99,10 +99,9 @@ def _figures(home: Path) -> list[Figure]:
         theirs = before.get("groups", {}).get(name, {}).get("figures", {})
         rows += [_figure(name, key, value, theirs.get(key), None, found) for key, value in group["figures"].items()]
     for name, task in found["tasks"].items():
-        theirs = {k: f["value"] for k, f in figures_in(before["tasks"][name]).items()} if name in before["tasks"] else {}
+        theirs = values_in(before["tasks"][name]) if name in before["tasks"] else {}
         rows += [
-            _figure(name, key, figure["value"], theirs.get(key), len(task["documents"]), found)
-            for key, figure in figures_in(task).items()
+            _figure(name, key, value, theirs.get(key), len(task["documents"]), found) for key, value in values_in(task).items()
         ]
     return rows
 

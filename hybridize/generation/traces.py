@@ -10,11 +10,9 @@ from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.checkpoint.journal import Journal
 from hybridize.checkpoint.writer import check_writable
 from hybridize.distillation.encode import Encoder, decoded
-from hybridize.distillation.forms import Conversation, Pair, read_question
+from hybridize.distillation.forms import CONTEXT, Conversation, Pair, read_question
 from hybridize.errors import InputError, first_line
 from hybridize.generation.writing import Written
-
-CONTEXT = ("tools", "documents", "chat_template_kwargs")  # what of a row its chat template reads beside the messages
 
 
 def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written) -> dict[str, Any]:
