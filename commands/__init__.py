@@ -31,11 +31,13 @@ GROUPS = {
     },
     "Serve": {
         "export": "Write what transformers, vLLM or llama.cpp load.",
+        "chat": "Talk to a checkpoint, or to two side by side.",
     },
     "Look after": {
         "inspect": "Show layout, parameters, memory, lineage and rankings.",
         "verify": "Check that every byte is as it was written.",
         "doctor": "Check that torch, GPU, kernels and libraries compute right.",
+        "run": "Run the steps of a recipe, but for those that are done.",
         "demo": "Write a small teacher with traces and tasks to try.",
     },
 }
@@ -60,13 +62,15 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"hybridize {__version__}")
+        from hybridize.checkpoint.manifest import libraries
+
+        typer.echo(f"hybridize {__version__}: {', '.join(f'{name} {version}' for name, version in libraries().items())}")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print all versions.")] = False,
 ) -> None:
     pass
 

@@ -77,11 +77,9 @@ def command(
     }  # fmt: skip
     from hybridize.evaluation.bench_plot import draw
 
-    drawn = draw(found, target / "bench.png")
+    draw(found, target / "bench.png")
     write_json_atomic(path, found)  # last: a run whose picture is not there yet may be started again
     out.progress(f"wrote {path}", last=True)
-    if not drawn:
-        out.note("no bench.png: matplotlib is not installed (pip install 'hybridize[plots]')")
     out.result(found, lambda: _show(out, path, found, names))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from . import options as opt
 from .models import (
+    check_weights,
     data_for,
     done_already,
     open_checkpoint,
@@ -18,11 +19,14 @@ from .models import (
     teacher_of,
     warn_of_length,
 )
-from .output import Output, guarded
+from .output import LINES, Output, guarded
+from .planning import check_run, show_plan, with_micro
+from .training_settings import settings_of
 
 
 @guarded
 def command(
+    context: typer.Context,
     checkpoint: opt.Checkpoint = "./teacher",
     data: opt.Data = None,
     eval_data: opt.EvalData = None,
@@ -44,7 +48,7 @@ def command(
     limit: opt.Limit = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences per optimizer step [default: 16].")] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option("--micro-batch-size", help="Sequences at once [default: the batch].")
+        int | None, typer.Option("--micro-batch-size", help="Sequences at once [default: what fits, by the plan].")
     ] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence [default: 2048].")] = None,
     lr_mixer: Annotated[float | None, typer.Option("--lr-mixer", help="Peak rate of the mixers [default: 1e-3].")] = None,
@@ -109,6 +113,9 @@ def command(
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run/, if there is one.")] = False,
+    stop_now: Annotated[
+        bool, typer.Option("--stop-now", help="With --resume: make the last saved state the result, and keep the run.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it takes in memory, FLOPs and hours, and do nothing.")
     ] = False,
@@ -121,25 +128,17 @@ def command(
     teacher. Until it is done, metrics and resumable state are in OUTPUT.run/.
     """
     out = Output(as_json, quiet)
-    given = {
-        "stage": stage,
-        "loss": loss, "temperature": temperature, "mask": mask, "tokens": tokens, "steps": steps, "batch_size": batch_size,
-        "micro_batch_size": micro_batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "lr": lr, "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay, "clip": clip, "train": train, "gradient_checkpointing": gradient_checkpointing,
-        "checkpoint_layers": checkpoint_layers,
-        "compile": compile, "cuda_graph": cuda_graph, "deterministic": deterministic, "shard": shard,
-        "offload_teacher": offload_teacher,
-        "lr_groups": lr_groups, "schedule": schedule,
-        "stop_when_flat": stop_when_flat, "skip_bad_batches": skip_bad_batches, "save_minutes": save_minutes,
-        "keep_last": keep_last, "checkpoint_merge": checkpoint_merge,
-        "eval_every": eval_every, "eval_windows": eval_windows, "save_every": save_every, "seed": seed,
-    }  # fmt: skip
-
-    from hybridize.checkpoint.writer import check_output
-    from hybridize.distillation.losses import Loss
+    from hybridize.checkpoint.unfinished import check_unfinished, run_path
     from hybridize.errors import InputError
 
-    settings = _settings(given, config)
+    settings, target = settings_of(context.params), output or Path(f"{Path(checkpoint).name}-kd")
+    if stop_now and not resume:
+        raise InputError("--stop-now ends a run that --resume goes on with: give both")
+    if not dry_run and not target.exists():  # else it may be this run's result; see done_already
+        check_unfinished(run_path(target), settings.decisive(), resume, overwrite)
+    from hybridize.checkpoint.writer import check_output
+    from hybridize.distillation.losses import Loss
+
     objective = Loss.parse(settings.loss, settings.temperature)
     source = open_checkpoint(checkpoint, revision)
     if not any(map(settings.trains, source.names)):
@@ -147,13 +146,12 @@ def command(
             flag = "--stage align" if settings.stage == "align" else "--train mixers"
             raise InputError(f"{flag}: {checkpoint} has no Mamba layer")
         raise InputError(f"--train {settings.train}: {checkpoint} has no tensor of such a name")
-    target = output or Path(f"{Path(checkpoint).name}-kd")
     origin = None
     if objective.needs_teacher or eval_data is not None or settings.stage == "align":
         origin = teacher_of(source, checkpoint, teacher)
     warn_of_length(out, source, settings.seq_len)
     if dry_run:
-        _dry_run(out, source, origin if objective.needs_teacher else None, settings, dtype, trust_remote_code)
+        show_plan(out, source, origin if objective.needs_teacher else None, settings, device, dtype)
         return
     check_output(target, overwrite or resume, source.path, *([origin.path] if origin else []))
     from hybridize.distillation.distill import check_vocabularies, open_corpus
@@ -173,16 +171,20 @@ def command(
     encoder = open_encoder(source, settings.mask, chat_template, trust_remote_code)
     corpus = open_corpus(spec, eval_data, encoder, limit, hold_out=origin is not None)
     say_of_rows(out, encoder)
+    check_weights(source, *([origin] if origin else []))
     ran = {**ran_on(where, compute), "template": encoder.template if chat_template else None, "data": corpus.hash}
     decisive = settings.decisive() | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
     run = RunDir(target, decisive, ranks, settings.keep_last, settings.save_every, track)
     if done_already(out, run, target, overwrite, run.made):
         return
     run.check(resume, overwrite)
+    if stop_now and not run.steps():
+        raise InputError(f"--stop-now: {run.path} holds no saved state")
     ranks.wait()  # before the first one changes what the others look at
+    settings = with_micro(out, source, origin if objective.needs_teacher else None, settings, where, compute, ranks)
     _train(
         out, source, checkpoint, origin, corpus, settings, target, spec, device=where, dtype=compute, overwrite=overwrite,
-        resume=resume, log_every=log_every, trust_remote_code=trust_remote_code, run=run, ranks=ranks,
+        resume=resume, stop_now=stop_now, log_every=log_every, trust_remote_code=trust_remote_code, run=run, ranks=ranks,
     )  # fmt: skip
 
 
@@ -201,8 +203,8 @@ def _train(
 
     def report(event: dict[str, Any]) -> None:
         kind = event.pop("kind")
-        if kind == "note":
-            out.note(event["text"])
+        if kind in ("note", "doing"):
+            (out.note if kind == "note" else LINES.doing)(event["text"])
             return
         last[kind] = event
         if kind == "eval":
@@ -237,13 +239,15 @@ def _train(
     if not ranks.main:
         return
     steps_done = used // (settings.batch_size * settings.seq_len)
-    if steps_done < settings.total_steps:
+    if steps_done < settings.total_steps and not given["stop_now"]:
         out.note(f"ended after {steps_done} steps: no better in {settings.stop_when_flat} measures")
 
     _warn_of_harm(out, measured, settings)
 
     def human() -> None:
         print(f"{target}: trained on {used:,} tokens")
+        if given["stop_now"]:
+            print(f"{run.path} is kept: --resume --overwrite goes on from step {steps_done} of {settings.total_steps}")
 
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
 
@@ -253,7 +257,7 @@ def _say_of_interrupt(out: Output, run: Any, settings: Any) -> None:
     steps = run.steps()
     if steps:
         saved = f"{steps[-1]} of {settings.total_steps} steps are saved in {run.path}"
-        out.warn(f"{saved}; the same command with --resume goes on from there")
+        out.warn(f"{saved}; the same command with --resume goes on from there, with --resume --stop-now makes it a checkpoint")
     else:
         out.warn(f"nothing was saved yet; the same command with --overwrite starts again, and {run.path} may be removed")
 
@@ -285,107 +289,13 @@ def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
         raise InputError("--cuda-graph needs a CUDA device")
     if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":
         raise InputError("--deterministic needs mamba2 layers: the CUDA scan of mamba layers adds in no fixed order")
-    _check_run(settings, source, ranks)
-
-
-def _check_run(settings: Any, source: Any, ranks: Any) -> None:
-    """InputError when the run cannot be of these layers or on so many ranks, whatever the device."""
-    from hybridize.errors import InputError
-
-    ranks.share(settings.batch_size, "--batch-size")
-    settings.sharded(ranks.size)
-    if settings.cuda_graph and settings.mask != "none" and (source.config.get("mixer") or {}).get("kind") == "mamba":
-        raise InputError("--cuda-graph with documents side by side needs mamba2 layers; --mask none has no documents")
-    settings.recomputed(source.config.get("num_hidden_layers", 0))
-
-
-def _dry_run(out: Output, source: Any, teacher: Any, settings: Any, dtype: str, trust_remote_code: bool) -> None:
-    from hybridize.distillation.plan import GIB, plan
-    from hybridize.distillation.ranks import Ranks, world_size
-    from hybridize.runtime import load_empty, planned_dtype
-
-    ranks = world_size()
-    _check_run(settings, source, Ranks(0, ranks))
-    compute = planned_dtype(dtype)
-    readers = (source, teacher)
-    student, origin = (None if r is None else load_empty(r.path, compute, trust_remote_code) for r in readers)
-    found = plan(student, origin, settings, ranks, compute)
-
-    def human() -> None:
-        for name, value in found.bytes.items():
-            print(f"{name:28} {value / GIB:9.2f} GiB")
-        each = f" on each of {ranks} ranks" if ranks > 1 else ""
-        print(f"{'at the peak':28} {found.total / GIB:9.2f} GiB{each}")
-        print(f"{found.tokens:,} tokens, {found.flops:.2e} FLOPs, {found.hours:.2f} hours at 40% of an H100's peak a rank")
-
-    parts = {name: round(value / GIB, 3) for name, value in found.bytes.items()}
-    sums = {"total_gib": round(found.total / GIB, 3), "tokens": found.tokens, "flops": found.flops, "hours": found.hours}
-    out.result({"gib": parts, **sums}, human)
+    check_run(settings, source, ranks)
 
 
 def _machine(event: dict[str, Any]) -> str:
     """How busy and how full the GPU is, where that is known."""
     share = "" if event["mfu"] is None else f"MFU {event['mfu']:.0%}, "
     return share + ("" if event["peak_memory_gib"] is None else f"{event['peak_memory_gib']:.1f} GiB, ")
-
-
-def _settings(given: dict[str, Any], config: Path | None) -> Any:
-    """Flags that were given over what the file says."""
-    from hybridize.distillation.settings import DistillSettings
-
-    flags, filed = {key: value for key, value in given.items() if value is not None}, _from_file(config)
-    if "tokens" in flags:  # a length on the command line wins over either length in the file
-        filed.pop("steps", None)
-    return DistillSettings(**(filed | flags))
-
-
-def _from_file(path: Path | None) -> dict[str, Any]:
-    """Settings from a YAML or TOML file; InputError on unknown keys."""
-    if path is None:
-        return {}
-    from hybridize.distillation.settings import DistillSettings
-    from hybridize.errors import InputError, first_line
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            import tomllib
-
-            found: Any = tomllib.loads(text)
-        else:
-            import yaml
-
-            found = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"--config {path} is not valid: {error}") from error
-    except Exception as error:  # YAMLError is no ValueError
-        raise InputError(f"--config {path} is not valid YAML: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"--config {path} must be a table of settings")
-    found = {str(key).replace("-", "_"): value for key, value in found.items()}
-    hints = get_type_hints(DistillSettings)
-    for key, value in found.items():
-        if key not in hints:
-            raise InputError(f"--config {path}: there is no setting {key!r}")
-        found[key] = _typed(value, hints[key], f"--config {path}: {key}")
-    return found
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type of its setting; 1e-3, a string to YAML, is a number to people."""
-    from hybridize.errors import InputError
-
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
-    try:
-        if kinds == [float] and not isinstance(value, bool):
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    if type(value) is kinds[0] or (value is None and type(None) in get_args(hint)):
-        return value
-    raise InputError(f"{where} is {value!r}, which is no {kinds[0].__name__}")
 
 
 def _clock(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from . import options as opt
-from .output import EXIT_FAILED, Output, guarded
+from .output import EXIT_FAILED, LINES, Output, guarded
 
 
 @guarded
@@ -25,7 +25,7 @@ def command(device: opt.Device = "auto", as_json: opt.Json = False, quiet: opt.Q
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"--device {device} is not a device; use auto, cpu or cuda")
-    found = examine(device)
+    found = examine(device, lambda name: LINES.doing(f"checking {name}"))
     faults = [finding for finding in found if finding.state == "fault"]
 
     def human() -> None:

@@ -13,8 +13,8 @@ import typer
 from . import options as opt
 from .eval_tables import say_of_gate, show_results
 from .fidelity import measure_fidelity
-from .models import open_checkpoint, result_file
-from .output import EXIT_GATE, Output, guarded
+from .models import check_weights, open_checkpoint, result_file
+from .output import EXIT_GATE, LINES, Output, guarded
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,11 @@ def command(
     """
     out = Output(as_json, quiet)
 
+    from hybridize.checkpoint.journal import check_journal
     from hybridize.checkpoint.scores import beside
+
+    for name in ("answers.part.jsonl", "baseline-answers.part.jsonl") if tasks is not None else ():
+        check_journal((output or beside(Path(checkpoint), checkpoint, "eval")) / name, resume, overwrite)
     from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, by_task, compare, judge, passes, verdicts_json, write_junit
@@ -151,6 +155,7 @@ def command(
     tokenizers = {reader.path: load_tokenizer(reader.path, trust_remote_code) for reader in readers}
     if apply_chat_template and not all(t.chat_template for t in tokenizers.values()):
         raise InputError("--apply-chat-template: the tokenizer has no chat template")
+    LINES.doing("opening the tasks")
     manager = repeatable(open_tasks(settings, tokenizers[source.path]))
     check_code(manager, settings, confirm_run_unsafe_code)
     check_metrics(manager, settings, chosen)
@@ -246,6 +251,7 @@ def _measured(
     from hybridize.surgery.teacher import hybrid_config
 
     path, journal = target / ("baseline.json" if prefix else "results.json"), None
+    check_weights(reader)
     kept = ranks.first(reusable(path, reader.hash, settings.to_json(), ran) if resume and ranks.main else None)
     asked = target / f"{prefix}answers.part.jsonl"
     if kept is not None:
@@ -259,11 +265,13 @@ def _measured(
     if ranks.main:
         told = {**settings.to_json(), **ran, "checkpoint": reader.hash}
         journal = Journal(asked, told, resume, overwrite)
+    LINES.doing(f"loading {reader.path}")
     if writes and not looks_at_the_longest(hybrid_config(reader.config)):  # our own class decodes faster, whatever the model
         model: Any = load_hybrid(reader, where, compute)
     else:
         model = load_model(reader.path, where, compute, trust_remote_code)
     started = time.monotonic()
+    LINES.doing("preparing the tasks")
 
     def progress(done: int, count: int) -> None:
         left = f", {(time.monotonic() - started) / done * (count - done) / 60:,.1f} minutes left" if done else ""

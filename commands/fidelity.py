@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import open_encoder, result_file, text_beside, warn_of_length
-from .output import Output
+from .models import check_weights, open_encoder, result_file, text_beside, warn_of_length
+from .output import LINES, Output
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +34,13 @@ def measure_fidelity(
     warn_of_length(out, source, seq_len)
     encoder = open_encoder(source, mask, chat_template, trust_remote_code)
     origin, text, batches = text_beside(out, source, name, teacher, data, encoder, limit, windows, seq_len, ROWS)
-    _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
+    check_weights(source, origin)
+    LINES.doing("loading the models")
     student, model = (load_model(reader.path, where, compute, trust_remote_code) for reader in (source, origin))
+    LINES.doing("comparing with the teacher")
     found = measure(student, model, [batch.to(where) for batch in batches], compute)
     prompts = torch.cat([batch.ids[:, : min(PROMPT, seq_len // 2)] for batch in batches]).to(where)
+    LINES.doing("writing greedy continuations")
     found["greedy"] = greedy_agreement(student, model, prompts, NEW_TOKENS, ROWS)
     settings = {"data": text, "mask": mask, "limit": limit, "windows": windows, "seq_len": seq_len, "teacher": origin.hash}
     write_json_atomic(path, {"format": 1, "checkpoint": source.hash, "settings": settings | ran_on(where, compute), **found})

@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybridize.checkpoint.journal import check_journal, part_of
 from hybridize.errors import InputError, WorkError
 
 from . import options as opt
-from .models import open_checkpoint, open_encoder, refuse_ranks
-from .output import Output, guarded
+from .models import check_weights, refuse_ranks
+from .output import LINES, Output, guarded
+from .speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
 
     from hybridize.distillation.encode import Encoder
     from hybridize.generation.traces import Traces
+
+TRACES = Path("traces.jsonl")
 
 
 @guarded
@@ -31,18 +37,11 @@ def command(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="jsonl, parquet or hub id with `messages` or `prompt` in each row.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 1024,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 is greedy [default: as generation_config.json says, else 0].")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k most likely tokens [default: as above].")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Only the most likely up to this mass [default: as above].")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option("--min-p", help="Only those of this share of the likeliest's probability [default: as above]."),
-    ] = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each prompt.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences side by side, at most.")] = 64,
     chat_template: opt.ChatTemplate = None,
@@ -64,91 +63,127 @@ def command(
     seed alone; an interrupted run goes on with --resume.
     """
     out = Output(as_json, quiet)
-    from hybridize.distillation.encode import decoded
+    _check_asked(prompt, prompts, output or TRACES, resume, overwrite)
     from hybridize.distillation.forms import check_prompt
     from hybridize.distillation.rows import read_rows
-    from hybridize.generation.decoder import check_decodable
-    from hybridize.generation.settings import FILE, read_generation
-    from hybridize.generation.traces import Traces, trace_of
-    from hybridize.generation.writing import Wanted, rows_that_fit, seed_of, write
-    from hybridize.runtime import load_hybrid, pick_compute, quiet_transformers, ran_on
-    from hybridize.surgery.teacher import hybrid_config
+    from hybridize.runtime import pick_compute, quiet_transformers
 
     refuse_ranks("generate")
-    if (prompt is None) == (prompts is None):
-        raise InputError("say what to answer: either one prompt, or --prompts FILE")
-    source = open_checkpoint(checkpoint, revision)
-    check_decodable(hybrid_config(source.config))
-    where, compute = pick_compute(device, dtype)
     quiet_transformers()
-    encoder = open_encoder(source, "assistant", chat_template, trust_remote_code)
-    tokenizer = encoder.tokenizer
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    generation = read_generation(source.path, source.config, tokenizer, asked)
-    _check_followed(source.path / FILE, generation.others)
-    settings = generation.sampling
-    if samples > 1 and settings.temperature == 0:
+    speaker = Speaker(checkpoint, revision, chat_template, trust_remote_code, asked)
+    where, compute = pick_compute(device, dtype)
+    if samples > 1 and speaker.generation.sampling.temperature == 0:
         raise InputError("--samples needs answers that differ: --temperature above 0")
     rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "--prompts", check_prompt)
     where_of = rows.where if prompts is not None else lambda _: "the prompt"
-    read = _read(encoder, rows, where_of)
+    read = _read(speaker.encoder, rows, where_of)
     longest = max(map(len, read))
-    room = source.config.get("max_position_embeddings")
-    if room is not None and longest + max_new_tokens > room:
+    if speaker.room is not None and longest + max_new_tokens > speaker.room:
         out.warn(
-            f"{longest} tokens of prompt and {max_new_tokens} new ones are more than the {room} the checkpoint was made for"
+            f"{longest} tokens of prompt and {max_new_tokens} new ones are more than the {speaker.room} "
+            "the checkpoint was made for"
         )
 
     keys = [(row, sample) for row in range(len(rows)) for sample in range(samples)]
-    traces = None
-    if prompts is not None:
-        decisive = {
-            "checkpoint": source.hash, "prompts": hashlib.sha256(repr(read).encode()).hexdigest(), "seed": seed,
-            "ends": sorted(generation.ends), "rules": json.loads(json.dumps(asdict(generation.rules))), **vars(settings),
-            "max_new_tokens": max_new_tokens, "samples": samples, "chat_template": encoder.template, **ran_on(where, compute),
-        }  # fmt: skip
-        traces = Traces(output or Path("traces.jsonl"), decisive, resume, overwrite)
-        keys = [key for key in keys if key not in traces.lines]
-    started, done, made, answers = time.monotonic(), 0, 0, list[dict[str, Any]]()
-    if keys:
-        model = load_hybrid(source, where, compute)
-        side = rows_that_fit(model, longest + max_new_tokens, min(batch_size, len(keys)))
-        if side < min(batch_size, len(keys)):
-            out.note(f"{side} sequences side by side, since no more fit into memory")
-        wanted = (Wanted(key, read[key[0]], seed_of(seed, key)) for key in keys)
-        said: dict[tuple[int, int], str] = {}
-
-        def show(key: tuple[int, int], ids: list[int]) -> bool:
-            if traces is None and not as_json and not quiet and samples == 1:
-                text = decoded(tokenizer, ids).rstrip("\ufffd")  # half a character
-                print(text[len(said.get(key, "")) :], end="", flush=True)
-                said[key] = text
-            return False
-
-        answered = write(model, wanted, longest, max_new_tokens, generation.ends, settings, side, generation.rules, show)
-        for answer in answered:
-            if answer.broken:
-                raise WorkError(f"{where_of(answer.key[0])}: a logit of the answer is not finite; try --dtype float32")
-            done, made = done + 1, made + len(answer.ids)
-            if traces is None:
-                text, finish = decoded(tokenizer, answer.ids), "stop" if answer.ended else "length"
-                answers.append({"text": text, "finish": finish, "tokens": len(answer.ids)})
-                continue
-            place = answer.key[0]
-            traces.add(answer.key, trace_of(encoder, rows[place], where_of(place), answer))
-            pace = made / (time.monotonic() - started)
-            out.progress(f"{done} of {len(keys)} answers, {pace:,.0f} tokens/s", last=done == len(keys))
-    if traces is None:
-        out.result({"prompt": prompt, "answers": answers}, lambda: _say(answers))
-        if any(answer["finish"] == "length" for answer in answers):
-            out.note(f"cut at {max_new_tokens} tokens; --max-new-tokens")
+    answering = Answering(out, speaker, read, max_new_tokens, batch_size, seed, where, compute)
+    if prompts is None:
+        streams = not as_json and not quiet and samples == 1
+        _answer(out, answering, prompt, keys, streams)
     else:
-        _finish(out, traces, max_new_tokens, started)
+        _write_traces(out, answering, keys, rows, where_of, output or TRACES, samples, resume, overwrite)
 
 
-def _check_followed(file: Path, others: dict[str, Any]) -> None:
-    for name, value in others.items():
-        raise InputError(f"{file} has {name} = {value!r}, which generate does not follow; take it out")
+@dataclass
+class Answering:
+    """Prompts on their way through a model. read: each prompt's tokens."""
+
+    out: Output
+    speaker: Speaker
+    read: list[list[int]]
+    new: int
+    batch: int
+    seed: int
+    where: torch.device
+    compute: torch.dtype
+
+    def answers(self, keys: Sequence[tuple[int, int]], stop: Callable[..., bool], stride: int | None = None) -> Iterator[Any]:
+        """Answers to prompts by number and sample, as they are finished. WorkError where a logit is not finite."""
+        from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
+
+        LINES.doing("loading the model")
+        model, generation = self.speaker.load(self.where, self.compute), self.speaker.generation
+        longest = max(map(len, self.read))
+        side = rows_that_fit(model, longest + self.new, min(self.batch, len(keys)))
+        if side < min(self.batch, len(keys)):
+            self.out.note(f"{side} sequences side by side, since no more fit into memory")
+        LINES.doing("reading the prompts")
+        wanted = (Wanted(key, self.read[key[0]], seed_of(self.seed, key)) for key in keys)
+        return write(
+            model, wanted, longest, self.new, generation.ends, generation.sampling, side, generation.rules, stop,
+            stride or STRIDE,
+        )  # fmt: skip
+
+
+def _answer(out: Output, answering: Answering, prompt: str | None, keys: list[tuple[int, int]], streams: bool) -> None:
+    """Answers to the one prompt, on stdout; one alone as it is written."""
+    from hybridize.distillation.encode import decoded
+
+    tokenizer, answers = answering.speaker.encoder.tokenizer, list[dict[str, Any]]()
+
+    def add(text: str) -> None:
+        LINES.silent = True  # from here on the text itself says that something is going on
+        LINES.end()
+        print(text, end="", flush=True)
+
+    stop: Callable[..., bool] = growing(tokenizer, add) if streams else lambda *_: False
+    for answer in answering.answers(keys, stop, OFTEN if streams else None):
+        if answer.broken:
+            raise WorkError("the prompt: a logit of the answer is not finite; try --dtype float32")
+        finish = "stop" if answer.ended else "length"
+        answers.append({"text": decoded(tokenizer, answer.ids), "finish": finish, "tokens": len(answer.ids)})
+    out.result({"prompt": prompt, "answers": answers}, lambda: _say(answers))
+    if any(answer["finish"] == "length" for answer in answers):
+        out.note(f"cut at {answering.new} tokens; --max-new-tokens")
+
+
+def _write_traces(
+    out: Output, answering: Answering, keys: list[tuple[int, int]], rows: Any, where_of: Callable[[int], str], path: Path,
+    samples: int, resume: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    """Answers to all prompts into `path`, as they come and in the end in order."""
+    from hybridize.generation.traces import Traces, trace_of
+    from hybridize.runtime import ran_on
+
+    speaker = answering.speaker
+    check_weights(speaker.source)
+    decisive = {
+        "checkpoint": speaker.source.hash, "prompts": hashlib.sha256(repr(answering.read).encode()).hexdigest(),
+        "seed": answering.seed, "ends": sorted(speaker.generation.ends),
+        "rules": json.loads(json.dumps(asdict(speaker.generation.rules))), **vars(speaker.generation.sampling),
+        "max_new_tokens": answering.new, "samples": samples, "chat_template": speaker.encoder.template,
+        **ran_on(answering.where, answering.compute),
+    }  # fmt: skip
+    traces = Traces(path, decisive, resume, overwrite)
+    keys = [key for key in keys if key not in traces.lines]
+    started, made = time.monotonic(), 0
+    for done, answer in enumerate(answering.answers(keys, lambda *_: False) if keys else (), 1):
+        place = answer.key[0]
+        if answer.broken:
+            raise WorkError(f"{where_of(place)}: a logit of the answer is not finite; try --dtype float32")
+        made += len(answer.ids)
+        traces.add(answer.key, trace_of(speaker.encoder, rows[place], where_of(place), answer))
+        pace = made / (time.monotonic() - started)
+        out.progress(f"{done} of {len(keys)} answers, {pace:,.0f} tokens/s", last=done == len(keys))
+    _finish(out, traces, answering.new, started)
+
+
+def _check_asked(prompt: str | None, prompts: str | None, path: Path, resume: bool, overwrite: bool) -> None:
+    """Before anything is loaded: is there one thing to answer, and no unfinished run in its way?"""
+    if (prompt is None) == (prompts is None):
+        raise InputError("say what to answer: either one prompt, or --prompts FILE")
+    if prompts is not None:
+        check_journal(part_of(path), resume, overwrite)
 
 
 def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) -> None:

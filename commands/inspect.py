@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from . import options as opt
 from .output import Output, guarded
-
-COLOURS = {"M": "\x1b[30;42m", "a": "\x1b[30;47m", "w": "\x1b[30;46m"}
+from .strip import draw_strip
 
 
 @guarded
@@ -29,13 +27,12 @@ def command(
     family = family_of(raw, checkpoint)
     found = anatomy(raw, str(path))
     steps, scores = lineage(path), rankings(path, checkpoint)
-    letters = "".join({"linear_attention": "M", "sliding_attention": "w"}.get(kind, "a") for kind in found.kinds)
 
     def human() -> None:
-        mixers = letters.count("M")
+        mixers = found.kinds.count("linear_attention")
         kind = f", {found.mixer['kind']}" if found.mixer else ""
-        print(f"{checkpoint}: {family}, {len(letters)} layers, {mixers} Mamba{kind}")
-        print(f"  {_strip(letters)}   (M Mamba, a attention, w attention in a window)")
+        print(f"{checkpoint}: {family}, {len(found.kinds)} layers, {mixers} Mamba{kind}")
+        print(f"  {draw_strip(found.kinds)}")
         counts = [f"{_short(count, 1000, ['', ' k', ' M', ' B'])} {name}" for name, count in found.parameters.items()]
         print(f"  parameters: {counts[0]}: {', '.join(counts[1:])}; stored as {found.dtype}")
         state, token, after, before = (
@@ -61,12 +58,6 @@ def _short(count: float, step: int, units: list[str]) -> str:
             return f"{count:.0f}{unit}" if unit == units[0] else f"{count:.1f}{unit}"
         count /= step
     return f"{count:.1f}{units[-1]}"
-
-
-def _strip(letters: str) -> str:
-    if not sys.stdout.isatty():
-        return letters
-    return "".join(f"{COLOURS[letter]}{letter}" for letter in letters) + "\x1b[0m"
 
 
 def _made(step: dict[str, Any]) -> str:

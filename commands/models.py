@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import Output
+from .output import LINES, Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,12 +26,20 @@ def open_checkpoint(name: str, revision: str | None = None, network: bool = True
     from hybridize.checkpoint.reader import INDEX, SINGLE, CheckpointReader, resolve_checkpoint
     from hybridize.surgery.teacher import check_whole
 
+    LINES.doing(f"opening {name}")
     reader = CheckpointReader(resolve_checkpoint(name, revision, network=network))
     check_whole(reader)
     check_manifest(reader)
     if not reader.sharded and (reader.path / INDEX).exists():
-        Output().warn(f"{reader.path} has {SINGLE} and shards with an index: {SINGLE} is read, as transformers does")
+        LINES.say(f"warning: {reader.path} has {SINGLE} and shards with an index: {SINGLE} is read, as transformers does")
     return reader
+
+
+def check_weights(*readers: CheckpointReader) -> None:
+    """Reads every weight of checkpoints that are measured or trained, once. InputError where one is not finite."""
+    for reader in readers:
+        LINES.doing(f"reading the weights of {reader.path}")
+        assert reader.hash
 
 
 def teacher_of(source: CheckpointReader, name: str, teacher: str | None) -> CheckpointReader:
@@ -94,6 +102,13 @@ def done_already(out: Output, run: RunDir, path: Path, overwrite: bool, made: Ca
     return True
 
 
+def is_here(where: torch.device) -> bool:
+    """Whether this machine has the device that is planned for."""
+    import torch
+
+    return where.type != "cuda" or torch.cuda.is_available()
+
+
 def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) -> None:
     """Why nothing may be heard for minutes, where that can be."""
     from hybridize.modeling import engine_for
@@ -118,7 +133,9 @@ def open_encoder(source: CheckpointReader, mask: str, chat_template: Path | None
     from hybridize.distillation.encode import Encoder
     from hybridize.runtime import load_tokenizer
 
+    LINES.doing("reading the tokenizer")
     tokenizer = load_tokenizer(source.path, trust_remote_code)
+    LINES.doing("reading the data")  # which comes next, wherever rows are encoded
     return Encoder(tokenizer, mask, template_text(chat_template), source.config.get("vocab_size"))
 
 

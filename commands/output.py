@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -24,38 +27,37 @@ LESS_MEMORY = (
 )
 WIDE = 300  # columns where there is no terminal: nothing is cut there
 EVERY = 10.0  # seconds between progress lines where there is no terminal
+# Seconds of silence after which a command says what it is at: a user waits at most 10 on a terminal, and 60 in a log.
+PATIENCE = {"terminal": 5.0, "log": 30.0}
+RESULT = "HYBRIDIZE_RESULT"  # names a file that the result is written to as well, as --json has it: for `hybridize run`
+STARTING = "starting"
 
 
 class Output:
     """as_json: nothing but one JSON object on stdout. quiet: nothing but errors."""
 
-    unended = False  # whether the terminal's last line is progress that the next one would be glued to
-
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
-        self._said = 0.0
+        LINES.silent = quiet
 
     def note(self, text: str) -> None:
         """A line about what is going on, to stderr."""
         if not self.quiet:
-            say(text)
+            LINES.say(text)
 
     def warn(self, text: str) -> None:
-        say(f"warning: {text}")
+        LINES.say(f"warning: {text}")
 
     def progress(self, text: str, last: bool = False) -> None:
         """The latest state: rewritten in place on a terminal, a line every ten seconds elsewhere."""
-        if self.quiet:
-            return
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-            Output.unended = not last
-        elif last or time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+        if not self.quiet:
+            LINES.progress(text, last)
 
     def result(self, value: dict[str, Any], human: Callable[[], None] | None = None) -> None:
         """What the command found: an object with --json, else whatever `human` prints on stdout."""
+        LINES.end()
+        if told := os.environ.get(RESULT):
+            Path(told).write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
         if self.as_json:
             print(json.dumps(value, allow_nan=False))
         elif not self.quiet and human is not None:
@@ -77,12 +79,83 @@ class Output:
         console.print(table)
 
 
-def say(text: str) -> None:
-    """A line of its own on stderr."""
-    if Output.unended:
-        print(file=sys.stderr)
-        Output.unended = False
-    print(text, file=sys.stderr, flush=True)
+class Lines:
+    """The lines of one command on stderr, and a thread that breaks long silences by saying what the command is at."""
+
+    def __init__(self) -> None:
+        self.silent = False  # whether long silences are to be broken
+        self._lock = threading.RLock()
+        self._unended = False  # whether the terminal's last line is progress that the next one would be glued to
+        self._at, self._since = STARTING, time.monotonic()
+        self._last = self._progressed = -EVERY
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        with self._lock:
+            self.end()
+            self._write(text + "\n")
+
+    def progress(self, text: str, last: bool = False) -> None:
+        with self._lock:
+            self._at, self._since = text, time.monotonic()
+            if sys.stderr.isatty():
+                self._write(f"\r\x1b[K{text}" + "\n" * last)
+                self._unended = not last
+            elif last or time.monotonic() - self._progressed >= EVERY:
+                self._progressed = time.monotonic()
+                self._write(text + "\n")
+
+    def doing(self, text: str) -> None:
+        """What begins now and may take long: shown at once on a terminal, and wherever nothing else has been said for long."""
+        with self._lock:
+            self._at, self._since = text, time.monotonic()
+            if not self.silent and sys.stderr.isatty():
+                self._write(f"\r\x1b[K{text} ...")
+                self._unended = True
+
+    def end(self) -> None:
+        """The next line begins on a line of its own."""
+        with self._lock:
+            if self._unended:
+                self._write("\n")
+                self._unended = False
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """As long as the block lasts no silence is longer than PATIENCE, unless the command is to be silent."""
+        self.silent, self._at, self._since = False, STARTING, time.monotonic()
+        self._last, self._progressed = time.monotonic(), -EVERY
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join(timeout=5)
+
+    def _watch(self, done: threading.Event) -> None:
+        patience = PATIENCE["terminal" if sys.stderr.isatty() else "log"]
+        while not done.wait(min(1.0, patience / 5)):
+            if not self._lock.acquire(timeout=patience):  # an interrupt may have left it held
+                continue
+            try:
+                if self.silent or time.monotonic() - self._last < patience or done.is_set():
+                    continue
+                text = f"{self._at}: {time.monotonic() - self._since:.0f} s so far"
+                terminal = sys.stderr.isatty()
+                self._write(f"\r\x1b[K{text}" if terminal else text + "\n")
+                self._unended = terminal
+            finally:
+                self._lock.release()
+
+    def _write(self, text: str) -> None:
+        self._last = time.monotonic()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+LINES = Lines()
 
 
 def guarded(function: F) -> F:
@@ -91,7 +164,7 @@ def guarded(function: F) -> F:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
-            with interruptible():
+            with interruptible(), LINES.alive():
                 function(*args, **kwargs)
         except typer.Exit:
             raise
@@ -117,5 +190,5 @@ def _fail(message: str, code: int) -> None:
     error = sys.exception()
     if os.environ.get("HYBRIDIZE_DEBUG") == "1" and error is not None:
         raise error
-    say(f"error: {message}")
+    LINES.say(f"error: {message}")
     raise typer.Exit(code)

@@ -10,6 +10,7 @@ import typer
 from . import options as opt
 from .models import calibration_for, found_data, open_checkpoint, teacher_of
 from .output import Output, guarded
+from .strip import draw_strip
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
@@ -67,12 +68,7 @@ def command(
     copied bit for bit.
     """
     out = Output(as_json, quiet)
-    from hybridize.checkpoint.writer import check_output
     from hybridize.errors import InputError
-    from hybridize.surgery.features import features
-    from hybridize.surgery.prove import fates
-    from hybridize.surgery.replace import MixerSettings, plan, replace
-    from hybridize.surgery.teacher import read_teacher
 
     if (layers is None) == (indices is None):
         raise InputError("say which layers: either --layers N or --indices LIST")
@@ -82,6 +78,13 @@ def command(
         raise InputError("--teacher has no use without --init-from teacher")
     if calibrate is not None and no_calibrate:
         raise InputError("--calibrate and --no-calibrate contradict each other")
+    _check_scores(checkpoint, layers, scores)
+    from hybridize.checkpoint.writer import check_output
+    from hybridize.surgery.features import features
+    from hybridize.surgery.prove import fates
+    from hybridize.surgery.replace import MixerSettings, plan, replace
+    from hybridize.surgery.teacher import read_teacher
+
     source = open_checkpoint(checkpoint, revision)
     contract = read_teacher(source)
     chosen, ranking = _choose(source, checkpoint, contract, layers, indices, scores, out)
@@ -113,9 +116,7 @@ def command(
         kind = surgery.mixer["kind"]
         if ranking.mixer not in (None, kind) or ranking.init not in (None, init):
             out.warn(f"the scores were measured with {ranking.mixer} mixers ({ranking.init}), not with {kind} ({init})")
-    strip = "".join(
-        "N" if i in chosen else "M" if i in contract.mixer_layers else "a" for i in range(len(contract.layer_types))
-    )
+    strip = draw_strip(contract.layer_types, chosen)
     summary: dict[str, Any] = {
         "output": str(target), "converted": chosen, "mamba_layers": sorted([*chosen, *contract.mixer_layers]),
         "layers": len(contract.layer_types), "mixer": surgery.mixer, "init_from": init_from,
@@ -133,7 +134,7 @@ def command(
         def show() -> None:
             for entry in plans:
                 print(f"{entry['target']} {entry['shape']}: {entry['rows']}")
-            print(f"{strip}   (N new Mamba, M Mamba, a attention); all other tensors are copied as they are")
+            print(f"{strip}; all other tensors are copied as they are")
             _show_features(summary["features"])
 
         out.result({**summary, "dry_run": True, "plan": plans}, show)
@@ -148,14 +149,14 @@ def command(
     settings = {"layers": layers, "indices": chosen, "mixer": surgery.mixer, "init_from": init_from}
     replace(
         source, checkpoint, surgery, target, donor=donor, init_from=init_from, seed=seed, overwrite=overwrite,
-        settings=settings, calibration=fit, progress=lambda name: out.progress(f"writing {name}"), check=check,
+        settings=settings, calibration=fit, progress=out.progress, check=check,
     )  # fmt: skip
     out.progress(f"wrote {target}", last=True)
     summary["proof"] = proven or None
 
     def human() -> None:
         print(f"{target}: {total} of {len(contract.layer_types)} layers are Mamba, {len(chosen)} new: {chosen}")
-        print(f"{strip}   (N new Mamba, M Mamba, a attention)")
+        print(strip)
         if chosen:
             _show_features(summary["features"])
         if proven:
@@ -215,9 +216,11 @@ def _choose(
     out: Output,
 ) -> tuple[list[int], Scores | None]:  # fmt: skip
     """The layers to convert, and the ranking that chose them, if one did."""
+    from hybridize.checkpoint.manifest import ancestors
     from hybridize.checkpoint.scores import find_scores, read_scores
+    from hybridize.distillation.pairs import parse_indices
     from hybridize.errors import InputError
-    from hybridize.surgery.select import astride, check_indices, lowest, needed, parse_indices
+    from hybridize.surgery.select import astride, check_indices, lowest, needed
 
     if indices is not None:
         if scores is not None:
@@ -229,21 +232,60 @@ def _choose(
         return [], None
     path = scores or find_scores(source.path, name)
     if path is None:
-        raise InputError(
-            f"{name} has no scores; run score-loo, score-mmr or score-restore first, or name layers with --indices"
-        )
-    ranking = read_scores(path)
+        raise InputError(_no_scores(source.path, name))
+    ranking, inherited = read_scores(path), False
     if ranking.checkpoint != source.hash:
-        raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
+        line = ancestors(source.path)
+        if ranking.checkpoint not in line:
+            raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
+        inherited = True
+        out.warn(
+            f"{path} was measured on {line[ranking.checkpoint]}, which {name} was made from: its scores know nothing of what "
+            "has been converted and trained since"
+        )
     out.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
     try:
-        chosen, tied = lowest(contract, ranking, count), astride(ranking.layers, count)
+        chosen = lowest(contract, ranking, count, inherited)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    cut = max(place for place, layer in enumerate(ranking.ranking(), 1) if layer in chosen)  # layers below it may be gone
+    tied = [layer for layer in astride(ranking.layers, cut) if layer not in contract.mixer_layers]
     if tied:
         names = ", ".join(map(str, tied))
         out.warn(f"the cut after {count} layers falls inside a tie: {names} could be on either side of it (90% of resamples)")
     return chosen, ranking
+
+
+def _check_scores(name: str, layers: int | None, scores: Path | None) -> None:
+    """InputError where a ranking is needed and a local checkpoint has none, or it is no ranking; before torch is imported."""
+    from hybridize.checkpoint.json_files import read_json
+    from hybridize.checkpoint.scores import find_scores, read_scores
+    from hybridize.errors import InputError
+
+    if scores is not None:
+        read_scores(scores)
+        return
+    config = Path(name) / "config.json"
+    if layers is None or not config.is_file() or find_scores(Path(name), name) is not None:
+        return
+    raw = read_json(config)
+    kinds, count = raw.get("layer_types"), raw.get("num_hidden_layers")
+    done = kinds.count("linear_attention") if isinstance(kinds, list) else 0
+    if isinstance(count, int) and done < layers <= count:
+        raise InputError(_no_scores(Path(name), name))
+
+
+def _no_scores(path: Path, name: str) -> str:
+    """What to do without scores; an ancestor's are named, if there are such."""
+    from hybridize.checkpoint.manifest import ancestors
+    from hybridize.checkpoint.scores import find_scores
+
+    told = f"{name} has no scores; run score-loo, score-mmr or score-restore first, or name layers with --indices"
+    for place in ancestors(path).values():
+        found = find_scores(Path(place), place)
+        if found is not None:
+            return f"{told}; --scores {found} takes those of {place}, which it was made from"
+    return told
 
 
 def _check_donor(donor: CheckpointReader, name: str, contract: Teacher, chosen: list[int]) -> None:

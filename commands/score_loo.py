@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from . import options as opt
-from .output import Output, guarded
+from .models import check_weights
+from .output import LINES, Output, guarded
 from .scoring import check_score_output, report_scores
 
 VAGUE = 0.5  # of all ranks, in the median
@@ -70,9 +71,10 @@ def command(
         warn_of_length(out, source, seq_len)
         encoder = open_encoder(source, mask, chat_template, trust_remote_code)
         origin, text, measuring = text_beside(out, source, checkpoint, teacher, data, encoder, limit, windows, seq_len, rows)
-        _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
+        check_weights(source, origin)
         batches = [batch.to(where) for batch in measuring]
         same = origin.path == source.path
+        LINES.doing("loading the models")
         other = None if same else load_model(origin.path, where, compute, trust_remote_code)
         found = loo_kl(load_hybrid(source, where, compute), other, settings, batches, compute, progress)
         used = {"data": text, "windows": windows, "seq_len": seq_len, "mask": mask}
@@ -84,8 +86,9 @@ def command(
         )
         manager = repeatable(open_tasks(evaluation))
         check_choices(manager, evaluation)
-        _ = source.hash  # as above
+        check_weights(source)
         tokenizer = load_tokenizer(source.path, trust_remote_code)
+        LINES.doing("preparing the tasks")
         by_metric = loo_tasks(load_hybrid(source, where, compute), tokenizer, settings, evaluation, manager, progress)
         found = by_metric[metric]
         _doubt(out, metric, found, by_metric.get("margin"))

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,16 +14,20 @@ import typer
 from . import options as opt
 from .models import (
     calibration_for,
+    check_weights,
     data_for,
     done_already,
+    is_here,
     open_encoder,
     say_of_rows,
     say_tuning,
     teacher_of,
     warn_of_length,
 )
-from .output import Output, guarded
+from .output import LINES, Output, guarded
 from .scoring import check_score_output, report_scores
+
+SHARE = 0.8  # of the free memory that the candidates may fill, unless somebody says how much
 
 
 @guarded
@@ -49,6 +54,9 @@ def command(
     d_conv: opt.DConv = None,
     dt_rank: opt.DtRank = None,
     expand: opt.Expand = None,
+    max_memory: Annotated[
+        float | None, typer.Option("--max-memory", help="GiB to stay within [default: 80% of what is free].")
+    ] = None,
     output: opt.Output = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -68,24 +76,31 @@ def command(
     process has its share of them.
     """
     out = Output(as_json, quiet)
+    from hybridize.checkpoint.scores import scores_path
+    from hybridize.checkpoint.unfinished import check_unfinished, run_path
+
+    asked: dict[str, Any] = {
+        "steps": steps, "batch_size": batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "loss": loss, "mask": mask,
+        "train": train, "repeats": repeats, "seed": seed,
+    }  # fmt: skip
+    target = output or scores_path(Path(checkpoint), checkpoint, "mmr")
+    if not dry_run and not target.exists():
+        check_unfinished(run_path(target), {"settings": asked}, resume, overwrite)
     from hybridize.distillation.losses import Loss
     from hybridize.scoring.mmr import MmrSettings
 
-    settings = MmrSettings(steps, batch_size, seq_len, lr_mixer, loss, mask, train, repeats, seed)
+    settings = MmrSettings(**asked)
     Loss.parse(loss)
     source, path = check_score_output(checkpoint, revision, output, "mmr", overwrite or resume)
     origin = teacher_of(source, checkpoint, teacher)
     warn_of_length(out, source, seq_len)
-    import torch
-
     from hybridize.checkpoint.scores import read_scores
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.ranks import join, leave
     from hybridize.distillation.run_dir import RunDir
     from hybridize.errors import InputError
-    from hybridize.runtime import load_hybrid, load_model, pick_compute, quiet_transformers, ran_on
-    from hybridize.scoring.mmr import measure, share_of
-    from hybridize.surgery.replace import MixerSettings, plan, starting_values
+    from hybridize.runtime import pick_compute, quiet_transformers, ran_on
+    from hybridize.surgery.replace import MixerSettings, plan
     from hybridize.surgery.teacher import read_teacher
 
     quiet_transformers()
@@ -95,7 +110,7 @@ def command(
     shape = surgery.mixer
     assert shape is not None
     if dry_run:
-        _dry_run(out, source, origin, shape, settings, dtype)
+        _planned(out, source, origin, shape, settings, device, dtype, max_memory, show=True)
         return
     where, compute = pick_compute(device, dtype, training=True)
     ranks, where = join(where)
@@ -113,6 +128,8 @@ def command(
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}
     used = {"settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()}}
+    room = _planned(out, source, origin, shape, settings, device, dtype, max_memory)
+    check_weights(source, origin)
     identity = {
         **used, "checkpoint": source.hash, "teacher": origin.hash, "data": corpus.hash, "template": encoder.template,
         "ranks": ranks.size,
@@ -122,49 +139,86 @@ def command(
         return
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
+    began = time.time()
     with run.started(resume):
-        mine = share_of(contract.attention_layers, ranks.rank, ranks.size)
-        starts = starting_values(source, plan(contract, mine, shaped), source, seed, fit, together=False)
-        student = load_hybrid(source, where, torch.float32)
-        model = load_model(origin.path, where, compute, trust_remote_code)
-        started = time.time()
-        say_tuning(out, where, shape)
-
-        def batches(repeat: int) -> Iterator[Any]:
-            order = replace(settings.as_distill(), seed=seed + repeat)
-            return (batch.to(where) for batch in itertools.islice(corpus.training(order), steps))
-
-        def progress(done: int, count: int) -> None:
-            out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
-
-        found = measure(
-            student, model, shape, starts, batches, settings, compute, states=run.path, ranks=ranks, progress=progress,
-            note=out.note,
+        found = _measured(
+            out, run, source, origin, corpus, (contract, shaped, shape, fit), settings, ranks, where, compute, room,
+            trust_remote_code,
         )  # fmt: skip
         leave()
         if not ranks.main:
             return
-        used["settings"]["run"] = run.digest
-        made = {**used, "seconds": round(time.time() - started, 2), "metric": loss}
+        made = {"settings": used["settings"] | {"run": run.digest}, "seconds": round(time.time() - began, 2), "metric": loss}
         init = "mil" if fit is None else "calibrated"
         report_scores(out, source, path, "mmr", f"{loss} after {steps} steps", shape["kind"], init, found, made)
         run.remove()
 
 
-def _dry_run(out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, dtype: str) -> None:
+def _measured(
+    out: Output, run: Any, source: Any, origin: Any, corpus: Any, mixers: tuple[Any, Any, Any, Any], settings: Any, ranks: Any,
+    where: Any, compute: Any, room: int, trust_remote_code: bool,
+) -> Any:  # fmt: skip
+    """The scores of all candidates. mixers: the attention to convert, what mixers it gets, their shape, the calibration."""
+    import torch
+
+    from hybridize.runtime import load_hybrid, load_model
+    from hybridize.scoring.mmr import measure, share_of
+    from hybridize.surgery.replace import plan, starting_values
+
+    contract, shaped, shape, fit = mixers
+    surgery = plan(contract, share_of(contract.attention_layers, ranks.rank, ranks.size), shaped)
+    starts = list(starting_values(source, surgery, source, settings.seed, fit, together=False, progress=out.progress))
+    LINES.doing("loading the models")
+    student = load_hybrid(source, where, torch.float32)
+    teacher = load_model(origin.path, where, compute, trust_remote_code)
+    say_tuning(out, where, shape)
+    started = time.time()
+
+    def batches(repeat: int) -> Iterator[Any]:
+        order = replace(settings.as_distill(), seed=settings.seed + repeat)
+        return (batch.to(where) for batch in itertools.islice(corpus.training(order), settings.steps))
+
+    def progress(done: int, count: int) -> None:
+        out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
+
+    LINES.doing("the first step, in which kernels are compiled and tuned")
+    return measure(
+        student, teacher, shape, starts, batches, settings, compute, room=room, states=run.path, ranks=ranks,
+        progress=progress, note=out.note,
+    )  # fmt: skip
+
+
+def _planned(
+    out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, device: str, dtype: str,
+    max_memory: float | None, show: bool = False,
+) -> int:  # fmt: skip
+    """Bytes that are left for activations, said beside what all candidates together would take. show: as the result instead."""
+    from hybridize.distillation.plan import GIB
     from hybridize.distillation.ranks import world_size
-    from hybridize.runtime import load_empty, planned_dtype
-    from hybridize.scoring.mmr import memory
+    from hybridize.runtime import free_memory, planned_on
+    from hybridize.scoring.mmr import ACTIVATIONS, memory
     from hybridize.surgery.teacher import empty_model
 
-    compute, student = planned_dtype(dtype), empty_model(source.config, str(source.path))
-    found = memory(student, load_empty(origin.path, compute), mixer, settings, world_size(), compute)
-    total = sum(found.values())
+    where, compute = planned_on(device, dtype)
+    student, teacher = (empty_model(reader.config, str(reader.path)) for reader in (source, origin))
+    found = memory(student, teacher, mixer, settings, world_size(), compute, where.type)
+    total, fixed = sum(found.values()), sum(size for name, size in found.items() if name != ACTIVATIONS)
+    here = is_here(where)
+    most = max_memory * GIB if max_memory is not None else SHARE * free_memory(where) if here else total
+    limit = f"at most {most / GIB:.1f} GiB" + (f", {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else "")
+    said = f"memory: {total / GIB:.1f} GiB with all candidates side by side"
+    if total > most:
+        said += f"; {limit}, so that they go in groups" if fixed < most else f", {fixed / GIB:.1f} without activations; {limit}"
 
     def human() -> None:
-        together = "at the peak" if settings.train == "all" else "at the peak, or less in groups"
-        for name, size in {**found, together: total}.items():
-            print(f"{name:42} {size / 2**30:9.2f} GiB")
+        for name, size in {**found, "with all candidates side by side": total}.items():
+            print(f"{name:42} {size / GIB:9.2f} GiB")
+        if total > most:
+            print(said)
 
-    gib = {name: round(size / 2**30, 3) for name, size in found.items()}
-    out.result({"gib": gib, "total_gib": round(total / 2**30, 3)}, human)
+    if show:
+        gib = {name: round(size / GIB, 3) for name, size in found.items()}
+        out.result({"gib": gib, "total_gib": round(total / GIB, 3), "max_gib": round(most / GIB, 3)}, human)
+        return 0
+    (out.note if fixed < most else out.warn)(said)
+    return max(1, int(most - fixed))

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .models import calibration_for, data_for, open_encoder, say_of_rows, say_tuning, teacher_of, warn_of_length
-from .output import Output, guarded
+from .models import calibration_for, check_weights, data_for, open_encoder, say_of_rows, say_tuning, teacher_of, warn_of_length
+from .output import LINES, Output, guarded
 from .scoring import check_score_output, report_scores
 
 
@@ -87,7 +87,8 @@ def command(
     held = corpus.measuring(replace(settings.as_distill(), batch_size=rows, eval_windows=windows))
     if not held or corpus.packing(settings.as_distill()) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len or --eval-data may")
-    _ = source.hash, origin.hash  # what is measured; whether it is finite shows here
+    check_weights(source, origin)
+    LINES.doing("loading the models")
     student = load_hybrid(source, where, torch.float32)
     model = load_model(origin.path, where, compute, trust_remote_code)
     started = time.time()
@@ -96,7 +97,7 @@ def command(
     def progress(done: int, count: int) -> None:
         out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
 
-    starts = starting_values(source, surgery, source, seed, fit)
+    starts = starting_values(source, surgery, source, seed, fit, progress=out.progress)
     training = (batch.to(where) for batch in itertools.islice(corpus.training(settings.as_distill()), steps))
     found = restore(
         student, model, shape, starts, training, [batch.to(where) for batch in held], settings, compute, progress, out.note

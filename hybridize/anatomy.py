@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import read_manifest
-from hybridize.checkpoint.reader import read_json, resolve_checkpoint
+from hybridize.checkpoint.reader import resolve_checkpoint
 from hybridize.checkpoint.scores import KINDS, read_scores, scores_path
 from hybridize.errors import InputError
 from hybridize.generation.cache import attention_bytes, sequence_bytes

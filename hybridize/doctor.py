@@ -15,8 +15,11 @@ from importlib import metadata
 
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import Tensor
 
+from hybridize import __version__
+from hybridize.compat import TRIED
 from hybridize.errors import first_line
 from hybridize.modeling import causal_conv, gated_norm, selective_scan, ssd_scan
 from hybridize.runtime import pick_device
@@ -37,11 +40,13 @@ class Finding:
     mend: str = ""
 
 
-def examine(device: str = "auto") -> list[Finding]:
-    """All findings. device: `cuda` asks for a GPU, `cpu` for none; `auto` for one where the machine has one."""
+def examine(device: str = "auto", progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
+    """All findings. device: `cuda` asks for a GPU, `cpu` for none; `auto` for one where the machine has one. progress: is told
+    the name of each computation that is about to be checked."""
     driver = _driver()
     wants = device.startswith("cuda") or (device == "auto" and driver is not None)
-    found = [Finding("python", "ok", platform.python_version()), *_packages(), *_conflicts()]
+    versions = [Finding("hybridize", "ok", __version__), Finding("python", "ok", platform.python_version())]
+    found = [*versions, *_packages(), *_conflicts()]
     index = int(device.partition(":")[2] or 0)
     found.append(_gpu(driver, wants, index))
     seen = torch.cuda.is_available()
@@ -51,7 +56,10 @@ def examine(device: str = "auto") -> list[Finding]:
         found.append(_compiler())
     on = pick_device(f"cuda:{index}" if wants and seen else "cpu")
     able = wants and seen and all(f.state == "ok" for f in found if f.name in KERNELS)
-    return [*found, *(_checked(name, check, on, able) for name, check in CHECKS.items())]
+    for name, check in CHECKS.items():
+        progress(name)
+        found.append(_checked(name, check, on, able))
+    return found
 
 
 def _packages() -> list[Finding]:
@@ -71,8 +79,18 @@ def _packages() -> list[Finding]:
             detail = f"{version}, but hybridize needs {wanted.specifier}"
             found.append(Finding(wanted.name, "fault", detail, _install(wanted)))
         else:
-            found.append(Finding(wanted.name, "ok", version))
+            found.append(Finding(wanted.name, "ok", f"{version}{_tried(wanted.name, version)}"))
     return found
+
+
+def _tried(name: str, version: str) -> str:
+    """What to say of a version that lies outside those that the tests have passed on."""
+    if name not in TRIED:
+        return ""
+    oldest, newest = TRIED[name]
+    if Version(oldest) <= Version(version) <= Version(newest):
+        return ""
+    return f" (the tests have passed on {oldest} to {newest})"
 
 
 def _conflicts() -> list[Finding]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
+CGROUP = Path("/sys/fs/cgroup")  # of Linux, version 2, as a container sees its own
 WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,9 +64,26 @@ def pick_compute(device: str, dtype: str, training: bool = False) -> tuple[torch
     return where, pick_dtype(dtype, where, training)
 
 
-def planned_dtype(name: str) -> torch.dtype:
-    """What a --dry-run reckons with: a GPU's run, wherever the planning is done."""
-    return torch.bfloat16 if name == "auto" else pick_dtype(name, torch.device("cpu"), training=True)
+def planned_on(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What a --dry-run reckons with: the device that would run, or a GPU where one is asked for that this machine lacks."""
+    where = torch.device("cuda") if device.startswith("cuda") and not torch.cuda.is_available() else pick_device(device)
+    return where, pick_dtype(dtype, where, training=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device: of a CPU also what the system would give back, within the container's limit."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, most - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such files, or `max`: there is no limit
+        return free
 
 
 def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -123,7 +141,8 @@ def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
 def without_storage(make: Callable[[], M]) -> M:
     """The model that `make` makes, its weights tied and on the meta device, none of them drawn; buffers are real."""
     from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
+
+    from hybridize.compat.transformers import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = make()

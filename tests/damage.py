@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from hybridize.anatomy import anatomy, lineage, rankings
 from hybridize.checkpoint.integrity import verify
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import read_manifest, root_of
-from hybridize.checkpoint.reader import CheckpointReader, carried_files, read_json
+from hybridize.checkpoint.reader import CheckpointReader, carried_files
 from hybridize.checkpoint.scores import find_scores, read_scores
 from hybridize.evaluation.gate import compare
 from hybridize.evaluation.results import read_results

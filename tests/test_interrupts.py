@@ -51,6 +51,7 @@ def callback(number: int) -> None:
 
 @pytest.fixture(autouse=True)
 def unharmed() -> Iterator[None]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook, threading.active_count()
     yield
     assert before == (

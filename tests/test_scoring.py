@@ -94,15 +94,12 @@ def start(teacher: Path, traces: Path, path: Path, converted: list[int], kind: s
 @pytest.mark.parametrize("room", [None, 1])
 def test_mmr_is_replacing_each_layer_and_training_it(
     teacher: Path, traces: Path, tmp_path: Path, converted: list[int], kind: str, room: int | None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the plain loop; room 1: one
     candidate at a time."""
-    if room is not None:
-        monkeypatch.setattr("hybridize.scoring.candidates.CPU_BYTES", room)
     student, origin, mixer, starts, batches, settings = start(teacher, traces, tmp_path / "start", converted, kind)
     before, notes = {name: p.clone() for name, p in student.named_parameters()}, []
-    found = measure(student, origin, mixer, starts, batches, settings, torch.float32, note=notes.append)
+    found = measure(student, origin, mixer, starts, batches, settings, torch.float32, room=room, note=notes.append)
     assert len(notes) == (room is not None)
     assert [s.layer for s in found] == [i for i in range(4) if i not in converted]
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())

@@ -51,8 +51,7 @@ def test_flops_count_what_is_multiplied() -> None:
 
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
     steps = [{"step": n, "tokens": n * 100, "loss": None if n == 2 else 1 / n, "lr": 1e-3} for n in range(1, 5)]
-    assert draw_curve(steps, [{"tokens": 400, "reverse_kl": 0.5, "agreement": 0.9}], tmp_path / "a.png")
-    assert draw_curve(steps, [], tmp_path / "b.png")
+    draw_curve(steps, [{"tokens": 400, "reverse_kl": 0.5, "agreement": 0.9}], tmp_path / "a.png")
+    draw_curve(steps, [], tmp_path / "b.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))

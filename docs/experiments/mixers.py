@@ -28,13 +28,14 @@ from hybridize.checkpoint.scores import read_scores
 from hybridize.distillation.distill import Corpus, distill, open_corpus
 from hybridize.distillation.encode import Encoder
 from hybridize.distillation.measure import fidelity
+from hybridize.distillation.pairs import parse_indices
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.sample import sample_windows
 from hybridize.distillation.settings import DistillSettings
 from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers
 from hybridize.surgery import calibrate as constants
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
-from hybridize.surgery.select import lowest, parse_indices
+from hybridize.surgery.select import lowest
 from hybridize.surgery.teacher import read_teacher
 
 TEMPLATE = Path(__file__).with_name("chatml.jinja")

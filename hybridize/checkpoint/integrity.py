@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hybridize.checkpoint.atomic import json_text, write_json
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import MANIFEST, read_manifest
 from hybridize.checkpoint.reader import (
     CARRIED,
@@ -24,7 +25,6 @@ from hybridize.checkpoint.reader import (
     check_inside,
     content_hash,
     fingerprint,
-    read_json,
     same_bytes,
 )
 from hybridize.errors import InputError

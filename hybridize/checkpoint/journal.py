@@ -13,15 +13,31 @@ from typing import Any
 from hybridize.errors import InputError
 
 
+def part_of(path: Path) -> Path:
+    """Where the lines of a file lie until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+def check_journal(path: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether an unfinished run has left answers there. InputError where it has, and neither flag says what to do with them."""
+    if not path.exists():
+        return False
+    with path.open("rb") as lines:
+        begun = (
+            sum(1 for _, line in zip(range(2), lines, strict=False) if line.endswith(b"\n")) > 1
+        )  # settings alone are no loss
+    if begun and not (resume or overwrite):
+        raise InputError(f"{path} is an unfinished run; --resume goes on with it, --overwrite starts anew")
+    return begun
+
+
 class Journal:
     """lines: those of the run before, if this one goes on with it (`resume`). InputError where another run is in the way."""
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        begun = path.exists() and path.read_bytes().count(b"\n") > 1  # settings alone are no loss
-        if begun and not (resume or overwrite):
-            raise InputError(f"{path} is an unfinished run; --resume goes on with it, --overwrite starts anew")
+        begun = check_journal(path, resume, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("ab+")
         try:

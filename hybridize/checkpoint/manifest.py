@@ -8,11 +8,14 @@ import re
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridize import __version__
-from hybridize.checkpoint.reader import CheckpointReader, read_json
+from hybridize.checkpoint.json_files import read_json
 from hybridize.errors import InputError
+
+if TYPE_CHECKING:
+    from hybridize.checkpoint.reader import CheckpointReader
 
 MANIFEST = "hybridize.json"
 FORMAT = 1
@@ -127,3 +130,21 @@ def root_of(checkpoint: Path) -> str | None:
     path = str(found["root"].get("path", ""))
     local = checkpoint / path
     return str(local.resolve()) if local.is_dir() else path
+
+
+def ancestors(checkpoint: Path) -> dict[str, str]:
+    """What a checkpoint was made from: content hash -> path or hub id, nearest first, the root last. Of parents that are no
+    longer there only the nearest and the root are known."""
+    found: dict[str, str] = {}
+    here, root = checkpoint, None
+    while (manifest := read_manifest(here)) is not None and manifest["parent"]["hash"] not in found:
+        root = root or manifest["root"]
+        parent = here / manifest["parent"]["path"]
+        local = parent.is_dir()
+        found[manifest["parent"]["hash"]] = os.path.relpath(parent) if local else manifest["parent"]["path"]
+        if not local:
+            break
+        here = parent
+    if root is not None:
+        found.setdefault(root["hash"], root_of(checkpoint) or root["path"])
+    return found

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hybridize.checkpoint.json_files import read_json
 from hybridize.errors import InputError, first_line
 
 Fingerprint = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha256 of the bytes
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_NAME = 255  # bytes that file systems allow
-MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
 NOT_HASHED = ("transformers_version", "_name_or_path")
 CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
@@ -54,23 +54,6 @@ def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[s
         if not network:
             raise InputError(f"{name} is no local directory, and not in the hub's cache") from error
         raise InputError(f"{name} is no local directory, and the hub did not give it: {first_line(error)}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError naming the file when it is missing, not JSON, or not an object."""
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise InputError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of its kind has")
-        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing") from error
-    except InputError:
-        raise
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def carried_files(source: Path) -> list[Path]:
@@ -110,10 +93,6 @@ def check_inside(folder: Path, file: Path) -> None:
         raise InputError(f"{file} is a link out of its directory, to {real}; put a copy there, or name that directory")
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
-
-
 class CheckpointReader:
     """A safetensors checkpoint: `config`, tensor names, shapes and types at once; tensors when asked for.
 
@@ -137,6 +116,7 @@ class CheckpointReader:
             )
         self.sharded = not (path / SINGLE).exists()
         self._files = self._locate()
+        self._marks = {shard: _mark(path / shard) for shard in self.files}
         self._prints: dict[str, Fingerprint] = {}
 
     def _locate(self) -> dict[str, tuple[str, Any]]:
@@ -213,9 +193,21 @@ class CheckpointReader:
     def hash(self) -> str:
         """The content hash of DESIGN section 7: weights and config, whatever the sharding. Reads every byte once, but for
         tensors that `take_print` has had."""
-        with ThreadPoolExecutor(2) as pool:  # sha256 releases the interpreter lock
-            list(pool.map(self.take_print, [name for name in self.names if name not in self._prints]))
+        for shard in self.files:
+            missing = [name for name in self.names if self._files[name][0] == shard and name not in self._prints]
+            if missing:
+                self._take_prints(shard, missing)
         return content_hash(list(self._prints.values()), self.config)
+
+    def _take_prints(self, shard: str, names: list[str]) -> None:
+        """Through a map of its own, so that the pages read leave memory with it. InputError where the file was replaced since
+        it was opened."""
+        path = self.path / shard
+        with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(2) as pool:  # sha256 releases the interpreter lock
+            if _mark(path) != self._marks[shard]:
+                raise InputError(f"{path} has been written again since it was opened")
+            prints = pool.map(lambda name: fingerprint(name, handle.get_tensor(name), str(path)), names)
+            self._prints.update(zip(names, prints, strict=True))
 
     def take_print(self, name: str) -> Fingerprint:
         """What `hash` needs of one tensor, for who reads it anyway. InputError where it is not finite."""
@@ -226,6 +218,12 @@ class CheckpointReader:
     def same_bits(self, name: str, other: CheckpointReader) -> bool:
         """Whether both have the tensor with the same type, shape and bytes."""
         return self.take_print(name) == other.take_print(name)
+
+
+def _mark(file: Path) -> tuple[int, int, int]:
+    """By which a file is known to be the same one, unchanged."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def fingerprint(name: str, tensor: Tensor, where: str | None = None) -> Fingerprint:

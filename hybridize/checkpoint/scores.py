@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.atomic import write_json_atomic
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import hidden
-from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError
 
 KINDS = ("mmr", "restore", "loo")  # in the order in which `replace` prefers them

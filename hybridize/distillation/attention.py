@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hybridize.compat.transformers import register_attention, sdpa_attention_forward
 
 NAME = "hybridize_packed"
 WIDEST_HEAD = 256  # of the flash attention that torch brings
@@ -33,7 +33,7 @@ def can_attend(model: Any, length: int) -> bool:
 
 def use_packed_attention(model: Any) -> None:
     """Lets all attention layers of a model call `attend`; forward must then be told the boundaries of packed rows."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)  # masks do not know the name, so none is made
+    register_attention(NAME, attend)
     model.config._attn_implementation = NAME
 
 

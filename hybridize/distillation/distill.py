@@ -167,6 +167,7 @@ def distill(
     dtype: torch.dtype,
     overwrite: bool = False,
     resume: bool = False,
+    stop_now: bool = False,
     log_every: int = 1,
     trust_remote_code: bool = False,
     run: RunDir,
@@ -175,7 +176,8 @@ def distill(
 ) -> int:
     """Trains float32 weights under autocast to `dtype`; storage types of the result follow the source. Returns tokens seen.
 
-    Every rank calls this; the first one writes.
+    stop_now: writes what an unfinished run has saved last, and leaves the run as it is. Every rank calls this; the first one
+    writes.
     """
     ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
@@ -187,16 +189,23 @@ def distill(
         waits = reader is teacher and settings.offload_teacher
         return load_model(reader.path, torch.device("cpu") if waits else device, kind, trust_remote_code)
 
+    doing = lambda text: report({"kind": "doing", "text": text})  # noqa: E731
+    doing("loading the student")
     student = load(source, torch.float32, streams and settings.stage == "distill")
+    doing("loading the teacher")
     model = None if teacher is None else load(teacher, dtype, streams and not settings.offload_teacher)
+    doing("preparing the first step")
     training = Training(
         student, model, corpus.measuring(settings), settings, run, device=device, dtype=dtype, log_every=log_every,
         ranks=ranks, sources=(source, teacher) if streams else (None, None), report=report,
     )  # fmt: skip
     with run.started(resume):
         with contextlib.closing(prefetched(corpus.training(settings))) as batches:
-            used = training.go(batches, resume)
-        made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size, "run": run.digest}
+            used = training.go(batches, resume, stop_now)
+        doing(f"writing {output}")
+        made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
+        # by which the run knows its own result; this one it goes on from
+        made |= {"stopped_after": used // (settings.batch_size * settings.seq_len)} if stop_now else {"run": run.digest}
         manifest = descend(source, name, output, "distill", made, settings.seed)
         shares = sum(weight for _, weight in corpus.sources)
         data = [
@@ -231,6 +240,7 @@ def distill(
                 writer.add(tensor_name, value, source if kept else None)
             run.finish(path)
             writer.close(source.config, manifest, carry_from=source.path)
-        run.remove()
+        if not stop_now:
+            run.remove()
         ranks.wait()
         return used

@@ -21,3 +21,19 @@ def named_numbers(text: str, flag: str, default: float | None = None) -> list[tu
             raise InputError(f"{flag} {part!r}: after a name and = there must be a positive number")
         found.append((name, value))
     return found
+
+
+def parse_indices(text: str, flag: str = "--indices") -> list[int]:
+    """`3,5-8` -> [3, 5, 6, 7, 8]; InputError that names `flag` on anything else."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"{flag} {text!r} is not a list like 3,5-8")
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise InputError(f"{flag}: the range {part.strip()} runs backwards")
+        found.extend(range(low, high + 1))
+    if len(set(found)) != len(found):
+        raise InputError(f"{flag} {text!r} names a layer twice")
+    return sorted(found)

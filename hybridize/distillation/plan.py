@@ -1,4 +1,4 @@
-"""What a distillation will take, from the configs alone: bytes a rank at the peak, FLOPs, hours. Nothing is loaded.
+"""What a distillation will take, from the configs alone: bytes a rank at the peak, FLOPs. Nothing is loaded.
 
 Activations are counted as eager autograd keeps them under bfloat16 autocast, weights and the residual stream in float32; D
 hidden size, A query heads x head size, K key/value heads x head size, F MLP width; bytes a token.
@@ -6,15 +6,16 @@ hidden size, A query heads x head size, K key/value heads x head size, F MLP wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from hybridize.distillation.losses import CHUNK_BYTES
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.watch import PEAKS, model_flops
+from hybridize.distillation.watch import model_flops
 from hybridize.modeling import MIXER_LAYER
+from hybridize.modeling.ssd import CHUNK
 from hybridize.surgery.teacher import GEMMA
 
 GIB = 2**30
@@ -22,17 +23,19 @@ QK_NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2")
 # The share that torch.compile keeps of a layer: what is cheap is computed again in backward. Measured on H100s, SmolLM2 and
 # Llama-3B shapes, graph or not, one rank or two: 0.55 to 0.62 (docs/performance.md)
 COMPILED = 0.6
-ASSUMED = 0.4 * PEAKS["H100"] * 1e12  # FLOP/s: 40% of an H100's dense bfloat16 peak
+PROCESS = int(0.8 * GIB)  # of Python, torch and the other libraries, on a CPU
+# What plain PyTorch takes on a CPU: copies of the largest trained matrix in the optimizer's step, and of the logits in the
+# loss, which is compiled on GPUs alone. Both measured: docs/performance.md
+COPIES, PLAIN_LOSS = 4, 3.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a rank by part, at the peak in the middle of a step; FLOPs of all tokens; hours at `ASSUMED` a rank."""
+    """Bytes a rank by part, at the peak in the middle of a step; FLOPs of all tokens."""
 
     bytes: dict[str, float]
     tokens: int
     flops: float
-    hours: float
 
     @property
     def total(self) -> float:
@@ -67,8 +70,36 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
     return norm + 2 * D + 2 * (2 * A + 2 * K + shape["dt_rank"] + 3 * A + 2 * A + 4 * A + 5 * A) + mlp
 
 
-def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtype: torch.dtype) -> Plan:
-    """student, teacher: models without storage, teacher None for a loss that needs none."""
+def plain_bytes(config: Any, kind: str) -> int:
+    """As `layer_bytes`, in float32 on a CPU, where scans are plain PyTorch and nothing is cast. Experts count as their MLPs."""
+    D, F = config.hidden_size, config.intermediate_size
+    H = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or D // H
+    A, K = H * head, config.num_key_value_heads * head
+    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        F = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or F)
+    family = getattr(config, "base_model_type", None) or config.model_type
+    rest = 2 * (12 * D + 4) + 16 * F  # two norms: input, scaled input, result; gate, its SiLU, up, their product
+    rest += (16 * (A + K) if family in QK_NORMED else 0) + (2 * (8 * D + 4) if family in GEMMA else 0)
+    if kind != MIXER_LAYER:
+        return rest + 4 * (2 * A + 2 * K + H)
+    shape = config.mixer
+    if shape["kind"] == "mamba2":
+        # beside convolution and norm: products of pairs of steps in a chunk, three times, and a state a chunk
+        heads = A // shape["d_state"]
+        return rest + 4 * (33 * A + A * shape["d_state"] // CHUNK + 3 * heads * CHUNK)
+    return rest + 4 * (14 * A + 2 * K + shape["dt_rank"])
+
+
+def kept_bytes(config: Any, kind: str, length: int, dtype: torch.dtype, device: str) -> int:
+    """What one layer keeps for backward on a device that computes in `dtype`, a token of a row of `length`."""
+    if device == "cpu":
+        return plain_bytes(config, kind)
+    return layer_bytes(config, kind, length) * dtype.itemsize // 2  # which counts bfloat16, mostly
+
+
+def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtype: torch.dtype, device: str = "cuda") -> Plan:
+    """student, teacher: models without storage, teacher None for a loss that needs none; device: `cuda` or `cpu`."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
     config, wide, shards = student.config, dtype.itemsize, ranks if settings.shard else 1
@@ -78,12 +109,12 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
     rows = min(settings.micro, settings.batch_size // ranks)
     tokens = rows * settings.seq_len
     share = COMPILED if settings.compile else 1.0
-    layers = [share * layer_bytes(config, kind, settings.seq_len) for kind in config.layer_types]
+    layers = [share * kept_bytes(config, kind, settings.seq_len, dtype, device) for kind in config.layer_types]
     residual = 4 * config.hidden_size
     again = settings.recomputed(len(layers))
     kept = sum(residual if index in again else size for index, size in enumerate(layers))
     kept += max((size for index, size in enumerate(layers) if index in again), default=0)
-    logits = min(CHUNK_BYTES, 2 * wide * tokens * config.vocab_size)
+    logits = (PLAIN_LOSS if device == "cpu" else 1) * min(CHUNK_BYTES, 2 * wide * tokens * config.vocab_size)
     parts = {
         "student's weights": 4 * count / ours,
         "gradients": 4 * trained / ours,
@@ -97,9 +128,30 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
         parts["teacher's layer, gathered"] = wide * (_largest(teacher) + _rest(teacher))
     if wide == 4:
         parts.pop("weights as computed in")
+    if device == "cpu":
+        largest = max((p.numel() for p in student.parameters() if p.requires_grad), default=0)
+        copies = 4 * COPIES * largest  # once activations and logits are gone
+        parts["optimizer's copies, beyond"] = max(0, copies - parts["activations"] - parts["logits"])
+        parts["Python and its libraries"] = PROCESS
     seen = settings.total_steps * settings.batch_size * settings.seq_len
-    flops = float(model_flops(student, teacher) * seen)
-    return Plan(parts, seen, flops, flops / (ASSUMED * ranks) / 3600)
+    return Plan(parts, seen, float(model_flops(student, teacher) * seen))
+
+
+def micro_that_fits(
+    student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtype: torch.dtype, device: str, room: float
+) -> tuple[int, float]:
+    """The most sequences at once whose plan is within `room` bytes, of those that split a rank's rows evenly, at least one; and
+    what the plan says of them, in bytes."""
+    rows, tried = settings.batch_size // ranks, 0
+    for parts in range(1, rows + 1):
+        micro = -(-rows // parts)
+        if micro == tried:
+            continue
+        tried = micro
+        total = plan(student, teacher, replace(settings, micro_batch_size=micro), ranks, dtype, device).total
+        if total <= room or micro == 1:
+            break
+    return tried, total
 
 
 def _there(teacher: Any, settings: DistillSettings, shards: int) -> float:

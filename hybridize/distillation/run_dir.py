@@ -20,11 +20,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from hybridize.checkpoint.atomic import hold, json_text, write_json_atomic
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import read_manifest
-from hybridize.checkpoint.reader import read_json
+from hybridize.checkpoint.unfinished import SETTINGS, check_unfinished, run_path
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.watch import Trackers, draw_curve
-from hybridize.errors import InputError, first_line
+from hybridize.errors import first_line
 
 LOGS = ("metrics", "eval")
 ROOM = "micro-batch.json"
@@ -40,7 +41,7 @@ class RunDir:
     def __init__(
         self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2, every: int = 0, track: str = ""
     ) -> None:
-        self.path = output.with_name(output.name + ".run")
+        self.path = run_path(output)
         self.settings, self.ranks, self.keep, self.every = settings, ranks or Ranks(), keep, every
         self.group = self.ranks.another_group()
         self.pending: Any = None
@@ -49,24 +50,16 @@ class RunDir:
     def check(self, resume: bool, overwrite: bool) -> None:
         """InputError when there is an unfinished run and neither flag says what to do with it, it is not of these settings, or
         another process is at it."""
-        begun = (self.path / "settings.json").exists()
         if self.path.exists() and self.ranks.main:
             os.close(hold(self.path))
-        if resume and begun:
-            before = read_json(self.path / "settings.json")
-            now = json.loads(json.dumps(self.settings))
-            changed = [key for key in now if before.get(key) != now[key]]
-            if changed:
-                raise InputError(f"--resume: {changed[0]} was {before.get(changed[0])!r}, now it is {now[changed[0]]!r}")
-        elif begun and not (overwrite or resume):
-            raise InputError(f"{self.path} holds an unfinished run; continue it with --resume, or start over with --overwrite")
+        check_unfinished(self.path, json.loads(json.dumps(self.settings)), resume, overwrite)
 
     def start(self, resume: bool) -> None:
-        if self.ranks.main and not (resume and (self.path / "settings.json").exists()):
+        if self.ranks.main and not (resume and (self.path / SETTINGS).exists()):
             self.path.mkdir(parents=True, exist_ok=True)
             for old in self.path.iterdir():  # the directory itself stays: whoever has locked it has the run
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-            write_json_atomic(self.path / "settings.json", self.settings)
+            write_json_atomic(self.path / SETTINGS, self.settings)
         self.ranks.wait()
 
     @contextlib.contextmanager

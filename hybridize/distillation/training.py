@@ -111,8 +111,10 @@ class Training:
         self.agreed = True
         self.skipped = 0
 
-    def go(self, batches: Iterator[Batch], resume: bool = False) -> int:
+    def go(self, batches: Iterator[Batch], resume: bool = False, stop_now: bool = False) -> int:
         """Runs to the last step; returns the tokens of this run. `batches` starts at the first step also when resuming.
+
+        stop_now: takes no step, so that the student is what was saved last.
 
         Raises WorkError when the loss or a gradient is not finite, before it reaches a weight. Whatever stops the run, its last
         finished step is saved first; of several ranks' runs only what all of them agree on, which are signals and WorkErrors.
@@ -121,6 +123,9 @@ class Training:
         steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
         finished = start = run.load(self.student, self.optimizer) if resume else 0
         self._narrow(self.ranks.first(run.room(self._room)))
+        self.ranks.wait()
+        if self.ranks.main:  # a run that goes on sums in the same order, whatever memory is free then
+            run.note_room(self._room, self.accumulate.micro)
         self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
         self.ranks.wait()  # the first rank is about to write more
@@ -132,8 +137,10 @@ class Training:
             try:
                 if start == 0 or (settings.eval_every and start % settings.eval_every == 0 and start != steps):
                     self.measure(start)
-                while finished < steps and not self._flat():
+                while finished < steps and not stop_now and not self._flat():
                     began = time.perf_counter()
+                    if finished == start:
+                        self.report({"kind": "doing", "text": "the first step, in which kernels are compiled and tuned"})
                     batch = next(batches)
                     part = batch.rows(self.rows).to(self.device)
                     value, norm = self._gradient(part, batch.kept)
@@ -167,7 +174,7 @@ class Training:
                     if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
                         self.measure(finished)
                 self._merge(finished)
-                if finished == steps or settings.checkpoint_merge > 1:
+                if finished == steps or stop_now or settings.checkpoint_merge > 1:
                     self.measure(finished)
                 run.settle()
             except BaseException:
@@ -207,6 +214,7 @@ class Training:
         if not self.held or self.teacher is None or step in self.measures:
             return
         self.student.eval()
+        self.report({"kind": "doing", "text": "measuring on held-out text"})
         with torch.compiler.set_stance("force_eager"):  # a few batches are not worth graphs of their own
             compare = lambda model: fidelity(model, self.teacher, self.held, self.dtype)  # noqa: E731
             try:
@@ -269,10 +277,10 @@ class Training:
         return ", ".join([f"{self.ranks.size} ranks", *(name for name, so in placed.items() if so)])
 
     def _narrow(self, micro: int | None) -> None:
-        """No more sequences at once than an earlier run of the same kind found room for."""
+        """No more sequences at once than the run had, in the same room, before it was cut off."""
         if micro is not None and micro < self.accumulate.micro:
             self.accumulate.micro = micro
-            self.report({"kind": "note", "text": f"{micro} sequences at once, since more ran out of memory before"})
+            self.report({"kind": "note", "text": f"{micro} sequences at once, as before the run was cut off"})
 
     def _tolerate(self, step: int, value: float, norm: float, batch: Batch) -> None:
         """WorkError that names what is not finite, unless so many batches may be skipped."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,42 @@ def model_flops(student: Any, teacher: Any) -> int:
         )
 
     return 4 * size(student) + 2 * size(student, trained=True) + (0 if teacher is None else 2 * size(teacher))
+
+
+# Shares of an H100's peak that training steps were measured at, by hidden size (docs/performance.md), with --compile and, where
+# it can be had, --cuda-graph; between them they are interpolated.
+MEASURED = ((576, 0.19), (896, 0.29), (3072, 0.42))
+CPU_SHARE = 0.5  # of what a matrix product reaches on a CPU; see docs/performance.md
+SQUARE = 1024  # rows and columns of that product
+
+
+def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
+    """FLOP/s that training a model of this hidden size can be expected to reach, and in words what that is a share of.
+
+    A GPU that is not there, or not in the list of PEAKS, is reckoned as an H100; a CPU is asked.
+    """
+    if device.type != "cuda":
+        speed = _product_speed()
+        return CPU_SHARE * speed, f"{CPU_SHARE:.0%} of the {speed / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
+    peak = (peak_flops(device) if torch.cuda.is_available() else None) or PEAKS["H100"] * 1e12
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() and peak_flops(device) else "an H100"
+    (low, start), *rest = MEASURED
+    share = start
+    for size, value in rest:
+        if hidden > low:
+            share = start + (value - start) * min(1.0, math.log(hidden / low) / math.log(size / low))
+        low, start = size, value
+    return share * peak, f"{share:.0%} of the peak of {name}, reached with --compile and --cuda-graph"
+
+
+def _product_speed() -> float:
+    """FLOP/s of a float32 matrix product here: the best of three."""
+    left, right, best = torch.rand(SQUARE, SQUARE), torch.rand(SQUARE, SQUARE), math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return 2 * SQUARE**3 / best
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -80,12 +118,10 @@ def _module(name: str) -> Any:
         raise InputError(f"--track {name}: pip install {name} first ({error})") from error
 
 
-def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], output: Path) -> bool:
-    """Training loss, held-out reverse KL and agreement, learning rate over tokens, as a PNG. False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], output: Path) -> None:
+    """Training loss, held-out reverse KL and agreement, learning rate over tokens, as a PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 5), dpi=120)
     axis, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     good = [s for s in steps if s["loss"] is not None]
@@ -103,4 +139,3 @@ def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], outp
     axis.legend(lines, [line.get_label() for line in lines], loc="center right")
     figure.tight_layout()
     figure.savefig(output)
-    return True

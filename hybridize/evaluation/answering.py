@@ -16,11 +16,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import LogitsProcessorList
 
 from hybridize.checkpoint.journal import Journal
+from hybridize.compat.lm_eval import (
+    HFLM,
+    FilterEnsemble,
+    TakeFirstFilter,
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from hybridize.distillation.encode import unknown_token
 from hybridize.distillation.ranks import Ranks
 from hybridize.errors import WorkError
@@ -260,9 +266,6 @@ class Majority:
 
 def vote(loaded: dict[str, Any], samples: int) -> dict[str, Any]:
     """lm-eval's loaded tasks; those that generate ask for `samples` answers, and judge their majority too."""
-    from lm_eval.api.filter import FilterEnsemble
-    from lm_eval.filters.selection import TakeFirstFilter
-
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE != "generate_until" or any("maj@" in ensemble.name for ensemble in task._filters):
             continue

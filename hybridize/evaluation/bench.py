@@ -107,7 +107,7 @@ def _step_seconds(decoder: Decoder, context: int, steps: int) -> float:
 @torch.no_grad()
 def _prefill(model: HybridForCausalLM, rows: int, length: int) -> None:
     ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
-    model(ids, past_key_values=new_cache(model.config), use_cache=True, logits_to_keep=1)
+    model(ids, cache=new_cache(model.config), use_cache=True, logits_to_keep=1)
 
 
 def _free(device: torch.device) -> None:

@@ -11,15 +11,13 @@ from hybridize.checkpoint.atomic import write_bytes_atomic
 from .bench import break_even
 
 
-def draw(found: dict[str, Any], path: Path) -> bool:
-    """Writes the PNG; False where matplotlib is not installed. Nothing is drawn of a run without a grid."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Writes the PNG. Nothing is drawn of a run without a grid."""
+    from matplotlib.figure import Figure
+
     names, batches = list(found["checkpoints"]), found["settings"]["batches"]
     if not found["settings"]["contexts"]:
-        return True
+        return
     figure = Figure(figsize=(4.5 * len(batches), 3.6), layout="constrained")
     panels = figure.subplots(1, len(batches), squeeze=False)
     base = found["checkpoints"][names[0]]["steps"]
@@ -37,4 +35,3 @@ def draw(found: dict[str, Any], path: Path) -> bool:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     write_bytes_atomic(path, data.getvalue())
-    return True

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import io
-import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,14 +110,9 @@ def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
 
     tokenizer: what lengths of `recall` are counted in.
     """
-    quiet_lm_eval()
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import env
+    from hybridize.compat.lm_eval import TaskManager, keep_templates
 
-    # lm-eval compiles a task's templates anew for every document, which takes longer than a small model's answers
-    if "from_string" not in vars(env):
-        env.from_string = functools.cache(env.from_string)
-
+    keep_templates()
     unknown = [task for task in settings.tasks if task != GROUP]
     manager = None if unknown else TaskManager(include_defaults=False)
     for defaults in (False, True):  # lm-eval's own thousands of tasks take seconds to index: only when they are needed
@@ -141,7 +132,9 @@ def _with_recall(manager: Any, settings: EvalSettings, tokenizer: Any) -> Any:
     """The same task manager, which knows the group `recall` besides."""
     if tokenizer is None:
         raise InputError(f"task {GROUP} is for eval, which has a tokenizer to count its lengths in")
-    with _hushed():
+    from hybridize.compat.lm_eval import hushed
+
+    with hushed():
         group = recall_group(tokenizer, settings.recall_lengths or LENGTHS, settings.seed)
     kept, load = copy.copy(manager), manager.load
     kept.load = lambda names: load([group if name == GROUP else name for name in names])
@@ -204,8 +197,10 @@ def _loaded(manager: Any, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _load(manager: Any, settings: EvalSettings) -> dict[str, Any]:
+    from hybridize.compat.lm_eval import hushed
+
     try:
-        with _hushed():
+        with hushed():
             return dict(manager.load(list(settings.tasks)))
     except Exception as error:
         raise WorkError(f"lm-eval could not load {','.join(settings.tasks)}: {first_line(error)}") from error
@@ -222,8 +217,7 @@ def evaluate(
     was the most likely answer, for each. For tasks that `check_choices` passes. journal: of what has been answered; ranks:
     among which requests are split; only the first has the results, the others an empty object.
     """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from hybridize.compat.lm_eval import HFLM, hushed, simple_evaluate
 
     from .answering import Answering, vote
 
@@ -233,7 +227,7 @@ def evaluate(
             longest = self.max_length + 1  # what does not fit is cut off at the left, as lm-eval does
             return answer([((context + wanted)[-longest:][:-1], wanted) for _, context, wanted in requests])
 
-    with _hushed():
+    with hushed():
         if answer is None:
             wrapped: Any = Answering(
                 model, tokenizer, settings.batch_size, settings.seed, settings.think_end, journal, ranks, progress
@@ -283,36 +277,3 @@ def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         right = values.pop(int(target))
         found.append({"doc": sample["doc_id"], "hash": sample["doc_hash"], "score": right - max(values)})
     return found
-
-
-def quiet_lm_eval() -> None:
-    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("lm_eval", "lm-eval", "datasets", "evaluate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command reports."""
-    import tqdm
-    from lm_eval import evaluator
-
-    quiet_lm_eval()
-    before = tqdm.tqdm.__init__
-    # it also asks git and pip about the machine, which takes seconds and prints errors outside a repository
-    probes = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, name)}
-    for name in probes:
-        setattr(evaluator, name, lambda *_: None)
-
-    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
-        before(self, *args, **{**kwargs, "disable": True})
-
-    tqdm.tqdm.__init__ = silent  # type: ignore[method-assign]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tqdm.tqdm.__init__ = before  # type: ignore[method-assign]
-        for name, probe in probes.items():
-            setattr(evaluator, name, probe)

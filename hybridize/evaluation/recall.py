@@ -142,9 +142,8 @@ def judge(document: Document, answers: Sequence[str]) -> dict[str, float]:
 def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
     """lm-eval's group `recall`: a group for each length, in it a task for each kind."""
     from datasets import Dataset
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.config.group import AggMetricConfig
+
+    from hybridize.compat.lm_eval import AggMetricConfig, ConfigurableTask, Group
 
     aggregate = [AggMetricConfig(metric="recall", aggregation="mean", weight_by_size=True, filter_list="none")]
     whole = Group(GROUP, aggregate_metric_list=aggregate)

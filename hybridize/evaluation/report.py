@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from hybridize.anatomy import Anatomy, anatomy, lineage
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import MANIFEST, read_manifest
-from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError, first_line
 from hybridize.modeling import MIXER_LAYER
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import libraries
-from hybridize.checkpoint.reader import read_json
 from hybridize.errors import InputError
 from hybridize.evaluation.figures import chance_of, document_scores, figures_of, group_figures, main_figure
 from hybridize.evaluation.harness import EvalSettings

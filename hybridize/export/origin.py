@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import root_of
-from hybridize.checkpoint.reader import CheckpointReader, read_json
+from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hybridize.compat.transformers import register_attention
 from hybridize.modeling import missing_on_cuda
 
 NAME = "hybridize_decode"
@@ -60,4 +60,4 @@ def _attend(
     return decode_attention(query[:, :, 0], key, value, counts, scale, told.get("softcap")).unsqueeze(1), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+register_attention(NAME, _attend)

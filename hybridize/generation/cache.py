@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
 
+from hybridize.compat.transformers import LinearAttentionLayer
 from hybridize.modeling import MIXER_LAYER, HybridConfig, HybridForCausalLM
 
 
@@ -64,7 +64,7 @@ class DecodeCache:
         sizes = {layer.keys.shape[2] for layer in self.layers if isinstance(layer, _Places)}
         self._at = {size: self.lengths % size for size in sizes}
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys, values [B, K, 1, d], put in their places; returns all of them, [B, K, S, d]."""
         layer = self.layers[layer_idx]
         at = self._at[layer.keys.shape[2]]

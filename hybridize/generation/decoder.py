@@ -72,7 +72,7 @@ class Decoder:
         if length >= self.length:
             raise ValueError(f"a prompt of {length} tokens leaves no room in {self.length}")
         read = new_cache(self.model.config)
-        logits = self.model(ids, past_key_values=read, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = self.model(ids, cache=read, use_cache=True, logits_to_keep=1).logits[:, -1]
         self.cache.take(rows, read, length)
         index = torch.tensor(rows, device=ids.device)
         self.history[index, :length] = ids
@@ -100,9 +100,7 @@ class Decoder:
         before, config._attn_implementation = config._attn_implementation, NAME
         try:
             told: dict[str, Any] = {"attention_mask": self._masks, "position_ids": at, "counts": cache.lengths + 1}
-            hidden = self.model.model(
-                self.history.gather(1, at), past_key_values=cache, use_cache=True, **told
-            ).last_hidden_state
+            hidden = self.model.model(self.history.gather(1, at), cache=cache, use_cache=True, **told).last_hidden_state
         finally:
             config._attn_implementation = before
         logits = self.model.logits(hidden)[:, 0]

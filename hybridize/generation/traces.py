@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.atomic import write_text_atomic
-from hybridize.checkpoint.journal import Journal
+from hybridize.checkpoint.journal import Journal, part_of
 from hybridize.checkpoint.writer import check_writable
 from hybridize.distillation.encode import Encoder, decoded
 from hybridize.distillation.forms import CONTEXT, Conversation, Pair, read_question
@@ -65,7 +65,7 @@ class Traces:
         self.path = path
         if path.is_dir():
             raise InputError(f"{path} is a directory; it names a file")
-        part = path.with_name(path.name + ".part")
+        part = part_of(path)
         if path.exists() and not overwrite and not (resume and part.exists()):  # both: killed just before the end
             raise InputError(f"{path} exists; give another -o or --overwrite")
         check_writable(path)

@@ -60,9 +60,10 @@ def rows_that_fit(model: HybridForCausalLM, length: int, most: int) -> int:
 def write(
     model: HybridForCausalLM, wanted: Iterable[Wanted], longest: int, new: int, ends: Set[int], settings: SamplingSettings,
     rows: int, rules: Rules | None = None, stop: Callable[[tuple[int, int], list[int]], bool] = lambda *_: False,
+    stride: int = STRIDE,
 ) -> Iterator[Written]:  # fmt: skip
     """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows: sequences side by side; stop: told
-    of every answer's tokens so far, now and then, and True where there need be no more.
+    of every answer's tokens so far, each `stride` steps, and True where there need be no more.
     """
     sampler = Sampler(settings, rows, new, model.device, rules)
     decoder = Decoder(model, rows, longest + new, sampler)
@@ -75,7 +76,7 @@ def write(
                 running[row] = coming
         if not running:
             return
-        for _ in range(min(STRIDE, new)):
+        for _ in range(min(stride, new)):
             decoder.step()
         lengths, history, broken = decoder.cache.lengths.tolist(), decoder.history.cpu(), sampler.broken.tolist()
         for row, one in list(running.items()):

@@ -9,9 +9,10 @@ from .mixer import FLOAT32, Mixer, initial, inverse_softplus
 from .modeling_hybridize import FAMILIES, MIXERS, HybridForCausalLM, HybridModel, converted_layer, new_cache, soft_capped
 from .scan import causal_conv, conv_step, engine_for, kernels_missing, missing_on_cuda, selective_scan
 from .ssd import gated_norm, ssd_scan
+from .stock import CACHE
 
 __all__ = [
-    "CARRIED_KEYS", "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM",
+    "CACHE", "CARRIED_KEYS", "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM",
     "HybridModel", "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "conv_step", "converted_layer", "engine_for",
     "gated_norm",
     "initial", "inverse_softplus", "kernels_missing", "missing_on_cuda", "new_cache", "selective_scan", "soft_capped",

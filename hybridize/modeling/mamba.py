@@ -48,20 +48,23 @@ class MambaMixer(Mixer):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         seq_idx: Tensor | None = None,
+        cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, D]; attention_mask [B, T] bool, False at padding; seq_idx [B, T] int, a document's number.
 
-        past_key_values: a transformers cache whose layer `layer_idx` is a linear-attention layer; read and updated in place.
+        cache: a transformers cache whose layer `layer_idx` is a linear-attention layer; read and updated in place. Before 5.24
+        it is called past_key_values.
         Returns ([B, T, D], None), the second in place of attention weights.
         """
         if hidden_states.dtype == torch.float16:
             raise ValueError("a mamba mixer's output is not normalised and overflows float16; use bfloat16 or float32")
+        cache = past_key_values if cache is None else cache
         z, x, B, C, dt = self.project(hidden_states)
-        x, state = self._convolve(x, attention_mask, past_key_values, seq_idx)
+        x, state = self._convolve(x, attention_mask, cache, seq_idx)
         told: dict[str, Any] = {"keep": attention_mask, "reset": document_starts(seq_idx), "state": state}
-        y, last = self.scan(x, B, C, dt, inplace=self._steps(past_key_values, x), **told)
-        self._store(past_key_values, last)
+        y, last = self.scan(x, B, C, dt, inplace=self._steps(cache, x), **told)
+        self._store(cache, last)
         return self.out_proj(y * nn.functional.silu(z)), None
 
     @property

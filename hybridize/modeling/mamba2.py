@@ -56,14 +56,16 @@ class Mamba2Mixer(Mixer):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         seq_idx: Tensor | None = None,
+        cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Arguments and result as MambaMixer.forward."""
+        cache = past_key_values if cache is None else cache
         z, xBC, dt = self.project(hidden_states)
-        xBC, state = self._convolve(xBC, attention_mask, past_key_values, seq_idx)
+        xBC, state = self._convolve(xBC, attention_mask, cache, seq_idx)
         told: dict[str, Any] = {"keep": attention_mask, "reset": document_starts(seq_idx), "state": state}
-        y, last = self.scan(xBC, dt, inplace=self._steps(past_key_values, xBC), **told)
-        self._store(past_key_values, last)
+        y, last = self.scan(xBC, dt, inplace=self._steps(cache, xBC), **told)
+        self._store(cache, last)
         return self.out_proj(self.norm(y, z)), None
 
     @property

@@ -14,16 +14,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
 
 from .configuration_hybridize import MIXER_LAYER, HybridConfig
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .mixer import FLOAT32, Mixer
+from .stock import (
+    CACHE,
+    BaseModelOutputWithPast,
+    Cache,
+    CausalLMOutputWithPast,
+    DynamicCache,
+    can_return_tuple,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 MIXERS: dict[str, type[Mixer]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
 # families whose backbone is embedding, layers, norm, with nothing in between that this file does not do
@@ -103,7 +110,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, so generation must not crop the cache
     _can_compile_fullgraph = False
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -171,9 +178,10 @@ class HybridModel(HybridPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T].
+        """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T]; cache: by either of its names.
 
         Without a mask and a cache, positions that restart mark packed documents (transformers' convention): attention,
         convolution and state then stay within each. cu_seq_lens_q says that they do restart, which nobody then has to look up.
@@ -181,32 +189,31 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
+        cache = past_key_values if cache is None else cache
         hidden = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and past_key_values is None and not checkpointing:
-            past_key_values = new_cache(self.config)
+        if use_cache and cache is None and not checkpointing:
+            cache = new_cache(self.config)
         length = hidden.shape[1]
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         packed = position_ids is not None  # or may be: finding out makes the host wait for the device
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device).unsqueeze(0)
 
-        extra = self.layer_inputs(hidden, attention_mask, position_ids, past_key_values, packed, **kwargs)
+        extra = self.layer_inputs(hidden, attention_mask, position_ids, cache, packed, **kwargs)
         trail = [hidden]
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden = layer(
-                hidden, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache, **extra[kind]
-            )
+            hidden = layer(hidden, position_ids=position_ids, use_cache=use_cache, **{CACHE: cache}, **extra[kind])
             trail.append(hidden)
         hidden = self.norm(hidden)
-        if isinstance(past_key_values, StateCache):
-            past_key_values.hybrid_seen_tokens = past + length
+        if isinstance(cache, StateCache):
+            cache.hybrid_seen_tokens = past + length
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=(*trail[:-1], hidden) if output_hidden_states else None,
         )
 
@@ -222,7 +229,7 @@ class HybridModel(HybridPreTrainedModel):
         hidden: Tensor,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         packed: bool = True,
         kinds: Iterable[str] = (),
         **kwargs: Any,
@@ -236,7 +243,7 @@ class HybridModel(HybridPreTrainedModel):
         rotary = None if self.rotary_by_kind else self.rotary_emb(hidden, position_ids=position_ids)
         masks = attention_mask if isinstance(attention_mask, dict) else {}
         plain = None if isinstance(attention_mask, dict) else attention_mask
-        packed = packed and attention_mask is None and past_key_values is None
+        packed = packed and attention_mask is None and cache is None
         seq_idx = document_index(position_ids, hidden, known="cu_seq_lens_q" in kwargs) if packed else None
         extra: dict[str, dict[str, Any]] = {}
         for kind in {*self.config.layer_types, *kinds, MIXER_LAYER}:
@@ -246,7 +253,7 @@ class HybridModel(HybridPreTrainedModel):
                 extra[kind] = {"attention_mask": mask, "seq_idx": seq_idx, "position_embeddings": None}
                 continue
             make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
-            shared = {"past_key_values": past_key_values, "position_ids": position_ids}
+            shared = {CACHE: cache, "position_ids": position_ids}
             made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
             turned = rotary or self.rotary_emb(hidden, position_ids=position_ids, layer_type=kind)
             extra[kind] = {"attention_mask": made, "position_embeddings": turned, **kwargs}
@@ -274,12 +281,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As in any transformers causal LM: logits [B, T or logits_to_keep, vocabulary]; labels -100 are left out."""
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            cache=past_key_values if cache is None else cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep]
@@ -287,9 +295,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., D] to logits [..., V], by the family's own scale and soft cap."""
@@ -298,10 +304,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = new_cache(self.config)
+        if given is None and type(model_kwargs.get(CACHE)) is DynamicCache:
+            model_kwargs[CACHE] = new_cache(self.config)
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.distillation.measure import autocast, before_output, hidden_states, output_weight, soft_cap
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.plan import layer_bytes
+from hybridize.distillation.plan import kept_bytes
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import chosen
@@ -29,7 +30,6 @@ from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
 from hybridize.scoring.interface import Progress
 
 SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
-CPU_BYTES = 4 << 30  # activations of a group on a CPU; on a GPU 70% of what weights, moments and logits leave
 
 
 def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, values: dict[str, Tensor]) -> nn.Module:
@@ -71,7 +71,7 @@ class Candidates:
         """mixer: the new mixers' config entry; starts: for each candidate layer the parameters that its mixer starts with.
 
         student, teacher: on one device, left as they are but for the type of the student's frozen projections, which becomes
-        `dtype`. room: bytes for the activations of a group.
+        `dtype`. room: bytes for the activations of a group, None: of all side by side.
         """
         self.student, self.teacher, self.settings, self.dtype = student, teacher, settings, dtype
         self.loss = replace(Loss.parse(settings.loss), soft_cap=soft_cap(student))
@@ -91,24 +91,16 @@ class Candidates:
     def _groups(self, room: int | None) -> list[list[int]]:
         """Neighbours whose activations fit side by side, by what `plan` says of a layer that is trained."""
         config, tokens = self.student.config, self.settings.batch_size * self.settings.seq_len
-        if room is None:
-            weight = output_weight(self.student)
-            trained = sum(p.numel() for p in self.mixed.parameters() if p.requires_grad)
-            room = CPU_BYTES
-            if weight.is_cuda:
-                held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-                free = torch.cuda.mem_get_info(weight.device)[0] + held
-                # gradients and moments come with the first step; a share stays for what no plan knows
-                room = (free - 12 * trained - self.dtype.itemsize * tokens * len(weight)) * 7 // 10
-        self.room = max(1, room)
-        sizes = [layer_bytes(config, kind, self.settings.seq_len) * self.dtype.itemsize // 2 for kind in config.layer_types]
+        room = sys.maxsize if room is None else room
+        device = output_weight(self.student).device.type
+        sizes = [kept_bytes(config, kind, self.settings.seq_len, self.dtype, device) for kind in config.layer_types]
         groups: list[list[int]] = []
         left = 0
         for layer in self.layers:
             size = tokens * sum(sizes[layer:])
             if not groups or size > left:
                 groups.append([])
-                left = self.room
+                left = room
             groups[-1].append(layer)
             left -= size
         return groups

@@ -19,7 +19,7 @@ from hybridize.distillation.losses import Loss
 from hybridize.distillation.measure import output_weight
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.packing import Batch
-from hybridize.distillation.plan import layer_bytes
+from hybridize.distillation.plan import PROCESS, kept_bytes
 from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings, check_positive
@@ -31,6 +31,7 @@ from hybridize.scoring.candidates import Candidates, converted, narrow, train, w
 from hybridize.scoring.interface import Progress, attention_layers
 
 TRAINED = ("mixers", "all")
+ACTIVATIONS = "activations"
 LAST = 10  # steps whose mean loss is the score
 
 
@@ -105,6 +106,7 @@ def measure(
     settings: MmrSettings,
     dtype: torch.dtype,
     *,
+    room: int | None = None,
     states: Path | None = None,
     ranks: Ranks | None = None,
     progress: Progress = lambda *_: None,
@@ -113,9 +115,10 @@ def measure(
     """Scores of all ranks' candidates: the mean loss of the last steps over all repeats.
 
     starts: this rank's candidates, with the parameters that their mixers start with; batches: from a repeat's number to its
-    batches, one a step; states: a folder in which a killed run finds what it had.
+    batches, one a step; room: bytes for activations, None: as many as it takes; states: a folder in which a killed run finds
+    what it had.
     """
-    ranks, losses, room = ranks or Ranks(), [], None
+    ranks, losses = ranks or Ranks(), []
     kept = sorted(starts, key=lambda start: start[0])
     layers = [layer for layer, _ in kept]
     for repeat in range(settings.repeats):
@@ -135,7 +138,6 @@ def measure(
             continue
         candidates = None  # the last repeat's, whose memory the next one needs
         candidates = Candidates(student, teacher, mixer, kept, settings.as_distill(), dtype, room)
-        room = candidates.room
         if repeat == 0 and len(candidates.groups) > 1:
             note(f"{len(layers)} candidates in {len(candidates.groups)} groups, since no more fit into memory side by side")
         place = None if states is None else states / f"{repeat}-rank{ranks.rank}.safetensors"
@@ -153,14 +155,16 @@ def measure(
 
 
 def memory(
-    student: Any, teacher: Any, mixer: dict[str, Any], settings: MmrSettings, ranks: int, dtype: torch.dtype
-) -> dict[str, int]:
-    """Bytes by part on the rank with most candidates, all of them side by side; models may be without storage."""
+    student: Any, teacher: Any, mixer: dict[str, Any], settings: MmrSettings, ranks: int, dtype: torch.dtype,
+    device: str = "cuda",
+) -> dict[str, int]:  # fmt: skip
+    """Bytes by part on the rank with most candidates, all of them side by side; models may be without storage. What groups can
+    make less stands under ACTIVATIONS."""
     config, tokens = student.config, settings.batch_size * settings.seq_len
     kinds, before = list(config.layer_types), config.mixer
     layers = attention_layers(student)
     mine = share_of(layers, 0, ranks)
-    sizes = [layer_bytes(config, kind, settings.seq_len) for kind in kinds]
+    sizes = [kept_bytes(config, kind, settings.seq_len, dtype, device) for kind in kinds]
     with torch.device("meta"):
         config.mixer = mixer
         made: Any = converted_layer(type(student.model.layers[layers[0]]), config, layers[0]).mixer
@@ -172,14 +176,15 @@ def memory(
         "teacher's weights": wide * sum(p.numel() for p in teacher.parameters()),
         "teacher's logits": wide * tokens * config.vocab_size,
     }
-    sizes = [size * wide // 2 for size in sizes]
+    if device == "cpu":
+        shared["Python and its libraries"] = PROCESS
     if settings.train == "all":
         # the student that all start from, and the copy that one candidate trains
         parts = {"student's weights": 4 * count, "a candidate's weights, gradients and moments": 16 * (count + new)}
-        return shared | parts | {"activations": tokens * sum(sizes)}
+        return shared | parts | {ACTIVATIONS: tokens * sum(sizes)}
     return shared | {
         "student's weights": 4 * (count - linear) + wide * linear,
         "mixers, gradients and AdamW's moments": 16 * new * len(mine),
         "layers' inputs": 4 * tokens * config.hidden_size * len(layers),
-        "activations, all candidates side by side": tokens * sum(sum(sizes[layer:]) for layer in mine),
+        ACTIVATIONS: tokens * sum(sum(sizes[layer:]) for layer in mine),
     }

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from hybridize.modeling import MIXER_LAYER, new_cache
+from hybridize.compat.transformers import DynamicLayer
+from hybridize.modeling import CACHE, MIXER_LAYER, new_cache
 
 # layer number, the layer, what it hears [R, T, D], and what each kind of layer is told -> what comes out in its place
 Instead = Callable[[int, Any, Tensor, dict[str, dict[str, Any]]], Tensor]
@@ -176,8 +176,8 @@ def _through(
                 seen[node] = cache
         given = {name: _repeated(value, len(rows), rows.shape[1]) for name, value in extra[config.layer_types[index]].items()}
         out = layer(
-            rows.flatten(0, 1), position_ids=_repeated(positions, len(rows), rows.shape[1]), past_key_values=cache,
-            use_cache=cache is not None, **given,
+            rows.flatten(0, 1), position_ids=_repeated(positions, len(rows), rows.shape[1]),
+            use_cache=cache is not None, **{CACHE: cache}, **given,
         )  # fmt: skip
         states[which] = out.unflatten(0, rows.shape[:2])
 

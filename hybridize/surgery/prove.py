@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.compat.transformers import register_attention
 from hybridize.errors import WorkError
 from hybridize.modeling import MIXERS, HybridConfig, inverse_softplus
 from hybridize.surgery.mapping import Rows
@@ -109,7 +109,7 @@ def _listen(attention: Any, inputs: Tensor, rotary: tuple[Tensor, Tensor]) -> tu
         heard.append((query, key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)))
         return query.transpose(1, 2), None
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, listen)
+    register_attention(NAME, listen)
     before, still = attention.config._attn_implementation, (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
     attention.config._attn_implementation = NAME
     with torch.no_grad():

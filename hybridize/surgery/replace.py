@@ -101,6 +101,7 @@ def starting_values(
     seed: int,
     calibration: Calibration | None,
     together: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(layer, its new mixer's parameters by name) for each layer of the plan, in order.
 
@@ -109,7 +110,9 @@ def starting_values(
     if calibration is not None:
         config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
         observer = Observer(source, donor, calibration.ids, calibration.device)
-    for layer in surgery.layers:
+    for place, layer in enumerate(surgery.layers, 1):
+        if calibration is not None:
+            progress(f"calibrating layer {layer}, {place} of {len(surgery.layers)}")
         values = {target.parameter: build(target, donor.tensor, seed) for target in surgery.targets[layer]}
         if calibration is not None:
             mixer = calibrate(config, layer, values, observer.see(layer), calibration.parts)
@@ -123,14 +126,15 @@ def starting_values(
 
 
 def hybrid_tensors(
-    source: CheckpointReader, surgery: Surgery, donor: CheckpointReader, seed: int, calibration: Calibration | None
-) -> Iterator[tuple[str, Tensor]]:
+    source: CheckpointReader, surgery: Surgery, donor: CheckpointReader, seed: int, calibration: Calibration | None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """All tensors of the result: untouched ones as they are, mixers built from `donor`'s attention weights."""
     gone = tuple(f"model.layers.{layer}.self_attn." for layer in surgery.layers)
     for name in source.names:
         if not name.startswith(gone):
             yield name, source.tensor(name)
-    for layer, values in starting_values(source, surgery, donor, seed, calibration):
+    for layer, values in starting_values(source, surgery, donor, seed, calibration, progress=progress):
         dtype = source.tensor(f"model.layers.{layer}.self_attn.o_proj.weight").dtype
         for target in surgery.targets[layer]:
             yield target.name, stored(target, values[target.parameter], dtype)
@@ -157,9 +161,10 @@ def replace(
     origin = "mil" if calibration is None else "calibrated"
     with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
-        for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed, calibration):
+        for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed, calibration, progress):
             writer.add(tensor_name, tensor, source if tensor_name in source else None)
-            progress(tensor_name)
+            progress(f"writing {tensor_name}")
+        progress("reading the source's weights for its hash")
         writer.wait()  # the parent's hash wants the same prints
         manifest = descend(source, name, output, "replace", settings, seed)
         for layer in surgery.layers:

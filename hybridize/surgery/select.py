@@ -9,22 +9,6 @@ from hybridize.errors import InputError
 from hybridize.surgery.teacher import Teacher
 
 
-def parse_indices(text: str, flag: str = "--indices") -> list[int]:
-    """`3,5-8` -> [3, 5, 6, 7, 8]; InputError that names `flag` on anything else."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"{flag} {text!r} is not a list like 3,5-8")
-        low, high = int(first), int(last or first)
-        if high < low:
-            raise InputError(f"{flag}: the range {part.strip()} runs backwards")
-        found.extend(range(low, high + 1))
-    if len(set(found)) != len(found):
-        raise InputError(f"{flag} {text!r} names a layer twice")
-    return sorted(found)
-
-
 def check_indices(teacher: Teacher, indices: list[int]) -> list[int]:
     for index in indices:
         if index >= len(teacher.layer_types):
@@ -44,11 +28,16 @@ def needed(teacher: Teacher, layers: int) -> int:
     return layers - done
 
 
-def lowest(teacher: Teacher, scores: Scores, count: int) -> list[int]:
-    """The `count` attention layers with the lowest scores; ties go to the lower index."""
-    if sorted(s.layer for s in scores.layers) != teacher.attention_layers:
+def lowest(teacher: Teacher, scores: Scores, count: int, inherited: bool = False) -> list[int]:
+    """The `count` attention layers with the lowest scores; ties go to the lower index.
+
+    inherited: the scores are an ancestor's, and may also cover layers that have become Mamba layers since. InputError where
+    they do not cover the attention layers.
+    """
+    scored, wanted = {s.layer for s in scores.layers}, set(teacher.attention_layers)
+    if scored != wanted and not (inherited and scored - wanted <= set(teacher.mixer_layers) and wanted <= scored):
         raise InputError("the scores do not cover exactly the attention layers of this checkpoint; score it again")
-    return sorted(scores.ranking()[:count])
+    return sorted([layer for layer in scores.ranking() if layer in wanted][:count])
 
 
 def astride(scores: Sequence[LayerScore], count: int) -> list[int]:

@@ -1,0 +1,207 @@
+"""hybridize chat"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from hybridize.errors import InputError
+
+from . import options as opt
+from .models import refuse_ranks
+from .output import LINES, Output, guarded
+from .speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
+
+HELP = "/reset forgets the conversation, /system TEXT begins another with that system prompt, /quit ends (as does Ctrl-D)"
+NARROW = 80  # columns below which two answers stand one below the other
+
+
+@guarded
+def command(
+    checkpoint: opt.Checkpoint = "./teacher",
+    versus: Annotated[
+        str | None, typer.Option("--versus", help="Another checkpoint that answers the same, side by side: the teacher, say.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    chat_template: opt.ChatTemplate = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    seed: opt.Seed = 0,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    revision: opt.Revision = None,
+) -> None:
+    """Reads a checkpoint, and questions from the terminal or stdin; prints its answers as they are written. Writes no file.
+
+    Each line is a question. /reset forgets the conversation, /system TEXT begins another with that system prompt, /quit or
+    Ctrl-D ends. Ctrl-C cuts an answer short.
+    """
+    out = Output()
+    from hybridize.runtime import pick_compute, quiet_transformers
+
+    refuse_ranks("chat")
+    quiet_transformers()
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    where, compute = pick_compute(device, dtype)
+    names = [checkpoint] if versus is None else [checkpoint, versus]
+    talks = [
+        Talk(Speaker(name, revision if name == checkpoint else None, chat_template, trust_remote_code, asked), system)
+        for name in names
+    ]
+    for talk in talks:
+        talk.prompt("Hello.")  # a template that takes no such conversation says so before anything is loaded
+    for talk in talks:
+        LINES.doing(f"loading {talk.speaker.name}")
+        talk.model = talk.speaker.load(where, compute)
+    LINES.end()
+    LINES.silent = True
+    if sys.stdin.isatty():
+        out.note(HELP)
+    turn = 0
+    while (line := _asked()) is not None:
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/reset":
+            _restart(talks, talks[0].system)
+        elif line.startswith("/system"):
+            _restart(talks, line.removeprefix("/system").strip() or None)
+        elif line.startswith("/"):
+            out.note(HELP)
+        elif line:
+            turn += 1
+            _answer(out, talks, line, max_new_tokens, seed + turn)
+
+
+@dataclass
+class Talk:
+    """One model's side of the conversation: what it was asked and has said itself."""
+
+    speaker: Speaker
+    system: str | None = None
+    model: Any = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    speed: str = ""
+
+    def prompt(self, question: str) -> list[int]:
+        """The conversation so far and a question, in tokens. InputError where the chat template refuses it."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*first, *self.messages, {"role": "user", "content": question}]
+        return self.speaker.encoder.prompt({"messages": messages}, "the conversation")
+
+    def answer(self, question: str, most: int, seed: int, add: Callable[[str], None]) -> None:
+        """Answers, piece by piece into `add`, and remembers both. InputError where the conversation leaves no room."""
+        from hybridize.generation.writing import Wanted, write
+
+        read, generation = self.prompt(question), self.speaker.generation
+        room = most if self.speaker.room is None else min(most, self.speaker.room - len(read))
+        if room < 1:
+            raise InputError(f"the conversation fills all {self.speaker.room} positions of {self.speaker.name}: /reset")
+        text, tokens, began = list[str](), 0, time.monotonic()
+
+        def keep(piece: str) -> None:
+            text.append(piece)
+            add(piece)
+
+        grow = growing(self.speaker.encoder.tokenizer, keep)
+
+        def look(key: object, ids: list[int]) -> bool:
+            nonlocal tokens
+            tokens = len(ids)
+            return grow(key, ids)
+
+        ended = cut = False
+        try:
+            found = write(
+                self.model, [Wanted((0, 0), read, seed)], len(read), room, generation.ends, generation.sampling, 1,
+                generation.rules, look, OFTEN,
+            )  # fmt: skip
+            ended = all(answer.ended for answer in found)
+        except KeyboardInterrupt as error:
+            if error.args:  # SIGTERM, which ends the command
+                raise
+            cut = True
+        said = "".join(text)
+        self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+        why = ", cut short" if cut else "" if ended else f", cut at {room} tokens"
+        self.speed = f"{tokens} tokens, {tokens / (time.monotonic() - began):,.0f} tokens/s{why}"
+
+
+def _restart(talks: list[Talk], system: str | None) -> None:
+    for talk in talks:
+        before, talk.system, talk.messages = talk.system, system, []
+        try:
+            talk.prompt("Hello.")
+        except InputError as error:
+            talk.system = before
+            LINES.say(f"error: {error}")
+
+
+def _asked() -> str | None:
+    """The next line that somebody types, or None at the end."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        line = ""
+    if not line:
+        print()
+        return None
+    return line.strip()
+
+
+def _answer(out: Output, talks: list[Talk], question: str, most: int, seed: int) -> None:
+    """All answers: in columns on a terminal that is wide enough, else one below the other."""
+    from rich.console import Console
+
+    console = Console()
+    try:
+        if len(talks) > 1 and console.is_terminal and console.width >= NARROW:
+            _beside(console, talks, question, most, seed)
+        else:
+            for talk in talks:
+                if len(talks) > 1:
+                    print(f"[{talk.speaker.name}]")
+                talk.answer(question, most, seed, lambda piece: print(piece, end="", flush=True))
+                print()
+                out.note(f"({talk.speed})")
+    except InputError as error:
+        LINES.say(f"error: {error}")
+
+
+def _beside(console: Any, talks: list[Talk], question: str, most: int, seed: int) -> None:
+    """Answers in columns, one after the other, so that each one's speed is its own."""
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    said = [""] * len(talks)
+
+    def columns() -> Table:
+        table = Table(expand=True)
+        for talk in talks:
+            table.add_column(Text(talk.speaker.name), ratio=1)
+        table.add_row(*map(Text, said))
+        table.add_row(*(Text(f"({talk.speed})" if talk.speed else "", style="dim") for talk in talks))
+        return table
+
+    for talk in talks:
+        talk.speed = ""
+    with Live(columns(), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for place, talk in enumerate(talks):
+
+            def add(piece: str, place: int = place) -> None:
+                said[place] += piece
+                live.update(columns(), refresh=True)
+
+            talk.answer(question, most, seed, add)
+            live.update(columns(), refresh=True)

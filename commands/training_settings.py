@@ -1,0 +1,68 @@
+"""A training run's settings, from the flags of a command and an optional file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+
+def settings_of(params: dict[str, Any]) -> Any:
+    """DistillSettings of a command's parameters: flags that were given over what the file `config` says, over the defaults.
+    Parameters that are no training settings are left alone."""
+    from hybridize.distillation.settings import DistillSettings
+
+    known = get_type_hints(DistillSettings)
+    flags = {key: value for key, value in params.items() if key in known and value is not None}
+    filed = _from_file(params["config"])
+    if "tokens" in flags:  # a length on the command line wins over either length in the file
+        filed.pop("steps", None)
+    return DistillSettings(**(filed | flags))
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    """Settings from a YAML or TOML file; InputError on unknown keys."""
+    if path is None:
+        return {}
+    from hybridize.distillation.settings import DistillSettings
+    from hybridize.errors import InputError, first_line
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            import tomllib
+
+            found: Any = tomllib.loads(text)
+        else:
+            import yaml
+
+            found = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--config {path} is not valid: {error}") from error
+    except Exception as error:  # YAMLError is no ValueError
+        raise InputError(f"--config {path} is not valid YAML: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path} must be a table of settings")
+    found = {str(key).replace("-", "_"): value for key, value in found.items()}
+    hints = get_type_hints(DistillSettings)
+    for key, value in found.items():
+        if key not in hints:
+            raise InputError(f"--config {path}: there is no setting {key!r}")
+        found[key] = _typed(value, hints[key], f"--config {path}: {key}")
+    return found
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type of its setting; 1e-3, a string to YAML, is a number to people."""
+    from hybridize.errors import InputError
+
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    try:
+        if kinds == [float] and not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    if type(value) is kinds[0] or (value is None and type(None) in get_args(hint)):
+        return value
+    raise InputError(f"{where} is {value!r}, which is no {kinds[0].__name__}")

@@ -1,0 +1,32 @@
+"""JSON files that somebody else may have written or damaged. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hybridize.errors import InputError
+
+MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError naming the file when it is missing, not JSON, or not an object."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise InputError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of its kind has")
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
+    except InputError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")

@@ -1,0 +1,69 @@
+"""What of lm-eval is used beside its documented entry points. For the versions that it was tried on see TRIED.
+
+Importing this imports lm-eval, which takes seconds: to be done where it is needed. How its tasks look inside is known to
+`evaluation/harness.py` and `evaluation/answering.py`, which import what they build on from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")  # both are read at import
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tqdm
+from lm_eval import evaluator
+from lm_eval.api.filter import FilterEnsemble
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.config.group import AggMetricConfig
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.filters.selection import TakeFirstFilter
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import env
+
+__all__ = [
+    "HFLM", "AggMetricConfig", "ConfigurableTask", "FilterEnsemble", "Group", "TakeFirstFilter", "TaskManager",
+    "handle_stop_sequences", "hushed", "keep_templates", "normalize_gen_kwargs", "postprocess_generated_text",
+    "simple_evaluate",
+]  # fmt: skip
+PROBES = ("get_git_commit_hash", "add_env_info")
+
+
+def keep_templates() -> None:
+    """Each of a task's templates is compiled once. lm-eval compiles them anew for every document, which takes longer than a
+    small model's answers."""
+    if "from_string" not in vars(env):
+        env.from_string = functools.cache(env.from_string)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command reports."""
+    for name in ("lm_eval", "lm-eval", "datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    before = tqdm.tqdm.__init__
+    # it also asks git and pip about the machine, which takes seconds and prints errors outside a repository
+    probes = {name: getattr(evaluator, name) for name in PROBES if hasattr(evaluator, name)}
+    for name in probes:
+        setattr(evaluator, name, lambda *_: None)
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.tqdm.__init__ = silent  # type: ignore[method-assign]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.tqdm.__init__ = before  # type: ignore[method-assign]
+        for name, probe in probes.items():
+            setattr(evaluator, name, probe)
