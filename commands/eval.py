@@ -99,8 +99,10 @@ def command(
     from hybridize.checkpoint.journal import check_journal
     from hybridize.checkpoint.scores import beside
 
-    for name in ("answers.part.jsonl", "baseline-answers.part.jsonl") if tasks is not None else ():
-        check_journal((output or beside(Path(checkpoint), checkpoint, "eval")) / name, resume, overwrite)
+    place = output or beside(Path(checkpoint), checkpoint, "eval")
+    for name in ("answers.part.jsonl", "baseline-answers.part.jsonl"):
+        if tasks is not None and not (place / "results.json").exists():
+            check_journal(place / name, resume, overwrite)
     from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, by_task, compare, judge, passes, verdicts_json, write_junit

@@ -23,6 +23,7 @@ from .output import EXIT_GATE, EXIT_INPUT, EXIT_INTERRUPTED, LINES, RESULT, Outp
 if TYPE_CHECKING:
     from hybridize.recipe import Ledger, Step
 
+STDERR = 2  # the file descriptor: what a step prints is no result of ours
 RESULTS = ("output", "scores", "results", "fidelity", "report", "answers_file")  # what commands call what they have written
 NOT_READ = ("output", "junit", "push_to_hub")  # parameters that name what is written
 
@@ -115,7 +116,7 @@ def _run(out: Output, step: Step, params: dict[str, Any], ledger: Ledger, state:
         LINES.silent = True  # the step speaks for itself
         try:
             code = subprocess.run(
-                launched, env={**os.environ, RESULT: str(told)}, check=False, stdout=sys.stderr if out.as_json else None
+                launched, env={**os.environ, RESULT: str(told)}, check=False, stdout=STDERR if out.as_json else None
             ).returncode
         except FileNotFoundError as error:
             raise InputError(f"step {step.name!r}: there is no program {launched[0]!r}") from error

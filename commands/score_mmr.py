@@ -27,6 +27,7 @@ from .models import (
 from .output import LINES, Output, guarded
 from .scoring import check_score_output, report_scores
 
+SLACK = 0.1  # of the memory to stay within: what no plan knows of
 SHARE = 0.8  # of the free memory that the candidates may fill, unless somebody says how much
 
 
@@ -205,20 +206,22 @@ def _planned(
     total, fixed = sum(found.values()), sum(size for name, size in found.items() if name != ACTIVATIONS)
     here = is_here(where)
     most = max_memory * GIB if max_memory is not None else SHARE * free_memory(where) if here else total
-    limit = f"at most {most / GIB:.1f} GiB" + (f", {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else "")
+    room, fits = (1 - SLACK) * most, total <= (1 - SLACK) * most
     said = f"memory: {total / GIB:.1f} GiB with all candidates side by side"
-    if total > most:
-        said += f"; {limit}, so that they go in groups" if fixed < most else f", {fixed / GIB:.1f} without activations; {limit}"
+    if not fits:
+        said += "; they go in groups" if fixed < room else f", {fixed / GIB:.1f} without any activation"
+        said += f", since at most {most / GIB:.1f} GiB are to be used"
+        said += f": {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else ""
 
     def human() -> None:
         for name, size in {**found, "with all candidates side by side": total}.items():
             print(f"{name:42} {size / GIB:9.2f} GiB")
-        if total > most:
+        if not fits:
             print(said)
 
     if show:
         gib = {name: round(size / GIB, 3) for name, size in found.items()}
         out.result({"gib": gib, "total_gib": round(total / GIB, 3), "max_gib": round(most / GIB, 3)}, human)
         return 0
-    (out.note if fixed < most else out.warn)(said)
-    return max(1, int(most - fixed))
+    (out.note if fixed < room else out.warn)(said)
+    return max(1, int(room - fixed))

@@ -92,7 +92,13 @@ def test_dry_run_says_it_and_does_nothing(
     assert "983,040 tokens" in text
     found = json.loads(cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--dry-run", "--json"))
     assert found["total_gib"] == pytest.approx(sum(found["gib"].values()), abs=0.01)
-    assert found["hours"] == pytest.approx(found["flops"] / (0.4 * 989e12) / 3600)
+    there = json.loads(cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--dry-run", "--json", "--device", "cuda"))
+    assert there["hours"] == pytest.approx(there["flops"] / (0.19 * 989e12) / 3600)  # of an H100, which is not here
+    assert there["device"] == "cuda"
+    assert found["device"] == "cpu"
+    assert found["hours"] > 10 * there["hours"]
+    assert "Python and its libraries" in found["gib"]
+    assert "Python and its libraries" not in there["gib"]
     ce = json.loads(cli("distill", "h2", "--data", traces, "--tokens", 1_000_000, "--loss", "ce", "--dry-run", "--json"))
     assert ce["gib"]["teacher's weights"] == 0
     assert ce["flops"] < found["flops"]

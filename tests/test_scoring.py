@@ -187,7 +187,9 @@ def test_score_files_and_what_replace_makes_of_them(tmp_path: Path, cli: Runner,
     cli("replace", "--layers", 2, "--overwrite")
     assert "mmr.json" in cli.stderr
     assert "exists" in cli.fails("score-loo", "--metric", "kl")
-    assert "measured on another checkpoint" in cli.fails("replace", "h1", "--layers", 2, "--scores", "teacher/scores/loo.json")
+    other = json.loads(Path("teacher/scores/loo.json").read_text()) | {"checkpoint": "0" * 64}
+    Path("other.json").write_text(json.dumps(other))
+    assert "measured on another checkpoint" in cli.fails("replace", "h1", "--layers", 2, "--scores", "other.json")
     cli("score-mmr", "h2", "--steps", 1, "--batch-size", 1, "--seq-len", 32, "-o", "elsewhere.json")
     assert sorted(s["layer"] for s in json.loads(Path("elsewhere.json").read_text())["layers"]) == [
         i for i, kind in enumerate(json.loads(Path("h2/config.json").read_text())["layer_types"]) if kind == "full_attention"
@@ -233,7 +235,9 @@ def test_mmr_on_the_command_line(
     monkeypatch.setattr(Candidates, "step", interrupted)
     cli(*run, "-o", tmp_path / "two.json", code=130)
     assert "unfinished run" in cli.fails(*run, "-o", tmp_path / "two.json")
-    assert "--resume: settings was" in cli.fails(*run, "--lr-mixer", "0.1", "-o", tmp_path / "two.json", "--resume")
+    assert "--resume: lr_mixer was 0.001, now it is 0.1" in cli.fails(
+        *run, "--lr-mixer", "0.1", "-o", tmp_path / "two.json", "--resume"
+    )
     cli(*run, "-o", tmp_path / "two.json", "--resume")
     assert len(steps) == 9
     assert layers("two.json") == layers("one.json")

@@ -4,8 +4,8 @@ Tried on transformers 5.17.0 to 5.24.0. This folder is exported as it is and run
 `hybridize/compat/`, which holds the same for everything else.
 """
 
-import transformers
-from packaging.version import Version
+import inspect
+
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 # What layers, masks and outputs call a cache. `past_key_values` until 5.23, and deprecated since.
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0") else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 __all__ = [
     "CACHE", "BaseModelOutputWithPast", "Cache", "CausalLMOutputWithPast", "DynamicCache", "can_return_tuple",

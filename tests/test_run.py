@@ -1,0 +1,212 @@
+"""Recipes: what is done is not done again, what has changed is, and a gate stops the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hybridize.commands import app, output
+from hybridize.commands import run as run_command
+from typer.testing import CliRunner
+
+from hybridize.checkpoint.atomic import write_json_atomic
+from hybridize.errors import InputError
+from hybridize.recipe import BEGUN, DONE, NEW, STALE, Ledger, Step, read_recipe
+from tests.conftest import Runner, make_place
+
+RECIPE = """
+steps:
+  - name: half
+    run: replace teacher --indices 1,2 -o h2
+  - name: train
+    run: hybridize distill h2 --steps 2 --batch-size 2 --seq-len 32 -o h2-kd   # back to the teacher
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_place(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run in this process, which is faster; one test starts them as users do."""
+
+    def run(launched: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patched:
+            patched.setenv(output.RESULT, env[output.RESULT])
+            code = CliRunner().invoke(app, launched[launched.index("hybridize") + 1 :]).exit_code
+        return subprocess.CompletedProcess(launched, code)
+
+    monkeypatch.setattr(run_command.subprocess, "run", run)
+
+
+def skipped(cli: Runner, *more: str) -> list[bool]:
+    return [step["skipped"] for step in json.loads(cli("run", "r.yaml", "--json", *more))["steps"]]
+
+
+def test_a_chain_runs_once_and_again_where_something_has_changed(place: Path, inside: None, cli: Runner) -> None:
+    assert skipped(cli) == [False, False]
+    first = json.loads(Path("h2-kd/hybridize.json").read_text())
+    assert skipped(cli) == [True, True]
+    Path("h2-kd/model-00001-of-00001.safetensors").touch()  # times do not decide
+    assert skipped(cli) == [True, True]
+    Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 3"))
+    assert skipped(cli) == [True, False]
+    assert json.loads(Path("h2-kd/hybridize.json").read_text())["tokens"] == first["tokens"] * 3 // 2
+    shutil.rmtree("h2-kd")
+    assert skipped(cli) == [True, False]
+    Path("r.yaml").write_text(RECIPE.replace("--indices 1,2", "--indices 1,3").replace("--steps 2", "--steps 3"))
+    assert skipped(cli) == [False, False]  # the second one's input is another now
+    assert "step 'half' wrote it" in damaged(cli, "h2/README.md", "mine")
+
+
+def damaged(cli: Runner, file: str, text: str) -> str:
+    """What is said of an output that somebody has changed, and that would have to be written again."""
+    Path(file).write_text(text)
+    Path("r.yaml").write_text(RECIPE)
+    return cli.fails("run", "r.yaml").replace('"', "'")
+
+
+def test_an_interrupted_step_goes_on(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 6 --save-every 2"))
+    steps = {step.name: step for step in read_recipe(Path("r.yaml"))}
+    cli("replace", "teacher", "--indices", "1,2", "-o", "h2")
+    program = Path("interrupt.py")
+    program.write_text(
+        "import sys\nfrom hybridize.distillation import training\n"
+        "update, count = training.update, []\n"
+        "def stopping(*args):\n    update(*args)\n    count.append(1)\n"
+        "    if len(count) == 4:\n        raise KeyboardInterrupt\n"
+        "training.update = stopping\nfrom hybridize.commands import main\nmain()\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(run_command, "_program", lambda _: [sys.executable, str(program.resolve())])
+        patched.setenv("PYTHONPATH", ":".join(sys.path))
+        Path("r.yaml").write_text("steps:\n" + Path("r.yaml").read_text().split("h2\n", 1)[1])
+        assert "was interrupted; the same command goes on" in cli.fails("run", "r.yaml", code=130)
+    assert Path("h2-kd.run").is_dir()
+    assert Ledger(Path("r.yaml")).state(steps["train"], run_command._inputs(parsed("distill", steps["train"]))) == BEGUN
+    cli("run", "r.yaml")
+    assert [json.loads(line)["step"] for line in Path("h2-kd/metrics.jsonl").read_text().splitlines()] == [*range(1, 7)]
+
+
+def parsed(_: str, step: Step) -> dict[str, object]:
+    return run_command._parsed(Path("r.yaml"), step)
+
+
+def test_a_gate_stops_the_rest(place: Path, inside: None, cli: Runner) -> None:
+    from tests.test_cli import write_tasks
+
+    write_tasks(place / "tasks")
+    gate = "eval h2 --tasks tiny_choice --include-path tasks --baseline teacher --max-drop"
+    Path("r.yaml").write_text(
+        f"steps:\n- name: half\n  run: replace teacher --indices 0-3 -o h2\n- name: gate\n  run: {gate} -0.9\n"
+        "- name: after\n  run: export h2 --format hf -o out --no-verify\n"
+    )
+    code = cli.fails("run", "r.yaml", code=3)
+    assert "the gate of step 'gate' is not met; no later step is run" in code
+    assert not Path("out").exists()
+    assert "failed with exit code 2" in failing(cli, "replace nowhere --layers 1", 2)
+    assert "failed with exit code 1" in failing(cli, "eval teacher --tasks tiny_exact --include-path tasks -o x", 1)
+
+
+def failing(cli: Runner, line: str, code: int) -> str:
+    task = Path("tasks/exact.yaml")
+    task.write_text(task.read_text().replace("custom_dataset", "custom_dataset_") if code == 1 else task.read_text())
+    Path("f.yaml").write_text(f"steps:\n- name: one\n  run: {line}\n")
+    return cli.fails("run", "f.yaml", code=code)
+
+
+def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -> None:
+    for bad, said in {
+        RECIPE.replace("--steps 2", "--stpes 2"): "step 'train': No such option: --stpes",
+        RECIPE.replace("distill h2", "destill h2"): "step 'train' runs 'destill', which is no command",
+        RECIPE.replace("distill h2", "run r.yaml"): "step 'train' runs 'run', which is no command for a recipe",
+        RECIPE.replace("name: train", "name: half"): "two steps are called 'half'",
+        RECIPE.replace("    run: rep", "    do: rep"): "step 1 has a key 'do'",
+        RECIPE.replace("    run: replace teacher --indices 1,2 -o h2\n", ""): "step 1 has no 'run'",
+        RECIPE.replace("--indices 1,2", "--indices '1,2"): "step 1: No closing quotation",
+        "steps: 3": "is no recipe",
+        "- 3": "is no recipe",
+        "steps: [3]": "step 1 must have a name and a line to run",
+        "steps:\n  - {name: a, run: 3}": "step 1 must have a name",
+        "steps:\n  - {name: a, run: '# nothing'}": "step 1 has nothing to run",
+        ": : :": "is not valid YAML",
+    }.items():
+        Path("r.yaml").write_text(bad)
+        assert said in cli.fails("run", "r.yaml")
+    assert "cannot be read" in cli.fails("run", "nothing.yaml")
+    assert not Path("h2").exists()
+    Path("r.yaml").write_text(RECIPE.replace("run: replace", "launch: no-such-program --x\n    run: replace"))
+    assert "there is no program 'no-such-program'" in cli.fails("run", "r.yaml")
+
+
+def test_a_dry_run_plans_checkpoints_that_are_not_there(place: Path, cli: Runner) -> None:
+    """The plan of a chain is that of the checkpoints themselves, once they are there."""
+    more = "  - {name: more, run: replace h2-kd --layers 3 -o h3}\n  - {name: again, run: distill h3 --steps 2 -o h3-kd}\n"
+    Path("r.yaml").write_text(RECIPE + more)
+    before = sorted(Path(".").rglob("*"))
+    told = json.loads(cli("run", "r.yaml", "--dry-run", "--json"))["steps"]
+    assert sorted(Path(".").rglob("*")) == before
+    assert [step["state"] for step in told] == [NEW] * 4
+    cli("replace", "teacher", "--indices", "1,2", "-o", "h2")
+    cli("replace", "h2", "--indices", "0", "-o", "h3")
+    for step, command in ((told[1], "h2 --steps 2 --batch-size 2 --seq-len 32"), (told[3], "h3 --steps 2")):
+        real = json.loads(cli("distill", *command.split(), "--dry-run", "--json"))
+        assert step["plan"]["gib"] == real["gib"]
+        assert step["plan"]["flops"] == real["flops"]
+    text = cli("run", "r.yaml", "--dry-run")
+    assert "[2/4] train (to do): hybridize distill h2 --steps 2" in text
+    assert "at the peak" in text
+    Path("r.yaml").write_text("steps:\n  - {name: again, run: distill nowhere --steps 2}\n")
+    assert "nowhere is not there, and no step before writes it" in cli.fails("run", "r.yaml", "--dry-run")
+
+
+def test_states(tmp_path: Path) -> None:
+    recipe, read, written = tmp_path / "r.yaml", tmp_path / "in", tmp_path / "out"
+    step, other = Step("a", "replace", ("x",)), Step("a", "replace", ("y",))
+    read.write_text("1")
+    written.mkdir()
+    (written / "file").write_text("made")
+    ledger = Ledger(recipe)
+    assert ledger.state(step, [read]) == NEW
+    ledger.begin(step, [read])
+    assert (ledger.state(step, [read]), ledger.state(other, [read])) == (BEGUN, STALE)
+    ledger.end(step, [read], [written])
+    (written / "scores").mkdir()
+    (written / "scores/loo.json").write_text("another step's")
+    again = Ledger(recipe)
+    assert (again.state(step, [read]), again.state(other, [read]), again.state(step, [])) == (DONE, STALE, STALE)
+    read.write_text("2")
+    assert again.state(step, [read]) == STALE
+    read.write_text("1")
+    assert again.state(step, [read]) == DONE
+    (written / "file").write_text("changed")
+    with pytest.raises(InputError, match="is not as step 'a' wrote it"):
+        again.state(step, [read])
+    shutil.rmtree(written)
+    assert again.state(step, [read]) == STALE
+    write_json_atomic(ledger.path, {"format": 2})
+    with pytest.raises(InputError, match="is not a ledger of format 1"):
+        Ledger(recipe)
+
+
+def test_what_a_step_reads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("teacher/scores").mkdir()
+    Path("more.jsonl").write_text("{}")
+    Path("away.jsonl").write_text("{}")
+    Path("out").mkdir()
+    monkeypatch.setenv("HYBRIDIZE_DATA", "away.jsonl")
+    line = ("teacher", "--steps", "1", "--data", "traces.jsonl=.7,more.jsonl=.3", "-o", "out")
+    found = set(map(str, run_command._inputs(parsed("distill", Step("a", "distill", line)))))
+    assert found == {"teacher", "traces.jsonl", "more.jsonl", "away.jsonl"}
+    found = set(map(str, run_command._inputs(parsed("replace", Step("a", "replace", ("teacher", "--layers", "2"))))))
+    assert found == {"teacher", "teacher/scores", "traces.jsonl", "away.jsonl"}
