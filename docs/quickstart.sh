@@ -16,6 +16,7 @@ hybridize eval teacher "${tasks[@]}" --quiet
 hybridize eval h4 "${tasks[@]}" --quiet
 hybridize eval h4-kd "${tasks[@]}" --baseline teacher/eval/results.json --max-drop 0.1
 hybridize export h4-kd --format granite -o release               # for stock transformers and vLLM, compared there
+hybridize report . --title "The demo's conversion" --quiet             # one page: a picture, a table, curves
 
 python3 - <<'P'
 import json
@@ -26,3 +27,10 @@ for name, label in (("teacher", "teacher"), ("h4", "right after replace"), ("h4-
     print(f"{label:24}{tasks['wordproblems_exact']['value']:12.2f}{tasks['wordproblems_choice']['value']:17.2f}")
 P
 echo "the whole conversion took $(($(date +%s) - began)) s"
+cat <<TEXT
+
+The picture of it: open $PWD/report/index.html in a browser. What to try next, in $folder:
+  hybridize chat h4-kd --versus teacher            # ask both: Ola has 3 more than Sue. Sue has 9 keys. How many keys has Ola?
+  hybridize score-mmr h4-kd --steps 20             # which of the four layers that are left would convert best?
+  hybridize bench teacher h4-kd --batches 1,16     # how fast are they, at which length?
+TEXT
