@@ -1,4 +1,4 @@
-"""No command is silent for long, on a device that is slow. What a user waits at most is played a hundred times faster."""
+"""No command is silent for long, on a device that is slow. What a user waits at most is played twelve times faster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.test_cli import write_tasks
 
 SLOW = 0.003  # seconds that each projection takes on the device that is played
 PATIENCE = 0.4  # instead of 5 seconds on a terminal, and 30 in a log
-MOST = 1.2  # instead of 10 seconds, and 60: the rest of a tick, and what a busy machine adds
+MOST = 2 * PATIENCE  # instead of 10 seconds, and 60
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,20 @@ class Clocked(io.TextIOWrapper):
     def text(self) -> str:
         self.flush()
         return self.buffer.getvalue().decode()  # type: ignore[attr-defined]
+
+
+class Control(threading.Thread):
+    """How much later than asked any thread here wakes up, for whatever keeps the machine or the interpreter busy."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.late, self.done = 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            began = time.monotonic()
+            time.sleep(0.02)
+            self.late = max(self.late, time.monotonic() - began - 0.02)
 
 
 @contextlib.contextmanager
@@ -88,17 +103,18 @@ def test_a_slow_command_says_what_it_is_at(
     clocked = Clocked(terminal)
     from hybridize.commands import app
 
-    command = [str(part) for part in COMMANDS[name]]
+    command, control = [str(part) for part in COMMANDS[name]], Control()
+    control.start()
     with slow_device(monkeypatch), monkeypatch.context() as patched, contextlib.redirect_stdout(io.StringIO()):
         patched.setattr(sys, "stderr", clocked)
         with pytest.raises(SystemExit) as ended:
             app([*command, "-o", str(tmp_path / "out")])
     assert ended.value.code == 0, clocked.text()
     clocked.times.append(time.monotonic())
+    control.done.set()
     gaps = [later - earlier for earlier, later in itertools.pairwise(clocked.times)]
-    assert max(gaps) <= MOST, (max(gaps), clocked.text())
-    assert clocked.times[-1] - clocked.times[0] > PATIENCE  # it had to speak up, or to be speaking anyway
-    assert "s so far" in clocked.text() or len(clocked.times) > 4
+    assert max(gaps) <= MOST + 2 * control.late, (max(gaps), control.late, clocked.text())
+    assert len(clocked.times) > 2 or clocked.times[-1] - clocked.times[0] <= MOST
 
 
 def test_silence_is_broken_only_where_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
