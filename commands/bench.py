@@ -80,7 +80,7 @@ def command(
     draw(found, target / "bench.png")
     write_json_atomic(path, found)  # last: a run whose picture is not there yet may be started again
     out.progress(f"wrote {path}", last=True)
-    out.result(found, lambda: _show(out, path, found, names))
+    out.result({"bench": str(path), **found}, lambda: _show(out, path, found, names))
 
 
 def _numbers(flag: str, text: str, separator: str = ",") -> tuple[int, ...]:

@@ -225,7 +225,10 @@ def _train(
     out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
     if packing is not None:
         out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
-    out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens on {where.type}, {spec}")
+    at_once = f"{min(settings.micro, settings.batch_size // ranks.size)} sequences at once"
+    out.note(
+        f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens, {at_once}, on {where.type}, {spec}"
+    )
     if settings.warmup < settings.warmup_steps:
         asked = f"--warmup-steps {settings.warmup_steps}"
         out.note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it takes at most half of a run ({asked})")

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from hybridize.recipe import Ledger, Step
 
 STDERR = 2  # the file descriptor: what a step prints is no result of ours
-RESULTS = ("output", "scores", "results", "fidelity", "report", "answers_file")  # what commands call what they have written
+RESULTS = (
+    "output",
+    "scores",
+    "results",
+    "fidelity",
+    "report",
+    "bench",
+    "teacher",
+    "tasks",
+)  # what commands call what they have written
 NOT_READ = ("output", "junit", "push_to_hub")  # parameters that name what is written
 
 

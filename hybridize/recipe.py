@@ -99,7 +99,7 @@ class Ledger:
         """One of DONE, NEW, BEGUN and STALE; see the module. InputError where what a step wrote was changed by somebody else,
         since it would be lost if the step ran again."""
         known, now = self.steps.get(step.name), self.contents(inputs)
-        if known is None:
+        if known is None or known.get("outputs") == {}:  # what writes nothing, as doctor and verify, is there to be run
             return NEW
         written = known.get("outputs")
         same = known["line"] == step.line and known["inputs"] == now

@@ -125,6 +125,31 @@ def failing(cli: Runner, line: str, code: int) -> str:
     return cli.fails("run", "f.yaml", code=code)
 
 
+def test_every_command_says_what_it_has_written(place: Path, inside: None, cli: Runner) -> None:
+    from tests.test_cli import write_tasks
+
+    write_tasks(place / "tasks")
+    lines = {
+        "demo other": ["other/tasks", "other/teacher"],
+        "score-loo teacher --metric kl --windows 2 --seq-len 32": ["teacher/scores/loo.json"],
+        "score-mmr teacher --steps 1 --batch-size 1 --seq-len 32": ["teacher/scores/mmr.json"],
+        "replace teacher --layers 2 -o h2": ["h2"],
+        "generate h2 --prompts traces.jsonl --limit 1 --max-new-tokens 2 -o answers.jsonl": ["answers.jsonl"],
+        "eval h2 --tasks tiny_choice --include-path tasks": ["h2/eval/results.json"],
+        "eval h2 --fidelity traces.jsonl --windows 1 --seq-len 32": ["h2/eval/fidelity.json"],
+        "bench teacher h2 --contexts 8 --batches 1 --steps 1 --repeats 1": ["bench/bench.json"],
+        "report h2": ["report/index.html"],
+        "export h2 --format hf --no-verify": ["h2-hf"],
+        "inspect h2": [],
+    }
+    steps = "".join(f"- {{name: '{number}', run: {line}}}\n" for number, line in enumerate(lines))
+    Path("r.yaml").write_text(f"steps:\n{steps}")
+    cli("run", "r.yaml")
+    known = json.loads(Path("r.steps.json").read_text())["steps"]
+    assert [sorted(known[str(number)]["outputs"]) for number in range(len(lines))] == list(lines.values())
+    assert skipped(cli) == [True] * (len(lines) - 1) + [False]
+
+
 def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -> None:
     for bad, said in {
         RECIPE.replace("--steps 2", "--stpes 2"): "step 'train': No such option: --stpes",
@@ -194,6 +219,8 @@ def test_states(tmp_path: Path) -> None:
         again.state(step, [read])
     shutil.rmtree(written)
     assert again.state(step, [read]) == STALE
+    again.end(step, [read], [])  # nothing was written: there is nothing to be found done
+    assert again.state(step, [read]) == NEW
     write_json_atomic(ledger.path, {"format": 2})
     with pytest.raises(InputError, match="is not a ledger of format 1"):
         Ledger(recipe)
