@@ -43,7 +43,7 @@ def command(
     """Reads a checkpoint, and questions from the terminal or stdin; prints its answers as they are written. Writes no file.
 
     Each line is a question. /reset forgets the conversation, /system TEXT begins another with that system prompt, /quit or
-    Ctrl-D ends. Ctrl-C cuts an answer short.
+    Ctrl-D ends. Ctrl-C cuts an answer short, and ends at the prompt.
     """
     out = Output()
     from hybridize.runtime import pick_compute, quiet_transformers
@@ -72,7 +72,7 @@ def command(
             return
         if line == "/reset":
             _restart(talks, talks[0].system)
-        elif line.startswith("/system"):
+        elif line.split()[0:1] == ["/system"]:
             _restart(talks, line.removeprefix("/system").strip() or None)
         elif line.startswith("/"):
             out.note(HELP)
@@ -97,14 +97,20 @@ class Talk:
         messages = [*first, *self.messages, {"role": "user", "content": question}]
         return self.speaker.encoder.prompt({"messages": messages}, "the conversation")
 
+    def ready(self, question: str, most: int) -> tuple[list[int], int]:
+        """What is read before the answer, and how many tokens that may have, at most `most`. InputError where there is no room."""
+        read = self.prompt(question)
+        room = most if self.speaker.room is None else min(most, self.speaker.room - len(read))
+        if room < 1:
+            raise InputError(f"the conversation fills all {self.speaker.room} positions of {self.speaker.name}: /reset")
+        return read, room
+
     def answer(self, question: str, most: int, seed: int, add: Callable[[str], None]) -> None:
         """Answers, piece by piece into `add`, and remembers both. InputError where the conversation leaves no room."""
         from hybridize.generation.writing import Wanted, write
 
-        read, generation = self.prompt(question), self.speaker.generation
-        room = most if self.speaker.room is None else min(most, self.speaker.room - len(read))
-        if room < 1:
-            raise InputError(f"the conversation fills all {self.speaker.room} positions of {self.speaker.name}: /reset")
+        generation = self.speaker.generation
+        read, room = self.ready(question, most)
         text, tokens, began = list[str](), 0, time.monotonic()
 
         def keep(piece: str) -> None:
@@ -124,7 +130,10 @@ class Talk:
                 self.model, [Wanted((0, 0), read, seed)], len(read), room, generation.ends, generation.sampling, 1,
                 generation.rules, look, OFTEN,
             )  # fmt: skip
-            ended = all(answer.ended for answer in found)
+            answer = next(found)
+            if answer.broken:
+                raise InputError(f"a logit of {self.speaker.name} is not finite; try --dtype float32")
+            ended = answer.ended
         except KeyboardInterrupt as error:
             if error.args:  # SIGTERM, which ends the command
                 raise
@@ -136,13 +145,16 @@ class Talk:
 
 
 def _restart(talks: list[Talk], system: str | None) -> None:
-    for talk in talks:
-        before, talk.system, talk.messages = talk.system, system, []
-        try:
+    """Another conversation, with this system prompt, or the old one goes on where a chat template refuses that."""
+    before = [(talk.system, talk.messages) for talk in talks]
+    try:
+        for talk in talks:
+            talk.system, talk.messages = system, []
             talk.prompt("Hello.")
-        except InputError as error:
-            talk.system = before
-            LINES.say(f"error: {error}")
+    except InputError as error:
+        for talk, (old, messages) in zip(talks, before, strict=True):
+            talk.system, talk.messages = old, messages
+        LINES.say(f"error: {error}")
 
 
 def _asked() -> str | None:
@@ -151,7 +163,9 @@ def _asked() -> str | None:
         print("> ", end="", flush=True)
     try:
         line = sys.stdin.readline()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if error.args:  # SIGTERM
+            raise
         line = ""
     if not line:
         print()
@@ -165,6 +179,8 @@ def _answer(out: Output, talks: list[Talk], question: str, most: int, seed: int)
 
     console = Console()
     try:
+        for talk in talks:  # all of them answer, or none
+            talk.ready(question, most)
         if len(talks) > 1 and console.is_terminal and console.width >= NARROW:
             _beside(console, talks, question, most, seed)
         else:

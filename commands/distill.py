@@ -221,17 +221,8 @@ def _train(
                 last=done,
             )
 
-    packing = corpus.packing(settings)
-    out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
-    if packing is not None:
-        out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
-    at_once = f"{min(settings.micro, settings.batch_size // ranks.size)} sequences at once"
-    out.note(
-        f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens, {at_once}, on {where.type}, {spec}"
-    )
-    if settings.warmup < settings.warmup_steps:
-        asked = f"--warmup-steps {settings.warmup_steps}"
-        out.note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it takes at most half of a run ({asked})")
+    if not given["stop_now"]:
+        _say_what_begins(out, corpus, settings, f"{where.type}, {spec}", ranks.size)
     try:
         used = distill(source, checkpoint, origin, corpus, settings, target, run=run, ranks=ranks, report=report, **given)
     except KeyboardInterrupt:
@@ -253,6 +244,19 @@ def _train(
             print(f"{run.path} is kept: --resume --overwrite goes on from step {steps_done} of {settings.total_steps}")
 
     out.result({"output": str(target), "steps": steps_done, "last": last.get("step"), "heldout": last.get("eval")}, human)
+
+
+def _say_what_begins(out: Output, corpus: Any, settings: Any, place: str, ranks: int) -> None:
+    """What is learnt, how rows are packed, how long the run is."""
+    packing = corpus.packing(settings)
+    out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
+    if packing is not None:
+        out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
+    at_once = f"{min(settings.micro, settings.batch_size // ranks)} sequences at once"
+    out.note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens, {at_once}, on {place}")
+    if settings.warmup < settings.warmup_steps:
+        asked = f"--warmup-steps {settings.warmup_steps}"
+        out.note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it takes at most half of a run ({asked})")
 
 
 def _say_of_interrupt(out: Output, run: Any, settings: Any) -> None:

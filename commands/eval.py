@@ -101,7 +101,7 @@ def command(
 
     place = output or beside(Path(checkpoint), checkpoint, "eval")
     for name in ("answers.part.jsonl", "baseline-answers.part.jsonl"):
-        if tasks is not None and not (place / "results.json").exists():
+        if tasks is not None and (baseline is not None or "baseline" not in name) and not (place / "results.json").exists():
             check_journal(place / name, resume, overwrite)
     from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError

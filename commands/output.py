@@ -30,6 +30,7 @@ EVERY = 10.0  # seconds between progress lines where there is no terminal
 # Seconds of silence after which a command says what it is at: a user waits at most 10 on a terminal, and 60 in a log.
 PATIENCE = {"terminal": 5.0, "log": 30.0}
 RESULT = "HYBRIDIZE_RESULT"  # names a file that the result is written to as well, as --json has it: for `hybridize run`
+OTHER_RANK = os.environ.get("RANK", "0") != "0"  # of a torchrun one process speaks
 STARTING = "starting"
 
 
@@ -38,7 +39,7 @@ class Output:
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
-        LINES.silent = quiet
+        LINES.silent = quiet or OTHER_RANK
 
     def note(self, text: str) -> None:
         """A line about what is going on, to stderr."""
@@ -113,6 +114,12 @@ class Lines:
                 self._write(f"\r\x1b[K{text} ...")
                 self._unended = True
 
+    def wake(self, silent: bool, text: str) -> None:
+        """Speaks again, unless it is to be silent, after something else has spoken."""
+        with self._lock:
+            self.silent, self._last = silent or OTHER_RANK, time.monotonic()
+            self.doing(text)
+
     def end(self) -> None:
         """The next line begins on a line of its own."""
         with self._lock:
@@ -123,7 +130,7 @@ class Lines:
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
         """As long as the block lasts no silence is longer than PATIENCE, unless the command is to be silent."""
-        self.silent, self._at, self._since = False, STARTING, time.monotonic()
+        self.silent, self._at, self._since = OTHER_RANK, STARTING, time.monotonic()
         self._last, self._progressed = time.monotonic(), -EVERY
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)

@@ -16,8 +16,6 @@ ROOM = 0.9  # share of the free memory that a plan may fill
 
 def check_run(settings: Any, source: Any, ranks: Any) -> None:
     """InputError when the run cannot be of these layers or on so many ranks, whatever the device."""
-    from hybridize.errors import InputError
-
     ranks.share(settings.batch_size, "--batch-size")
     settings.sharded(ranks.size)
     if settings.cuda_graph and settings.mask != "none" and (source.config.get("mixer") or {}).get("kind") == "mamba":
@@ -51,7 +49,7 @@ def training_plan(
 
     ours, theirs = (None if raw is None else empty_model(raw, "the checkpoint") for raw in (student, teacher))
     chosen = None
-    if settings.micro_batch_size is None and is_here(where):
+    if settings.micro_batch_size is None and settings.stage != "align" and is_here(where):
         chosen, _ = micro_that_fits(ours, theirs, settings, ranks, compute, where.type, ROOM * free_memory(where))
         settings = replace(settings, micro_batch_size=chosen)
     found = plan(ours, theirs, settings, ranks, compute, where.type)
@@ -83,6 +81,8 @@ def with_micro(out: Output, source: Any, teacher: Any, settings: Any, where: Any
     free = free_memory(where)
     fits, wanted = micro_that_fits(student, origin, settings, ranks.size, compute, where.type, ROOM * free)
     micro = min(ranks.all(fits))
+    if not ranks.main:
+        return replace(settings, micro_batch_size=micro)
     told = f"the plan takes {wanted / GIB:.1f} GiB, {free / GIB:.1f} are free"
     if micro < settings.batch_size // ranks.size:
         out.note(f"{micro} of {settings.batch_size // ranks.size} sequences at once (--micro-batch-size): {told}")
@@ -110,12 +110,11 @@ class Planned:
             name = f"h{config['layer_types'].count('linear_attention')}"
         self.made[_key(params["output"] or (name if command == "replace" else f"{name}-kd"))] = config, root
 
-    def of(self, command: str, params: dict[str, Any]) -> dict[str, Any] | None:
-        """Shows the plan of a step that trains; None for others."""
+    def of(self, command: str, params: dict[str, Any], ranks: int) -> dict[str, Any] | None:
+        """Shows the plan of a step that trains, on so many ranks; None for others."""
         if command != "distill":
             return None
         from hybridize.distillation.losses import Loss
-        from hybridize.distillation.ranks import world_size
         from hybridize.runtime import planned_on
 
         settings = settings_of(params)
@@ -124,7 +123,7 @@ class Planned:
         if Loss.parse(settings.loss, settings.temperature).needs_teacher or settings.stage == "align":
             teacher = open_checkpoint(str(params["teacher"] or root)).config
         where, compute = planned_on(params["device"], params["dtype"])
-        figures, lines = training_plan(config, teacher, settings, world_size(), where, compute)
+        figures, lines = training_plan(config, teacher, settings, ranks, where, compute)
         if not self.out.as_json and not self.out.quiet:
             print("\n".join(f"    {line}" for line in lines))
         return figures
@@ -147,6 +146,8 @@ class Planned:
         from hybridize.surgery.replace import MixerSettings, hybrid_json, plan
         from hybridize.surgery.teacher import read_teacher
 
+        if (params["layers"] is None) == (params["indices"] is None):
+            raise InputError("say which layers: either --layers N or --indices LIST")
         reader = open_checkpoint(root)
         contract = read_teacher(reader)
         kinds = config.get("layer_types") or []

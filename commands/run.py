@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import math
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +39,9 @@ RESULTS = (
     "teacher",
     "tasks",
 )  # what commands call what they have written
-NOT_READ = ("output", "junit", "push_to_hub")  # parameters that name what is written
+MEASURED = ("results.json", "baseline.json", "fidelity.json", "bench.json", "metrics.jsonl", "eval.jsonl", "hybridize.json")
+PLACING = ("checkpoint", "checkpoints", "layers", "indices", "form", "folder")  # what a default output follows from
+NOT_READ = ("output", "junit", "push_to_hub", "folder")  # parameters that name what is written
 
 
 @guarded
@@ -56,22 +63,35 @@ def command(
 
     steps = read_recipe(recipe)
     parsed = {step.name: _parsed(recipe, step) for step in steps}  # a wrong flag in the last step is said before the first runs
-    ledger = Ledger(recipe)
     if dry_run:
-        _dry_run(out, steps, parsed, ledger)
+        _dry_run(out, steps, parsed, Ledger(recipe))
         return
     done: list[dict[str, Any]] = []
-    for number, step in enumerate(steps, 1):
-        where = f"[{number}/{len(steps)}] {step.name}"
-        LINES.doing(f"{where}: looking at what is there")
-        state = ledger.state(step, _inputs(parsed[step.name]))
-        if state == DONE:
-            out.note(f"{where}: done before")
-        else:
-            out.note(f"{where}: {step.line}")
-            _run(out, step, parsed[step.name], ledger, state)
-        done.append({"name": step.name, "skipped": state == DONE})
+    with _alone(recipe) as lock:
+        ledger = Ledger(recipe)
+        for number, step in enumerate(steps, 1):
+            where = f"[{number}/{len(steps)}] {step.name}"
+            LINES.doing(f"{where}: looking at what is there")
+            state = ledger.state(step, _inputs(step, parsed[step.name]))
+            if state == DONE:
+                out.note(f"{where}: done before")
+            else:
+                out.note(f"{where}: {step.line}")
+                _run(out, recipe, step, parsed[step.name], ledger, state, lock)
+            done.append({"name": step.name, "skipped": state == DONE})
     out.result({"recipe": str(recipe), "steps": done}, lambda: print(f"{recipe}: all {len(steps)} steps are done"))
+
+
+@contextlib.contextmanager
+def _alone(recipe: Path) -> Iterator[int]:
+    """A lock, as a file descriptor. InputError where another process runs the same recipe, or a step of it whose `run` was
+    killed."""
+    with recipe.open("rb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{recipe} is being run by another process") from error
+        yield held.fileno()
 
 
 def _parsed(recipe: Path, step: Step) -> dict[str, Any]:
@@ -81,6 +101,8 @@ def _parsed(recipe: Path, step: Step) -> dict[str, Any]:
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     if step.command not in commands or step.command in ("run", "chat"):
         raise InputError(f"{recipe}: step {step.name!r} runs {step.command!r}, which is no command for a recipe")
+    if "--help" in step.arguments:
+        raise InputError(f"{recipe}: step {step.name!r} asks for --help, which is nothing to be done")
     try:
         context = commands[step.command].make_context(step.command, list(step.arguments))
     except Exception as error:  # of click's own kinds, which Typer keeps to itself
@@ -88,14 +110,22 @@ def _parsed(recipe: Path, step: Step) -> dict[str, Any]:
     return dict(context.params)
 
 
-def _inputs(params: dict[str, Any]) -> list[Path]:
-    """Files and folders that a step reads: what its parameters name and is there, and what is looked for where they are
-    omitted. Of a checkpoint that layers are chosen in, also its scores."""
+def _inputs(step: Step, params: dict[str, Any]) -> list[Path]:
+    """Files and folders that a step reads: what its parameters name and is there, what is looked for where they are omitted,
+    and the teacher that a checkpoint names. Of a checkpoint that layers are chosen in also its scores; of what is reported on,
+    all measurements below it."""
     found = [path for name, value in params.items() if name not in NOT_READ for path in _paths(value)]
     if {"data", "calibrate"} & set(params):
         found += [path for text in (os.environ.get("HYBRIDIZE_DATA", ""), "traces.jsonl") for path in _paths(text)]
     if "layers" in params:
         found += [scores for path in found if (scores := path / "scores").is_dir()]
+    if "teacher" in params and params["teacher"] is None:
+        from hybridize.checkpoint.manifest import root_of
+
+        roots = (root_of(path) for path in _paths(params["checkpoint"]))
+        found += [Path(os.path.relpath(root)) for root in roots if root is not None and Path(root).is_dir()]
+    if step.command == "report":
+        found += [file for path in found for name in MEASURED for file in path.rglob(name)]
     return found
 
 
@@ -108,34 +138,72 @@ def _paths(value: Any) -> Iterator[Path]:
         yield from (Path(text) for text in sorted(texts) if text and len(text) < 4096 and os.path.lexists(text))
 
 
-def _run(out: Output, step: Step, params: dict[str, Any], ledger: Ledger, state: str) -> None:
+def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: Ledger, state: str, lock: int) -> None:
     """Runs one step in a process of its own and notes what it read and wrote. Ends the command where the step fails."""
-    from hybridize.recipe import BEGUN, STALE
+    from hybridize.recipe import BEGUN
 
     more = ["--quiet"] if out.quiet and "quiet" in params and not params["quiet"] else []
     if state == BEGUN and "resume" in params and not params["resume"]:
         more.append("--resume")
-    if state in (BEGUN, STALE) and "overwrite" in params and not params["overwrite"]:
-        more.append("--overwrite")  # what is there is this step's own: the ledger has looked
-    ledger.begin(step, _inputs(params))
+    line, left = ledger.left(step)
+    if left and "overwrite" in params and not params["overwrite"] and _same_place(recipe, step, line, params):
+        more.append("--overwrite")
+    ledger.begin(step, _inputs(step, params))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "result.json"
-        launched = [*step.launch, *_program(step), step.command, *step.arguments, *more]
+        launched = [*step.launch, *_program(step), step.command, *more, *step.arguments]
         LINES.silent = True  # the step speaks for itself
         try:
-            code = subprocess.run(
-                launched, env={**os.environ, RESULT: str(told)}, check=False, stdout=STDERR if out.as_json else None
-            ).returncode
-        except FileNotFoundError as error:
-            raise InputError(f"step {step.name!r}: there is no program {launched[0]!r}") from error
-        LINES.silent = out.quiet
-        if code:
-            _failed(step, code)
+            code = _process(launched, {**os.environ, RESULT: str(told)}, STDERR if out.as_json else None, lock)
+        except OSError as error:
+            ledger.refuse(step)
+            raise InputError(f"step {step.name!r}: {launched[0]!r} cannot be started: {error.strerror}") from error
         result = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+    if code:
+        if code == EXIT_INPUT:
+            ledger.refuse(step)
+        _failed(step, EXIT_GATE if code == 1 and result.get("passed") is False else code)  # torchrun knows but 1
+    LINES.wake(out.quiet, f"{step.name}: noting what it wrote")
     written = [Path(result[key]) for key in RESULTS if isinstance(result.get(key), str)]
-    ledger.end(step, _inputs(params), written)
+    if not ledger.end(step, _inputs(step, params), written):
+        out.warn(f"what step {step.name!r} reads has changed while it ran: it will be done again")
     out.note(f"{step.name}: {time.monotonic() - began:,.0f} s")
+
+
+def _same_place(recipe: Path, step: Step, line: str, params: dict[str, Any]) -> bool:
+    """Whether a step writes to where it wrote with an earlier `line`: to the same -o, or the same place by default."""
+    from hybridize.recipe import Step
+
+    if line == step.line:
+        return True
+    words = shlex.split(line)
+    words = words[words.index("hybridize") + 1 :]
+    try:
+        before = _parsed(recipe, Step(step.name, words[0], tuple(words[1:])))
+    except InputError:
+        return False
+    if words[0] != step.command:
+        return False
+    if before.get("output") is not None or params.get("output") is not None:
+        return bool(before.get("output") == params.get("output"))
+    return all(before.get(name) == params.get(name) for name in PLACING)
+
+
+def _process(command: list[str], environment: dict[str, str], stdout: int | None, lock: int) -> int:
+    """Runs a command to its end and returns its exit code. An interrupt is passed on, once each, and the command may take its
+    time to save what it has; a third one kills it. It holds the recipe's lock as long as it lives."""
+    asked = 0
+    # in a group of its own, so that a terminal's Ctrl-C comes through us alone
+    with subprocess.Popen(command, env=environment, stdout=stdout, process_group=0, pass_fds=[lock]) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt as error:
+                asked += 1
+                process.send_signal(error.args[0] if error.args else signal.SIGINT)
+                if asked > 2:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _program(step: Step) -> list[str]:
@@ -165,13 +233,19 @@ def _dry_run(out: Output, steps: list[Step], parsed: dict[str, dict[str, Any]], 
 
     planned, told, upstream = Planned(out), list[dict[str, Any]](), True
     for number, step in enumerate(steps, 1):
-        state = ledger.state(step, _inputs(parsed[step.name]))
-        if state == DONE and not upstream:
-            state = "to be done again"  # something before it will be
+        state = ledger.state(step, _inputs(step, parsed[step.name]))
+        shown = f"{state}, unless what comes before changes" if state == DONE and not upstream else state
         upstream = upstream and state == DONE
         if not out.as_json and not out.quiet:
-            print(f"[{number}/{len(steps)}] {step.name} ({state}): {step.line}")
-        plan = None if state == DONE else planned.of(step.command, parsed[step.name])
+            print(f"[{number}/{len(steps)}] {step.name} ({shown}): {step.line}")
+        plan = None if state == DONE else planned.of(step.command, parsed[step.name], _ranks(step.launch))
         planned.follow(step.command, parsed[step.name])
         told.append({"name": step.name, "line": step.line, "state": state, "plan": plan})
     out.result({"steps": told})
+
+
+def _ranks(launch: tuple[str, ...]) -> int:
+    """How many processes a launcher such as torchrun starts."""
+    text = " ".join(launch)
+    counts = [re.search(rf"--{name}[ =](?:\d+:)?(\d+)", text.replace("_", "-")) for name in ("nproc-per-node", "nnodes")]
+    return math.prod(int(found[1]) for found in counts if found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -79,7 +80,10 @@ def command(
     out = Output(as_json, quiet)
     from hybridize.checkpoint.scores import scores_path
     from hybridize.checkpoint.unfinished import check_unfinished, run_path
+    from hybridize.errors import InputError
 
+    if max_memory is not None and not 0 < max_memory < float("inf"):
+        raise InputError(f"--max-memory {max_memory} must be a positive number of GiB")
     asked: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "seq_len": seq_len, "lr_mixer": lr_mixer, "loss": loss, "mask": mask,
         "train": train, "repeats": repeats, "seed": seed,
@@ -99,7 +103,6 @@ def command(
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.ranks import join, leave
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.errors import InputError
     from hybridize.runtime import pick_compute, quiet_transformers, ran_on
     from hybridize.surgery.replace import MixerSettings, plan
     from hybridize.surgery.teacher import read_teacher
@@ -111,7 +114,7 @@ def command(
     shape = surgery.mixer
     assert shape is not None
     if dry_run:
-        _planned(out, source, origin, shape, settings, device, dtype, max_memory, show=True)
+        _dry_run(out, source, origin, shape, settings, device, dtype, max_memory)
         return
     where, compute = pick_compute(device, dtype, training=True)
     ranks, where = join(where)
@@ -129,7 +132,7 @@ def command(
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}
     used = {"settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()}}
-    room = _planned(out, source, origin, shape, settings, device, dtype, max_memory)
+    planned = _planned(out, source, origin, shape, settings, where, compute, ranks.size, max_memory)
     check_weights(source, origin)
     identity = {
         **used, "checkpoint": source.hash, "teacher": origin.hash, "data": corpus.hash, "template": encoder.template,
@@ -142,6 +145,7 @@ def command(
     ranks.wait()  # before the first one changes what the others look at
     began = time.time()
     with run.started(resume):
+        room = _room(out, planned, run, ranks)
         found = _measured(
             out, run, source, origin, corpus, (contract, shaped, shape, fit), settings, ranks, where, compute, room,
             trust_remote_code,
@@ -190,38 +194,65 @@ def _measured(
 
 
 def _planned(
-    out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, device: str, dtype: str,
-    max_memory: float | None, show: bool = False,
-) -> int:  # fmt: skip
-    """Bytes that are left for activations, said beside what all candidates together would take. show: as the result instead."""
+    out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, where: Any, compute: Any, ranks: int,
+    max_memory: float | None,
+) -> tuple[dict[str, int], float, str]:  # fmt: skip
+    """Bytes by part with all candidates side by side; bytes to stay within; and what is to be said of both."""
     from hybridize.distillation.plan import GIB
-    from hybridize.distillation.ranks import world_size
-    from hybridize.runtime import free_memory, planned_on
+    from hybridize.runtime import free_memory
     from hybridize.scoring.mmr import ACTIVATIONS, memory
     from hybridize.surgery.teacher import empty_model
 
-    where, compute = planned_on(device, dtype)
     student, teacher = (empty_model(reader.config, str(reader.path)) for reader in (source, origin))
-    found = memory(student, teacher, mixer, settings, world_size(), compute, where.type)
+    found = memory(student, teacher, mixer, settings, ranks, compute, where.type)
     total, fixed = sum(found.values()), sum(size for name, size in found.items() if name != ACTIVATIONS)
-    here = is_here(where)
-    most = max_memory * GIB if max_memory is not None else SHARE * free_memory(where) if here else total
-    room, fits = (1 - SLACK) * most, total <= (1 - SLACK) * most
-    said = f"memory: {total / GIB:.1f} GiB with all candidates side by side"
-    if not fits:
-        said += "; they go in groups" if fixed < room else f", {fixed / GIB:.1f} without any activation"
-        said += f", since at most {most / GIB:.1f} GiB are to be used"
-        said += f": {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else ""
+    most = max_memory * GIB if max_memory is not None else SHARE * free_memory(where) if is_here(where) else float("inf")
+    limit = f"{most / GIB:.1f} GiB" + (f", {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else "")
+    how = "side by side" if settings.train == "mixers" else "one after the other"
+    said = f"memory: the candidates {how} take {total / GIB:.1f} GiB by the plan"
+    if total > (1 - SLACK) * most:
+        said += f", more than {1 - SLACK:.0%} of {limit}: "
+        if settings.train == "all":
+            said += "it may run out"
+        elif fixed < (1 - SLACK) * most:
+            said += "they go in groups"
+        else:
+            said += f"they go one by one, and may still run out, since all but activations take {fixed / GIB:.1f} GiB"
+    return found, most, said
+
+
+def _room(out: Output, planned: tuple[dict[str, int], float, str], run: Any, ranks: Any) -> int:
+    """Bytes that all ranks may fill with activations, the same as before the run was cut off: groups are summed apart."""
+    from hybridize.scoring.mmr import ACTIVATIONS
+
+    found, most, said = planned
+    before = ranks.first(run.room(ACTIVATIONS))
+    fixed = sum(size for name, size in found.items() if name != ACTIVATIONS)
+    room = before or max(1, int(min((1 - SLACK) * most - fixed, sys.maxsize)))
+    room = min(ranks.all(room))
+    if ranks.main:
+        (out.warn if "may" in said else out.note)(said)
+        run.note_room(ACTIVATIONS, room)
+    return int(room)
+
+
+def _dry_run(
+    out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, device: str, dtype: str,
+    max_memory: float | None,
+) -> None:  # fmt: skip
+    from hybridize.distillation.plan import GIB
+    from hybridize.distillation.ranks import world_size
+    from hybridize.runtime import planned_on
+
+    where, compute = planned_on(device, dtype)
+    found, most, said = _planned(out, source, origin, mixer, settings, where, compute, world_size(), max_memory)
+    total = sum(found.values())
 
     def human() -> None:
-        for name, size in {**found, "with all candidates side by side": total}.items():
+        for name, size in {**found, "together": total}.items():
             print(f"{name:42} {size / GIB:9.2f} GiB")
-        if not fits:
-            print(said)
+        print(said)
 
-    if show:
-        gib = {name: round(size / GIB, 3) for name, size in found.items()}
-        out.result({"gib": gib, "total_gib": round(total / GIB, 3), "max_gib": round(most / GIB, 3)}, human)
-        return 0
-    (out.note if fixed < room else out.warn)(said)
-    return max(1, int(room - fixed))
+    gib = {name: round(size / GIB, 3) for name, size in found.items()}
+    limit = None if most == float("inf") else round(most / GIB, 3)
+    out.result({"gib": gib, "total_gib": round(total / GIB, 3), "max_gib": limit}, human)

@@ -7,7 +7,7 @@
         run: distill h15 --tokens 1000000000 -o h15-kd
         launch: torchrun --nproc-per-node 8 --no-python
 
-A step is done if the same command once ended well, what it read is still the same, and what it wrote is still there as it
+A step is done if the same command ended well before, what it read is still the same, and what it wrote is still there as it
 was. What is known of that stands in a ledger beside the recipe. Knows nothing of the commands themselves.
 """
 
@@ -28,6 +28,7 @@ from hybridize.errors import InputError, first_line
 FORMAT = 1
 KEYS = ("name", "run", "launch")
 DONE, NEW, BEGUN, STALE = "done", "to do", "begun", "to be done again"
+LEDGER = ".steps.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_recipe(path: Path) -> list[Step]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -65,15 +66,33 @@ def read_recipe(path: Path) -> list[Step]:
     return steps
 
 
+def _load(text: str) -> Any:
+    """YAML in which no key stands twice: of two lines to run in one step the first would be dropped in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands there twice")
+            return dict(super().construct_mapping(node, deep=deep))
+
+    return yaml.load(text, Loader)
+
+
 def _step(path: Path, number: int, entry: Any) -> Step:
     where = f"{path}: step {number}"
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise InputError(f"{where} must have a name and a line to run, both text")
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {entry!r}; it must have a name and a line to run")
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {key} is {value!r}, which YAML does not take for text; put it in quotes")
     unknown, lacking = sorted(set(entry) - set(KEYS)), [key for key in KEYS[:2] if not entry.get(key, "").strip()]
     if unknown or lacking:
         raise InputError(f"{where} has a key {unknown[0]!r}" if unknown else f"{where} has no {lacking[0]!r}")
     try:
-        words, launch = shlex.split(entry["run"], comments=True), shlex.split(entry.get("launch", ""))
+        words, launch = shlex.split(entry["run"]), shlex.split(entry.get("launch", ""))
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
     words = words[1:] if words[:1] == ["hybridize"] else words
@@ -83,46 +102,67 @@ def _step(path: Path, number: int, entry: Any) -> Step:
 
 
 class Ledger:
-    """What is known of the steps of one recipe: STEM.steps.json beside it, written after each change."""
+    """What is known of the steps of one recipe: STEM.steps.json beside it, written after each change.
+
+    Of each step: `done`, its line, inputs and outputs when it last ended well, and `begun`, line and inputs when it was started
+    since. Inputs and outputs are paths with the hash of what was there.
+    """
 
     def __init__(self, recipe: Path) -> None:
-        self.path = recipe.with_name(f"{recipe.stem}.steps.json")
+        self.path = recipe.with_name(f"{recipe.stem}{LEDGER}")
         self.steps: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             found = read_json(self.path)
-            if found.get("format") != FORMAT or not all(isinstance(found.get(key), dict) for key in ("steps", "files")):
+            if found.get("format") != FORMAT or not _is_whole(found):
                 raise InputError(f"{self.path} is not a ledger of format {FORMAT}; remove it to run all steps again")
             self.steps, self.files = found["steps"], found["files"]
 
     def state(self, step: Step, inputs: Iterable[Path]) -> str:
         """One of DONE, NEW, BEGUN and STALE; see the module. InputError where what a step wrote was changed by somebody else,
         since it would be lost if the step ran again."""
-        known, now = self.steps.get(step.name), self.contents(inputs)
-        if known is None or known.get("outputs") == {}:  # what writes nothing, as doctor and verify, is there to be run
-            return NEW
-        written = known.get("outputs")
-        same = known["line"] == step.line and known["inputs"] == now
-        if written is None:
-            return BEGUN if same else STALE
-        there = self.contents(Path(path) for path in written)
-        if same and there == written:
+        known, now = self.steps.get(step.name, {}), {"line": step.line, "inputs": self.contents(inputs)}
+        begun, done = known.get("begun"), known.get("done")
+        if begun == now:  # what is there may be its own, finished before anybody could note it: the step will know
+            return BEGUN
+        if done is None or not done["outputs"]:  # what writes nothing, as doctor and verify, is there to be run
+            return NEW if begun is None else STALE
+        there = self.contents(Path(path) for path in done["outputs"])
+        if {key: done[key] for key in now} == now and there == done["outputs"]:
             return DONE
         for path, content in there.items():
-            if content is not None and content != written[path]:
+            if content is not None and content != done["outputs"][path]:
                 raise InputError(
                     f"{path} is not as step {step.name!r} wrote it, and would be written again; move it away, or remove the "
                     f"step from {self.path}"
                 )
         return STALE
 
+    def left(self, step: Step) -> tuple[str, list[Path]]:
+        """The line with which a step last ended well, and what of its outputs is there as it was written."""
+        done = self.steps.get(step.name, {}).get("done")
+        if done is None:
+            return "", []
+        there = self.contents(Path(path) for path in done["outputs"])
+        return done["line"], [Path(path) for path, content in there.items() if content == done["outputs"][path]]
+
     def begin(self, step: Step, inputs: Iterable[Path]) -> None:
-        self.steps[step.name] = {"line": step.line, "inputs": self.contents(inputs)}
+        known = self.steps.setdefault(step.name, {})
+        known["begun"] = {"line": step.line, "inputs": self.contents(inputs)}
         self._write()
 
-    def end(self, step: Step, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-        self.steps[step.name] = {"line": step.line, "inputs": self.contents(inputs), "outputs": self.contents(outputs)}
+    def refuse(self, step: Step) -> None:
+        """The step has not started after all."""
+        self.steps[step.name].pop("begun", None)
         self._write()
+
+    def end(self, step: Step, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
+        """Notes what the step wrote, and what it read when it began. Whether that is still the same."""
+        begun = self.steps[step.name].pop("begun")
+        self.steps[step.name]["done"] = {**begun, "outputs": self.contents(outputs)}
+        self._write()
+        now = self.contents(inputs)
+        return all(now.get(path) == content for path, content in begun["inputs"].items())
 
     def _write(self) -> None:
         write_json_atomic(self.path, {"format": FORMAT, "steps": self.steps, "files": self.files})
@@ -137,7 +177,7 @@ class Ledger:
             return self._file(path)
         if not path.is_dir():
             return None
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.endswith(LEDGER))
         return hashlib.sha256(json.dumps([(file.name, self._file(file)) for file in files]).encode()).hexdigest()
 
     def _file(self, path: Path) -> str:
@@ -148,3 +188,20 @@ class Ledger:
             with path.open("rb") as opened:
                 self.files[key] = {"mark": mark, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
         return str(self.files[key]["sha256"])
+
+
+def _is_whole(found: dict[str, Any]) -> bool:
+    """Whether a ledger has all that is looked at."""
+    steps, files = found.get("steps"), found.get("files")
+    if not isinstance(steps, dict) or not isinstance(files, dict):
+        return False
+    parts = [(part, key) for known in steps.values() if isinstance(known, dict) for key, part in known.items()]
+    wanted = {"begun": {"line": str, "inputs": dict}, "done": {"line": str, "inputs": dict, "outputs": dict}}
+    return (
+        all(isinstance(known, dict) for known in steps.values())
+        and all(isinstance(known, dict) and isinstance(known.get("sha256"), str) for known in files.values())
+        and all(
+            key in wanted and isinstance(part, dict) and all(isinstance(part.get(k), kind) for k, kind in wanted[key].items())
+            for part, key in parts
+        )
+    )

@@ -66,24 +66,27 @@ def pick_compute(device: str, dtype: str, training: bool = False) -> tuple[torch
 
 def planned_on(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """What a --dry-run reckons with: the device that would run, or a GPU where one is asked for that this machine lacks."""
-    where = torch.device("cuda") if device.startswith("cuda") and not torch.cuda.is_available() else pick_device(device)
+    elsewhere = device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
+    where = torch.device("cuda") if elsewhere else pick_device(device)
     return where, pick_dtype(dtype, where, training=True)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device: of a CPU also what the system would give back, within the container's limit."""
+    """Bytes that this process can still have of a device: of a CPU also what the system would give back, within the container's
+    limit, in equal parts for all processes of a torchrun on this machine."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     import psutil
 
-    free = int(psutil.virtual_memory().available)
+    free, processes = int(psutil.virtual_memory().available), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return min(free, most - used + int(stat.get("inactive_file", 0)))
+        free = min(free, most - used + int(stat.get("inactive_file", 0)))
     except (OSError, ValueError):  # no such files, or `max`: there is no limit
-        return free
+        pass
+    return free // processes
 
 
 def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_a_conversation_is_remembered_and_forgotten(place: Path, monkeypatch: py
     monkeypatch.setattr(Talk, "prompt", noting)
     lines = ["One?", "Two?", "/reset", "Three?", "/system Be brief.", "Four?", "/what", "", "/quit", "Five?"]
     told = talk("\n".join(lines) + "\n", "h2", "--system", "Be kind.", "--max-new-tokens", "3")
-    asked = [messages for messages in seen if messages[-1]["content"] not in ("Hello.",)]
+    asked = [messages for messages, _ in itertools.groupby(seen) if messages[-1]["content"] != "Hello."]
     assert [[(m["role"], m["content"]) for m in messages if m["role"] != "assistant"] for messages in asked] == [
         [("system", "Be kind."), ("user", "One?")],
         [("system", "Be kind."), ("user", "One?"), ("user", "Two?")],
@@ -134,3 +135,19 @@ def test_half_a_character_waits() -> None:
         assert look(None, ids[:count]) is False
     assert "".join(pieces) == "a\u5c71b"
     assert "\ufffd" not in "".join(pieces)
+
+
+def test_two_conversations_stay_side_by_side(place: Path, tmp_path: Path) -> None:
+    """A question that one of them cannot answer is asked of none; a system prompt that one refuses is none's."""
+    long = Talk(Speaker("h2", None, None, False, NOTHING), messages=[{"role": "user", "content": "x" * 300}])
+    short = Talk(Speaker("teacher", None, None, False, NOTHING))
+    chat._answer(chat.Output(), [short, long], "Hi?", 3, 0)
+    assert (len(short.messages), len(long.messages)) == (0, 1)
+    strict = tmp_path / "strict.jinja"
+    strict.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system.') }}{% endif %}" + TEMPLATE)
+    refuses = Talk(Speaker("h2", None, strict, False, NOTHING), messages=[{"role": "user", "content": "Hi."}])
+    short.messages = [{"role": "user", "content": "Ho."}]
+    chat._restart([short, refuses], "Be kind.")
+    assert [(talk.system, talk.messages[0]["content"]) for talk in (short, refuses)] == [(None, "Ho."), (None, "Hi.")]
+    chat._restart([short, refuses], None)
+    assert [talk.messages for talk in (short, refuses)] == [[], []]

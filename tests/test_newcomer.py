@@ -205,7 +205,8 @@ def test_sequences_at_once_are_those_that_fit() -> None:
 def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ("distill", "h2", "--steps", 2, "--batch-size", 4, "--seq-len", 64, "--eval-windows", 1)
     cli(*run, "-o", "whole")
-    assert "sequences at once" not in cli.stderr
+    assert "2 steps of 4 x 64 tokens, 4 sequences at once, on cpu" in cli.stderr
+    assert "--micro-batch-size" not in cli.stderr
     student = empty_model(json.loads(Path("h2/config.json").read_text()), "h2")
     teacher = empty_model(json.loads(Path("teacher/config.json").read_text()), "teacher")
     given = DistillSettings(steps=2, batch_size=4, seq_len=64, micro_batch_size=2)
@@ -225,12 +226,12 @@ def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runn
 def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ("score-mmr", "teacher", "--steps", 2, "--batch-size", 8, "--seq-len", 256, "--no-calibrate")
     cli(*run, "-o", "all.json")
-    assert "memory: 0.8 GiB with all candidates side by side\n" in cli.stderr
+    assert "memory: the candidates side by side take 0.8 GiB by the plan\n" in cli.stderr
     planned = json.loads(cli(*run, "--dry-run", "--json"))["gib"]
     fixed = sum(size for name, size in planned.items() if name != "activations")
     most = (fixed + planned["activations"] / 2) / 0.9
     cli(*run, "-o", "groups.json", "--max-memory", most)
-    assert "they go in groups, since at most 0.9 GiB are to be used\n" in cli.stderr
+    assert "by the plan, more than 90% of 0.9 GiB: they go in groups\n" in cli.stderr
     assert "candidates in 2 groups" in cli.stderr or "candidates in 3 groups" in cli.stderr
     scores = [
         [entry["score"] for entry in json.loads(Path(name).read_text())["layers"]] for name in ("all.json", "groups.json")
@@ -238,7 +239,11 @@ def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pyte
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     monkeypatch.setattr(runtime, "free_memory", lambda _: int(fixed * 2**30))
     cli(*run, "-o", "little.json")
-    assert "without any activation, since at most 0.6 GiB are to be used: 80% of what is free (--max-memory)" in cli.stderr
+    assert "90% of 0.6 GiB, 80% of what is free (--max-memory): they go one by one, and may still run out" in cli.stderr
+    assert "must be a positive number of GiB" in cli.fails(*run, "-o", "none.json", "--max-memory", 0)
+    every = json.loads(cli(*run, "--train", "all", "--dry-run", "--json", "--max-memory", 100))
+    assert every["max_gib"] == 100
+    assert "one after the other" in cli(*run, "--train", "all", "--dry-run")
 
 
 def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +255,10 @@ def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     for name, text in (("memory.max", "5000"), ("memory.current", "3000"), ("memory.stat", "anon 2500\ninactive_file 400\n")):
         (tmp_path / name).write_text(text)
     assert runtime.free_memory(CPU) == 2400
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert runtime.free_memory(CPU) == 1200
     (tmp_path / "memory.max").write_text("max\n")
-    assert runtime.free_memory(CPU) == 10_000
+    assert runtime.free_memory(CPU) == 5000
 
 
 def test_speed_is_expected_by_size_and_device() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hybridize.commands import app, output
@@ -39,13 +42,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps run in this process, which is faster; one test starts them as users do."""
 
-    def run(launched: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+    def process(launched: list[str], environment: dict[str, str], *_: object) -> int:
         with monkeypatch.context() as patched:
-            patched.setenv(output.RESULT, env[output.RESULT])
-            code = CliRunner().invoke(app, launched[launched.index("hybridize") + 1 :]).exit_code
-        return subprocess.CompletedProcess(launched, code)
+            patched.setenv(output.RESULT, environment[output.RESULT])
+            return int(CliRunner().invoke(app, launched[launched.index("hybridize") + 1 :]).exit_code)
 
-    monkeypatch.setattr(run_command.subprocess, "run", run)
+    monkeypatch.setattr(run_command, "_process", process)
 
 
 def skipped(cli: Runner, *more: str) -> list[bool]:
@@ -93,12 +95,12 @@ def test_an_interrupted_step_goes_on(place: Path, cli: Runner, monkeypatch: pyte
         Path("r.yaml").write_text("steps:\n" + Path("r.yaml").read_text().split("h2\n", 1)[1])
         assert "was interrupted; the same command goes on" in cli.fails("run", "r.yaml", code=130)
     assert Path("h2-kd.run").is_dir()
-    assert Ledger(Path("r.yaml")).state(steps["train"], run_command._inputs(parsed("distill", steps["train"]))) == BEGUN
+    assert Ledger(Path("r.yaml")).state(steps["train"], run_command._inputs(steps["train"], parsed(steps["train"]))) == BEGUN
     cli("run", "r.yaml")
     assert [json.loads(line)["step"] for line in Path("h2-kd/metrics.jsonl").read_text().splitlines()] == [*range(1, 7)]
 
 
-def parsed(_: str, step: Step) -> dict[str, object]:
+def parsed(step: Step) -> dict[str, Any]:
     return run_command._parsed(Path("r.yaml"), step)
 
 
@@ -146,7 +148,7 @@ def test_every_command_says_what_it_has_written(place: Path, inside: None, cli: 
     Path("r.yaml").write_text(f"steps:\n{steps}")
     cli("run", "r.yaml")
     known = json.loads(Path("r.steps.json").read_text())["steps"]
-    assert [sorted(known[str(number)]["outputs"]) for number in range(len(lines))] == list(lines.values())
+    assert [sorted(known[str(number)]["done"]["outputs"]) for number in range(len(lines))] == list(lines.values())
     assert skipped(cli) == [True] * (len(lines) - 1) + [False]
 
 
@@ -161,9 +163,11 @@ def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -
         RECIPE.replace("--indices 1,2", "--indices '1,2"): "step 1: No closing quotation",
         "steps: 3": "is no recipe",
         "- 3": "is no recipe",
-        "steps: [3]": "step 1 must have a name and a line to run",
-        "steps:\n  - {name: a, run: 3}": "step 1 must have a name",
-        "steps:\n  - {name: a, run: '# nothing'}": "step 1 has nothing to run",
+        "steps: [3]": "step 1 is 3; it must have a name and a line to run",
+        "steps:\n  - {name: a, run: 3}": "step 1: run is 3, which YAML does not take for text",
+        "steps:\n  - {name: a, run: hybridize}": "step 1 has nothing to run",
+        "steps:\n  - {name: a, run: verify teacher, run: inspect teacher}": "the key 'run' stands there twice",
+        "steps:\n  - {name: a, run: replace --help}": "asks for --help, which is nothing to be done",
         ": : :": "is not valid YAML",
     }.items():
         Path("r.yaml").write_text(bad)
@@ -171,7 +175,12 @@ def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -
     assert "cannot be read" in cli.fails("run", "nothing.yaml")
     assert not Path("h2").exists()
     Path("r.yaml").write_text(RECIPE.replace("run: replace", "launch: no-such-program --x\n    run: replace"))
-    assert "there is no program 'no-such-program'" in cli.fails("run", "r.yaml")
+    assert "'no-such-program' cannot be started: No such file" in cli.fails("run", "r.yaml")
+    Path("r.yaml").write_text("steps:\n  - {name: a, run: replace teacher}\n")
+    assert "say which layers" in cli.fails("run", "r.yaml", "--dry-run")
+    assert read_recipe(Path("r.yaml")) == [Step("a", "replace", ("teacher",))]
+    Path("r.yaml").write_text("steps:\n  - {name: a, run: 'replace teacher -o h#2'}\n")
+    assert read_recipe(Path("r.yaml"))[0].arguments == ("teacher", "-o", "h#2")
 
 
 def test_a_dry_run_plans_checkpoints_that_are_not_there(place: Path, cli: Runner) -> None:
@@ -202,28 +211,99 @@ def test_states(tmp_path: Path) -> None:
     written.mkdir()
     (written / "file").write_text("made")
     ledger = Ledger(recipe)
-    assert ledger.state(step, [read]) == NEW
+    assert (ledger.state(step, [read]), ledger.left(step)) == (NEW, ("", []))
     ledger.begin(step, [read])
     assert (ledger.state(step, [read]), ledger.state(other, [read])) == (BEGUN, STALE)
-    ledger.end(step, [read], [written])
+    ledger.refuse(step)
+    assert Ledger(recipe).state(step, [read]) == NEW
+    ledger.begin(step, [read])
+    assert ledger.end(step, [read], [written])
     (written / "scores").mkdir()
     (written / "scores/loo.json").write_text("another step's")
+    (written / "x.steps.json").write_text("a ledger")
     again = Ledger(recipe)
     assert (again.state(step, [read]), again.state(other, [read]), again.state(step, [])) == (DONE, STALE, STALE)
+    assert again.left(step) == (step.line, [written])
     read.write_text("2")
     assert again.state(step, [read]) == STALE
     read.write_text("1")
     assert again.state(step, [read]) == DONE
+    again.begin(other, [read])  # what is there is still known while it is made anew
+    assert (again.state(other, [read]), again.left(step)) == (BEGUN, (step.line, [written]))
+    again.refuse(other)
     (written / "file").write_text("changed")
     with pytest.raises(InputError, match="is not as step 'a' wrote it"):
         again.state(step, [read])
+    assert again.left(step) == (step.line, [])
     shutil.rmtree(written)
     assert again.state(step, [read]) == STALE
-    again.end(step, [read], [])  # nothing was written: there is nothing to be found done
-    assert again.state(step, [read]) == NEW
-    write_json_atomic(ledger.path, {"format": 2})
-    with pytest.raises(InputError, match="is not a ledger of format 1"):
-        Ledger(recipe)
+    again.begin(step, [read])
+    read.write_text("2")  # while it ran
+    assert not again.end(step, [read], [])
+    read.write_text("1")
+    assert again.state(step, [read]) == NEW  # nothing was written: there is nothing to be found done
+    for damaged in ({"format": 2}, {"format": 1, "steps": {"a": {"done": {}}}, "files": {}}, {"format": 1, "steps": {"a": 3}}):
+        write_json_atomic(ledger.path, damaged)
+        with pytest.raises(InputError, match="is not a ledger of format 1"):
+            Ledger(recipe)
+
+
+def test_nothing_of_others_is_replaced(place: Path, inside: None, cli: Runner) -> None:
+    """Neither at the first refusal nor at the next, nor where a step is sent to another place."""
+    shutil.copytree("teacher", "h2")
+    Path("h2/mine").write_text("mine")
+    for _ in range(3):
+        assert "step 'half' failed with exit code 2" in cli.fails("run", "r.yaml")
+    assert Path("h2/mine").read_text() == "mine"
+    Path("r.yaml").write_text(RECIPE.replace("-o h2\n", "-o other\n").replace("distill h2", "distill other"))
+    assert skipped(cli) == [False, False]
+    Path("r.yaml").write_text(RECIPE)
+    for _ in range(2):
+        assert "step 'half' failed with exit code 2" in cli.fails("run", "r.yaml")
+    assert Path("h2/mine").read_text() == "mine"
+    one = "steps:\n  - {name: rank, run: score-loo teacher --metric kl --windows 2 --seq-len 32}\n"
+    Path("r.yaml").write_text(one)
+    assert skipped(cli) == [False]
+    Path("r.yaml").write_text(one.replace("--windows 2", "--windows 3"))  # the same place by default
+    assert skipped(cli) == [False]
+    assert json.loads(Path("teacher/scores/loo.json").read_text())["settings"]["windows"] == 3
+
+
+def test_a_signal_reaches_the_step_which_saves_what_it_has(place: Path, cli: Runner) -> None:
+    """SIGTERM to `hybridize run` alone, as a scheduler sends it."""
+    Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 100000 --save-every 0"))
+    cli("replace", "teacher", "--indices", "1,2", "-o", "h2")
+    Path("r.yaml").write_text("steps:\n" + Path("r.yaml").read_text().split("h2\n", 1)[1])
+    program = subprocess.Popen([sys.executable, "-m", "hybridize", "run", "r.yaml"], stderr=subprocess.PIPE, text=True)
+    waited = time.monotonic()
+    while not Path("h2-kd.run/metrics.jsonl").exists() and time.monotonic() - waited < 120:
+        time.sleep(0.1)
+    assert "is being run by another process" in cli.fails("run", "r.yaml")
+    program.send_signal(signal.SIGTERM)
+    said = program.communicate(timeout=120)[1]
+    assert program.returncode == 130, said
+    assert "step 'train' was interrupted; the same command goes on with it" in said
+    assert list(Path("h2-kd.run").glob("step-*/.metadata")), said
+
+
+def test_processes_of_a_launcher(place: Path, cli: Runner) -> None:
+    for line, count in {
+        "": 1, "srun": 1, "torchrun --nproc-per-node 8 --no-python": 8, "torchrun --nproc_per_node=4 --nnodes 2 --no-python": 8,
+        "torchrun --nnodes=1:3 --nproc-per-node=2": 6,
+    }.items():  # fmt: skip
+        assert run_command._ranks(tuple(line.split())) == count
+    Path("r.yaml").write_text(RECIPE.replace("name: train", "name: train\n    launch: torchrun --nproc-per-node 2 --no-python"))
+    assert "on each of 2 ranks" in cli("run", "r.yaml", "--dry-run")
+
+
+def test_a_gate_under_a_launcher_that_knows_only_failure(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def process(launched: list[str], environment: dict[str, str], *_: object) -> int:
+        Path(environment[output.RESULT]).write_text(json.dumps({"results": "x", "passed": launched[-1] == "h2"}))
+        return 1
+
+    monkeypatch.setattr(run_command, "_process", process)
+    Path("r.yaml").write_text("steps:\n  - {name: gate, launch: torchrun, run: eval teacher --tasks recall}\n")
+    assert "the gate of step 'gate' is not met" in cli.fails("run", "r.yaml", code=3)
 
 
 def test_what_a_step_reads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +313,17 @@ def test_what_a_step_reads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     Path("out").mkdir()
     monkeypatch.setenv("HYBRIDIZE_DATA", "away.jsonl")
     line = ("teacher", "--steps", "1", "--data", "traces.jsonl=.7,more.jsonl=.3", "-o", "out")
-    found = set(map(str, run_command._inputs(parsed("distill", Step("a", "distill", line)))))
+    found = set(map(str, run_command._inputs(one := Step("a", "distill", line), parsed(one))))
     assert found == {"teacher", "traces.jsonl", "more.jsonl", "away.jsonl"}
-    found = set(map(str, run_command._inputs(parsed("replace", Step("a", "replace", ("teacher", "--layers", "2"))))))
+    found = set(map(str, run_command._inputs(one := Step("a", "replace", ("teacher", "--layers", "2")), parsed(one))))
     assert found == {"teacher", "teacher/scores", "traces.jsonl", "away.jsonl"}
+    Path("teacher/eval").mkdir()
+    Path("teacher/eval/results.json").write_text("{}")
+    found = set(map(str, run_command._inputs(one := Step("a", "report", ("teacher",)), parsed(one))))
+    assert found == {"teacher", "teacher/eval/results.json"}
+
+
+def test_a_hybrids_teacher_is_read_too(place: Path, cli: Runner) -> None:
+    cli("replace", "teacher", "--indices", "1", "-o", "h1")
+    one = Step("a", "distill", ("h1", "--steps", "1"))
+    assert {str(path) for path in run_command._inputs(one, parsed(one))} == {"h1", "teacher", "traces.jsonl"}

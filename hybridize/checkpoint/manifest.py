@@ -134,7 +134,7 @@ def root_of(checkpoint: Path) -> str | None:
 
 def ancestors(checkpoint: Path) -> dict[str, str]:
     """What a checkpoint was made from: content hash -> path or hub id, nearest first, the root last. Of parents that are no
-    longer there only the nearest and the root are known."""
+    longer there, or were written again since, only the nearest and the root are known."""
     found: dict[str, str] = {}
     here, root = checkpoint, None
     while (manifest := read_manifest(here)) is not None and manifest["parent"]["hash"] not in found:
@@ -142,7 +142,7 @@ def ancestors(checkpoint: Path) -> dict[str, str]:
         parent = here / manifest["parent"]["path"]
         local = parent.is_dir()
         found[manifest["parent"]["hash"]] = os.path.relpath(parent) if local else manifest["parent"]["path"]
-        if not local:
+        if not local or (read_manifest(parent) or {}).get("hash") not in (None, manifest["parent"]["hash"]):
             break
         here = parent
     if root is not None:

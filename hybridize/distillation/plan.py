@@ -142,16 +142,12 @@ def micro_that_fits(
 ) -> tuple[int, float]:
     """The most sequences at once whose plan is within `room` bytes, of those that split a rank's rows evenly, at least one; and
     what the plan says of them, in bytes."""
-    rows, tried = settings.batch_size // ranks, 0
-    for parts in range(1, rows + 1):
-        micro = -(-rows // parts)
-        if micro == tried:
-            continue
-        tried = micro
+    rows = settings.batch_size // ranks
+    for micro in (rows // parts for parts in range(1, rows + 1) if rows % parts == 0):
         total = plan(student, teacher, replace(settings, micro_batch_size=micro), ranks, dtype, device).total
         if total <= room or micro == 1:
             break
-    return tried, total
+    return micro, total
 
 
 def _there(teacher: Any, settings: DistillSettings, shards: int) -> float:

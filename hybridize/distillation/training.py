@@ -122,9 +122,9 @@ class Training:
         settings, run = self.settings, self.run
         steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
         finished = start = run.load(self.student, self.optimizer) if resume else 0
-        self._narrow(self.ranks.first(run.room(self._room)))
+        self._as_before(self.ranks.first(run.room(self._room)))
         self.ranks.wait()
-        if self.ranks.main:  # a run that goes on sums in the same order, whatever memory is free then
+        if self.ranks.main:
             run.note_room(self._room, self.accumulate.micro)
         self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
@@ -175,7 +175,7 @@ class Training:
                         self.measure(finished)
                 self._merge(finished)
                 if finished == steps or stop_now or settings.checkpoint_merge > 1:
-                    self.measure(finished)
+                    self.measure(finished, keep=not stop_now)
                 run.settle()
             except BaseException:
                 if finished > start and self.agreed:
@@ -209,8 +209,8 @@ class Training:
         }  # fmt: skip
         self.report({**record, **more})
 
-    def measure(self, step: int) -> None:
-        """Held-out fidelity, logged and reported, unless it has been."""
+    def measure(self, step: int, keep: bool = True) -> None:
+        """Held-out fidelity, logged and reported, unless it has been. keep: else it is no measure of the run."""
         if not self.held or self.teacher is None or step in self.measures:
             return
         self.student.eval()
@@ -223,8 +223,9 @@ class Training:
                 reshard(self.accumulate.student)
         tokens = step * self.settings.batch_size * self.settings.seq_len
         record = self.ranks.first({"step": step, "tokens": tokens, "heldout_tokens": found.pop("tokens"), **found})
-        self.measures[step] = record["reverse_kl"]
-        self.run.log("eval", record)
+        if keep:
+            self.measures[step] = record["reverse_kl"]
+            self.run.log("eval", record)
         self.report({"kind": "eval", **record})
 
     def _flat(self) -> bool:
@@ -276,9 +277,10 @@ class Training:
         placed = {"sharded": self.sharded, "teacher offloaded": self.settings.offload_teacher}
         return ", ".join([f"{self.ranks.size} ranks", *(name for name, so in placed.items() if so)])
 
-    def _narrow(self, micro: int | None) -> None:
-        """No more sequences at once than the run had, in the same room, before it was cut off."""
-        if micro is not None and micro < self.accumulate.micro:
+    def _as_before(self, micro: int | None) -> None:
+        """As many sequences at once as the run had, in the same room, before it was cut off: sums are then in the same order,
+        whatever memory is free now."""
+        if micro is not None and micro != self.accumulate.micro:
             self.accumulate.micro = micro
             self.report({"kind": "note", "text": f"{micro} sequences at once, as before the run was cut off"})
 

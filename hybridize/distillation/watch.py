@@ -56,7 +56,7 @@ def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
         if hidden > low:
             share = start + (value - start) * min(1.0, math.log(hidden / low) / math.log(size / low))
         low, start = size, value
-    return share * peak, f"{share:.0%} of the peak of {name}, reached with --compile and --cuda-graph"
+    return share * peak, f"{share:.0%} of the peak of {name}, which takes --compile and --cuda-graph"
 
 
 def _product_speed() -> float:
