@@ -98,7 +98,7 @@ class Talk:
         return self.speaker.encoder.prompt({"messages": messages}, "the conversation")
 
     def ready(self, question: str, most: int) -> tuple[list[int], int]:
-        """What is read before the answer, and how many tokens that may have, at most `most`. InputError where there is no room."""
+        """What is read before the answer, and the tokens that it may have, at most `most`. InputError without any room."""
         read = self.prompt(question)
         room = most if self.speaker.room is None else min(most, self.speaker.room - len(read))
         if room < 1:
