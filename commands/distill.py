@@ -206,6 +206,12 @@ def _train(
         if kind in ("note", "doing"):
             (out.note if kind == "note" else LINES.doing)(event["text"])
             return
+        if kind == "rising":
+            out.warn(
+                f"step {event['step']}: the loss has been rising, from {event['best']:.4f} to {event['now']:.4f} in the mean "
+                f"of some 20 steps: {_lower_rates(settings)}"
+            )
+            return
         last[kind] = event
         if kind == "eval":
             measured.append(event["reverse_kl"])
@@ -273,9 +279,14 @@ def _warn_of_harm(out: Output, measured: list[float], settings: Any) -> None:
     """Says so where training has taken the student further from its teacher, and what to try."""
     if len(measured) > 1 and measured[-1] > measured[0]:
         out.warn(
-            f"the held-out reverse KL ended at {measured[-1]:.4f}, above the {measured[0]:.4f} where it began: the rates are "
-            f"too high for this model or warm-up; try --lr-mixer {settings.lr_mixer * 0.3:.1g} --lr {settings.lr * 0.3:.1g}"
+            f"the held-out reverse KL ended at {measured[-1]:.4f}, above the {measured[0]:.4f} where it began: "
+            f"{_lower_rates(settings)}"
         )
+
+
+def _lower_rates(settings: Any) -> str:
+    lower = f"--lr-mixer {settings.lr_mixer * 0.3:.1g} --lr {settings.lr * 0.3:.1g}"
+    return f"the rates are too high for this model or warm-up; try {lower}"
 
 
 def _cut(packing: Any) -> str:

@@ -151,6 +151,16 @@ def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     assert not Path("h2-kd.run").exists()
 
 
+def test_a_loss_that_rises_is_said_with_what_to_try(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridize.distillation.training import Training
+
+    values = iter([1.0] * 20 + [2.0] * 90)
+    monkeypatch.setattr(Training, "_gradient", lambda *_: (next(values), 1.0))
+    cli("distill", "h2", "--steps", 90, "--batch-size", 1, "--seq-len", 32, "--eval-windows", 1, "--save-every", 0)
+    assert cli.stderr.count("the loss has been rising, from 1.0000 to ") == 1
+    assert "try --lr-mixer 0.0003 --lr 3e-05" in cli.stderr
+
+
 def stateless(cli: Runner, run: tuple[object, ...]) -> str:
     shutil.copytree("h2-kd.run", "other.run")
     for state in Path("other.run").glob("step-*"):

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from hybridize.distillation.watch import Trackers, draw_curve, model_flops, peak_flops
+from hybridize.distillation.watch import Rising, Trackers, draw_curve, model_flops, peak_flops
 from hybridize.errors import InputError
 from tests.conftest import hybrid
 
@@ -55,3 +55,24 @@ def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     draw_curve(steps, [{"tokens": 400, "reverse_kl": 0.5, "agreement": 0.9}], tmp_path / "a.png")
     draw_curve(steps, [], tmp_path / "b.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
+
+
+def test_a_loss_that_rises_for_long_is_noticed_once() -> None:
+    """A pilot on a model of 0.5 B: default rates took its loss from .25 to .44 in 75 steps."""
+    noise = torch.Generator().manual_seed(0)
+    jitter = [float(x) for x in 0.05 * torch.randn(1000, generator=noise)]
+    falling = [0.25 + 2 * 0.95**step for step in range(100)]
+    rising = [0.25 + 0.19 * min(1.0, step / 75) for step in range(200)]
+
+    def found(losses: list[float]) -> list[tuple[int, tuple[float, float]]]:
+        watch = Rising()
+        told = [watch.add(loss * (1 + wobble)) for loss, wobble in zip(losses, jitter, strict=False)]
+        return [(step, one) for step, one in enumerate(told) if one is not None]
+
+    ((step, (best, now)),) = found(falling + rising)
+    assert 100 + Rising.LONG < step < 100 + 140
+    assert 0.24 < best < 0.31
+    assert now > 1.2 * best
+    assert found(falling + [0.25] * 500) == []
+    assert found([0.25, 0.4] * 200) == []  # batches differ
+    assert found(falling + rising[:30] + [0.25] * 300) == []  # for a while only

@@ -29,7 +29,7 @@ from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, can_graph
-from hybridize.distillation.watch import model_flops, peak_flops
+from hybridize.distillation.watch import Rising, model_flops, peak_flops
 from hybridize.distillation.watchdog import first_bad
 from hybridize.errors import InputError, WorkError
 from hybridize.runtime import be_deterministic, compile_layers
@@ -108,6 +108,7 @@ class Training:
             self.accumulate = Accumulator(root, guide, micro, self.ranks, settings.cuda_graph)
         self.held = [batch.to(device) for batch in heldout]
         self.measures: dict[int, float] = {}
+        self.rising = Rising()
         self.agreed = True
         self.skipped = 0
 
@@ -160,6 +161,8 @@ class Training:
                         }  # fmt: skip
                         run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
                     warm_up = spent if finished == start + 1 else warm_up
+                    if good and (risen := self.rising.add(value)) is not None:
+                        self.report({"kind": "rising", "step": finished, "best": risen[0], "now": risen[1]})
                     if good and (finished % self.log_every == 0 or finished == steps):
                         self._tell(record, finished - start, spent, warm_up)
                     if self.ranks.found("stop" if asked else ""):

@@ -77,6 +77,32 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
 
 
+class Rising:
+    """Notices, once, that a loss has been above its best for long: in means over the last SPAN or so steps, LONG steps in a row
+    by more than the share TOO_MUCH. Batches differ, so a single step says nothing."""
+
+    SPAN, LONG, TOO_MUCH = 20, 50, 0.2
+
+    def __init__(self) -> None:
+        self.mean = self.weight = 0.0
+        self.steps = 0
+        self.best, self.above, self.said = math.inf, 0, False
+
+    def add(self, loss: float) -> tuple[float, float] | None:
+        """The best mean so far and the mean now, where that is the news."""
+        keep = 1 - 1 / self.SPAN
+        self.mean, self.weight = keep * self.mean + (1 - keep) * loss, keep * self.weight + (1 - keep)
+        now, self.steps = self.mean / self.weight, self.steps + 1
+        if self.steps < self.SPAN:  # the mean of a few says little
+            return None
+        self.best = min(self.best, now)
+        self.above = self.above + 1 if now > (1 + self.TOO_MUCH) * self.best else 0
+        if self.said or self.above < self.LONG:
+            return None
+        self.said = True
+        return self.best, now
+
+
 class Trackers:
     """Sends metrics to the services of `names`, opened at the first record. InputError for one unknown or not installed.
 
