@@ -103,7 +103,7 @@ def command(
     from hybridize.distillation.distill import check_vocabularies, open_corpus
     from hybridize.distillation.ranks import join, leave
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.runtime import pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime import limit_memory, pick_compute, quiet_transformers, ran_on
     from hybridize.surgery.replace import MixerSettings, plan
     from hybridize.surgery.teacher import read_teacher
 
@@ -144,6 +144,8 @@ def command(
     run.check(resume, overwrite)
     ranks.wait()  # before the first one changes what the others look at
     began = time.time()
+    if max_memory is not None:
+        limit_memory(where, max_memory)
     with run.started(resume):
         room = _room(out, planned, run, ranks)
         found = _measured(

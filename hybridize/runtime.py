@@ -89,6 +89,15 @@ def free_memory(device: torch.device) -> int:
     return free // processes
 
 
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Of a GPU no more than so much from here on: what is only kept for later is given up first, and beyond that memory is out.
+    A CPU knows no such limit."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), index)
+
+
 def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What a result file says about where its figures come from."""
     from hybridize.modeling import engine_for

@@ -73,6 +73,7 @@ def test_teacher_and_hybrid_in_one_run(cli: Runner, teacher: Path, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     cli("replace", teacher, "--indices", "1,2", "--no-calibrate", "-o", "h2", "-q")
     found = json.loads(cli("bench", teacher, "h2", *SMALL, "--json"))
+    assert found.pop("bench") == "bench/bench.json"
     assert found == json.loads((tmp_path / "bench/bench.json").read_text())
     assert found["interleaved"]
     assert list(found["checkpoints"]) == [teacher.name, "h2"]

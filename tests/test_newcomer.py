@@ -271,6 +271,19 @@ def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     assert runtime.free_memory(CPU) == 5000
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_no_more_than_it_may() -> None:
+    device = torch.device("cuda")
+    held = torch.cuda.memory_reserved() / 2**30
+    try:
+        runtime.limit_memory(device, held + 0.5)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    finally:
+        runtime.limit_memory(device, 1000)
+    assert torch.empty(1 << 30, dtype=torch.uint8, device=device).is_cuda
+
+
 def test_speed_is_expected_by_size_and_device() -> None:
     peak = 989e12
     shares = [watch.expected_flops(torch.device("cuda"), hidden)[0] / peak for hidden in (100, 576, 896, 3072, 8192)]

@@ -77,26 +77,25 @@ def damaged(cli: Runner, file: str, text: str) -> str:
     return cli.fails("run", "r.yaml").replace('"', "'")
 
 
-def test_an_interrupted_step_goes_on(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_step_goes_on(place: Path, inside: None, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridize.distillation import training
+
     Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 6 --save-every 2"))
-    steps = {step.name: step for step in read_recipe(Path("r.yaml"))}
-    cli("replace", "teacher", "--indices", "1,2", "-o", "h2")
-    program = Path("interrupt.py")
-    program.write_text(
-        "import sys\nfrom hybridize.distillation import training\n"
-        "update, count = training.update, []\n"
-        "def stopping(*args):\n    update(*args)\n    count.append(1)\n"
-        "    if len(count) == 4:\n        raise KeyboardInterrupt\n"
-        "training.update = stopping\nfrom hybridize.commands import main\nmain()\n"
-    )
+    step = read_recipe(Path("r.yaml"))[1]
+    update, count = training.update, list[int]()
+
+    def stopping(*given: Any) -> None:
+        update(*given)
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr(run_command, "_program", lambda _: [sys.executable, str(program.resolve())])
-        patched.setenv("PYTHONPATH", ":".join(sys.path))
-        Path("r.yaml").write_text("steps:\n" + Path("r.yaml").read_text().split("h2\n", 1)[1])
+        patched.setattr(training, "update", stopping)
         assert "was interrupted; the same command goes on" in cli.fails("run", "r.yaml", code=130)
     assert Path("h2-kd.run").is_dir()
-    assert Ledger(Path("r.yaml")).state(steps["train"], run_command._inputs(steps["train"], parsed(steps["train"]))) == BEGUN
-    cli("run", "r.yaml")
+    assert Ledger(Path("r.yaml")).state(step, run_command._inputs(step, parsed(step))) == BEGUN
+    assert skipped(cli) == [True, False]
     assert [json.loads(line)["step"] for line in Path("h2-kd/metrics.jsonl").read_text().splitlines()] == [*range(1, 7)]
 
 
