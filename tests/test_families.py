@@ -230,7 +230,7 @@ def test_leave_one_out_hears_what_the_model_hears(name: str, homes: dict[str, Pa
             handle = attention.register_forward_hook(lambda _, __, out: (torch.zeros_like(out[0]), *out[1:]))
         for (text, wanted), (value, _) in zip(requests, row, strict=True):
             logs = model(torch.tensor([text]), use_cache=False).logits[0, -3:].log_softmax(-1)
-            assert abs(float(logs.gather(1, torch.tensor(wanted).unsqueeze(1)).sum()) - value) <= 1e-4, silent
+            assert abs(float(logs.gather(1, torch.tensor(wanted).unsqueeze(1)).sum().detach()) - value) <= 1e-4, silent
         if handle is not None:
             handle.remove()
 

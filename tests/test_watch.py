@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -54,7 +55,10 @@ def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     steps = [{"step": n, "tokens": n * 100, "loss": None if n == 2 else 1 / n, "lr": 1e-3} for n in range(1, 5)]
     draw_curve(steps, [{"tokens": 400, "reverse_kl": 0.5, "agreement": 0.9}], tmp_path / "a.png")
     draw_curve(steps, [], tmp_path / "b.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curve([{"step": 1, "tokens": 1, "loss": 0.0, "lr": 0.0}], [], tmp_path / "c.png")  # nothing to take a logarithm of
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png", "c.png"))
 
 
 def test_a_loss_that_rises_for_long_is_noticed_once() -> None:

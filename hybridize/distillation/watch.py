@@ -154,7 +154,7 @@ def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], outp
     axis.plot([s["tokens"] / 1e6 for s in good], [s["loss"] for s in good], lw=0.8, label="training loss")
     below.plot([s["tokens"] / 1e6 for s in good], [s["lr"] for s in good], lw=0.8)
     below.set(xlabel="million tokens", ylabel="rate")
-    axis.set(ylabel="nats per token", yscale="log")
+    axis.set(ylabel="nats per token", yscale="log" if any(s["loss"] > 0 for s in good) else "linear")
     lines = list(axis.get_lines())
     if measures:
         tokens = [m["tokens"] / 1e6 for m in measures]
