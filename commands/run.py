@@ -29,16 +29,8 @@ if TYPE_CHECKING:
     from hybridize.recipe import Ledger, Step
 
 STDERR = 2  # the file descriptor: what a step prints is no result of ours
-RESULTS = (
-    "output",
-    "scores",
-    "results",
-    "fidelity",
-    "report",
-    "bench",
-    "teacher",
-    "tasks",
-)  # what commands call what they have written
+# what commands call what they have written
+RESULTS = ("output", "scores", "results", "fidelity", "report", "bench", "teacher", "tasks")
 MEASURED = ("results.json", "baseline.json", "fidelity.json", "bench.json", "metrics.jsonl", "eval.jsonl", "hybridize.json")
 PLACING = ("checkpoint", "checkpoints", "layers", "indices", "form", "folder")  # what a default output follows from
 NOT_READ = ("output", "junit", "push_to_hub", "folder")  # parameters that name what is written
@@ -194,8 +186,9 @@ def _process(command: list[str], environment: dict[str, str], stdout: int | None
     """Runs a command to its end and returns its exit code. An interrupt is passed on, once each, and the command may take its
     time to save what it has; a third one kills it. It holds the recipe's lock as long as it lives."""
     asked = 0
-    # in a group of its own, so that a terminal's Ctrl-C comes through us alone
-    with subprocess.Popen(command, env=environment, stdout=stdout, process_group=0, pass_fds=[lock]) as process:
+    # in a group of its own, so that a terminal's Ctrl-C comes through us alone; such a group may not read from the terminal
+    started = {"stdin": subprocess.DEVNULL, "stdout": stdout, "process_group": 0, "pass_fds": [lock]}
+    with subprocess.Popen(command, env=environment, **started) as process:  # type: ignore[call-overload]
         while True:
             try:
                 return process.wait()
