@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import re
@@ -64,13 +63,16 @@ def command(
         for number, step in enumerate(steps, 1):
             where = f"[{number}/{len(steps)}] {step.name}"
             LINES.doing(f"{where}: looking at what is there")
-            state = ledger.state(step, _inputs(step, parsed[step.name]))
+            inputs = _inputs(step, parsed[step.name])
+            state = ledger.state(step, inputs)
             if state == DONE:
                 out.note(f"{where}: done before")
             else:
                 out.note(f"{where}: {step.line}")
+                ledger.begin(step, inputs)
                 _run(out, recipe, step, parsed[step.name], ledger, state, lock)
             done.append({"name": step.name, "skipped": state == DONE})
+        ledger.save()  # what was read to find steps done need not be read the next time
     out.result({"recipe": str(recipe), "steps": done}, lambda: print(f"{recipe}: all {len(steps)} steps are done"))
 
 
@@ -132,6 +134,7 @@ def _paths(value: Any) -> Iterator[Path]:
 
 def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: Ledger, state: str, lock: int) -> None:
     """Runs one step in a process of its own and notes what it read and wrote. Ends the command where the step fails."""
+    from hybridize.checkpoint.json_files import read_json
     from hybridize.recipe import BEGUN
 
     more = ["--quiet"] if out.quiet and "quiet" in params and not params["quiet"] else []
@@ -140,7 +143,6 @@ def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: 
     line, left = ledger.left(step)
     if left and "overwrite" in params and not params["overwrite"] and _same_place(recipe, step, line, params):
         more.append("--overwrite")
-    ledger.begin(step, _inputs(step, params))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "result.json"
@@ -151,7 +153,7 @@ def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: 
         except OSError as error:
             ledger.refuse(step)
             raise InputError(f"step {step.name!r}: {launched[0]!r} cannot be started: {error.strerror}") from error
-        result = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+        result = read_json(told) if told.exists() else {}
     if code:
         if code == EXIT_INPUT:
             ledger.refuse(step)

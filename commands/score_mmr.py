@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,7 +131,7 @@ def command(
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}
     used = {"settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()}}
-    planned = _planned(out, source, origin, shape, settings, where, compute, ranks.size, max_memory)
+    planned = _planned(source, origin, shape, settings, where, compute, ranks.size, max_memory)
     check_weights(source, origin)
     identity = {
         **used, "checkpoint": source.hash, "teacher": origin.hash, "data": corpus.hash, "template": encoder.template,
@@ -195,45 +194,71 @@ def _measured(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part with all candidates side by side, `limit` bytes to stay within, and what that is in words. together:
+    whether candidates share calls, so that groups of them need less."""
+
+    parts: dict[str, int]
+    limit: float
+    words: str
+    together: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def room(self) -> float:
+        """Bytes that are left for activations; less than nothing where all else does not fit."""
+        from hybridize.scoring.mmr import ACTIVATIONS
+
+        return (1 - SLACK) * self.limit - (self.total - self.parts[ACTIVATIONS])
+
+    @property
+    def may_run_out(self) -> bool:
+        return self.total > (1 - SLACK) * self.limit and (self.room <= 0 or not self.together)
+
+    def __str__(self) -> str:
+        from hybridize.distillation.plan import GIB
+        from hybridize.scoring.mmr import ACTIVATIONS
+
+        how = "side by side" if self.together else "one after the other"
+        said = f"memory: the candidates {how} take {self.total / GIB:.1f} GiB by the plan"
+        if self.total <= (1 - SLACK) * self.limit:
+            return said
+        said += f", more than {1 - SLACK:.0%} of {self.words}: "
+        if not self.together:
+            return said + "it may run out"
+        if not self.may_run_out:
+            return said + "they go in groups"
+        rest = (self.total - self.parts[ACTIVATIONS]) / GIB
+        return said + f"they go one by one, and may still run out, since all but activations take {rest:.1f} GiB"
+
+
 def _planned(
-    out: Output, source: Any, origin: Any, mixer: dict[str, Any], settings: Any, where: Any, compute: Any, ranks: int,
+    source: Any, origin: Any, mixer: dict[str, Any], settings: Any, where: Any, compute: Any, ranks: int,
     max_memory: float | None,
-) -> tuple[dict[str, int], float, str]:  # fmt: skip
-    """Bytes by part with all candidates side by side; bytes to stay within; and what is to be said of both."""
+) -> MemoryPlan:  # fmt: skip
     from hybridize.distillation.plan import GIB
     from hybridize.runtime import free_memory
-    from hybridize.scoring.mmr import ACTIVATIONS, memory
+    from hybridize.scoring.mmr import memory
     from hybridize.surgery.teacher import empty_model
 
     student, teacher = (empty_model(reader.config, str(reader.path)) for reader in (source, origin))
-    found = memory(student, teacher, mixer, settings, ranks, compute, where.type)
-    total, fixed = sum(found.values()), sum(size for name, size in found.items() if name != ACTIVATIONS)
-    most = max_memory * GIB if max_memory is not None else SHARE * free_memory(where) if is_here(where) else float("inf")
-    limit = f"{most / GIB:.1f} GiB" + (f", {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else "")
-    how = "side by side" if settings.train == "mixers" else "one after the other"
-    said = f"memory: the candidates {how} take {total / GIB:.1f} GiB by the plan"
-    if total > (1 - SLACK) * most:
-        said += f", more than {1 - SLACK:.0%} of {limit}: "
-        if settings.train == "all":
-            said += "it may run out"
-        elif fixed < (1 - SLACK) * most:
-            said += "they go in groups"
-        else:
-            said += f"they go one by one, and may still run out, since all but activations take {fixed / GIB:.1f} GiB"
-    return found, most, said
+    parts = memory(student, teacher, mixer, settings, ranks, compute, where.type)
+    limit = max_memory * GIB if max_memory is not None else SHARE * free_memory(where) if is_here(where) else float("inf")
+    words = f"{limit / GIB:.1f} GiB" + (f", {SHARE:.0%} of what is free (--max-memory)" if max_memory is None else "")
+    return MemoryPlan(parts, limit, words, settings.train == "mixers")
 
 
-def _room(out: Output, planned: tuple[dict[str, int], float, str], run: Any, ranks: Any) -> int:
+def _room(out: Output, planned: MemoryPlan, run: Any, ranks: Any) -> int:
     """Bytes that all ranks may fill with activations, the same as before the run was cut off: groups are summed apart."""
     from hybridize.scoring.mmr import ACTIVATIONS
 
-    found, most, said = planned
-    before = ranks.first(run.room(ACTIVATIONS))
-    fixed = sum(size for name, size in found.items() if name != ACTIVATIONS)
-    room = before or max(1, int(min((1 - SLACK) * most - fixed, sys.maxsize)))
-    room = min(ranks.all(room))
+    room = min(ranks.all(ranks.first(run.room(ACTIVATIONS)) or max(1, int(planned.room))))
     if ranks.main:
-        (out.warn if "may" in said else out.note)(said)
+        (out.warn if planned.may_run_out else out.note)(str(planned))
         run.note_room(ACTIVATIONS, room)
     return int(room)
 
@@ -247,14 +272,13 @@ def _dry_run(
     from hybridize.runtime import planned_on
 
     where, compute = planned_on(device, dtype)
-    found, most, said = _planned(out, source, origin, mixer, settings, where, compute, world_size(), max_memory)
-    total = sum(found.values())
+    planned = _planned(source, origin, mixer, settings, where, compute, world_size(), max_memory)
 
     def human() -> None:
-        for name, size in {**found, "together": total}.items():
+        for name, size in {**planned.parts, "together": planned.total}.items():
             print(f"{name:42} {size / GIB:9.2f} GiB")
-        print(said)
+        print(planned)
 
-    gib = {name: round(size / GIB, 3) for name, size in found.items()}
-    limit = None if most == float("inf") else round(most / GIB, 3)
-    out.result({"gib": gib, "total_gib": round(total / GIB, 3), "max_gib": limit}, human)
+    gib = {name: round(size / GIB, 3) for name, size in planned.parts.items()}
+    limit = None if planned.limit == float("inf") else round(planned.limit / GIB, 3)
+    out.result({"gib": gib, "total_gib": round(planned.total / GIB, 3), "max_gib": limit}, human)

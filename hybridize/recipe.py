@@ -149,22 +149,22 @@ class Ledger:
     def begin(self, step: Step, inputs: Iterable[Path]) -> None:
         known = self.steps.setdefault(step.name, {})
         known["begun"] = {"line": step.line, "inputs": self.contents(inputs)}
-        self._write()
+        self.save()
 
     def refuse(self, step: Step) -> None:
         """The step has not started after all."""
         self.steps[step.name].pop("begun", None)
-        self._write()
+        self.save()
 
     def end(self, step: Step, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
         """Notes what the step wrote, and what it read when it began. Whether that is still the same."""
         begun = self.steps[step.name].pop("begun")
         self.steps[step.name]["done"] = {**begun, "outputs": self.contents(outputs)}
-        self._write()
+        self.save()
         now = self.contents(inputs)
         return all(now.get(path) == content for path, content in begun["inputs"].items())
 
-    def _write(self) -> None:
+    def save(self) -> None:
         write_json_atomic(self.path, {"format": FORMAT, "steps": self.steps, "files": self.files})
 
     def contents(self, paths: Iterable[Path]) -> dict[str, str | None]:

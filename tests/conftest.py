@@ -167,6 +167,21 @@ def untuned() -> None:
                 kernel.configs = [min(kernel.configs, key=lambda c: (sum(c.kwargs.values()), c.num_stages))]
 
 
+def interrupt_after(steps: int) -> Callable[..., None]:
+    """What may stand in for the trainer's `update`: it raises an interrupt once it has taken so many steps."""
+    from hybridize.distillation import training
+
+    update, count = training.update, list[int]()
+
+    def stopping(*given: object) -> None:
+        update(*given)  # type: ignore[arg-type]
+        count.append(1)
+        if len(count) == steps:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
 def worst(one: torch.Tensor, other: torch.Tensor) -> float:
     """Largest difference relative to the size of `other`; printed, so that a failure shows how far off it is."""
     assert one.shape == other.shape

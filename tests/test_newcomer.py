@@ -25,7 +25,7 @@ from hybridize.distillation.plan import kept_bytes, micro_that_fits, plain_bytes
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError
 from hybridize.surgery.teacher import empty_model
-from tests.conftest import SHAPES, Runner, hybrid, hybrid_config, make_place
+from tests.conftest import SHAPES, Runner, hybrid, hybrid_config, interrupt_after, make_place
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -124,16 +124,8 @@ def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     run = ("distill", "h2", "--steps", 6, "--batch-size", 2, "--seq-len", 32, "--save-every", 2, "--eval-windows", 2)
     cli(*run, "-o", "whole")
     cli(*run[:2], "--steps", 4, *run[4:], "-o", "four", "--schedule", "wsd")
-    update, count = training.update, list[int]()
-
-    def stopping(*given: Any) -> None:
-        update(*given)
-        count.append(1)
-        if len(count) == 5:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", stopping)
+        patched.setattr(training, "update", interrupt_after(5))
         cli(*run, code=130)
     assert "with --resume --stop-now makes it a checkpoint" in cli.stderr
     saved = max(int(path.name.removeprefix("step-")) for path in Path("h2-kd.run").glob("step-*"))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hybridize.checkpoint.atomic import write_json_atomic
 from hybridize.errors import InputError
 from hybridize.recipe import BEGUN, DONE, NEW, STALE, Ledger, Step, read_recipe
-from tests.conftest import Runner, make_place
+from tests.conftest import Runner, interrupt_after, make_place
 
 RECIPE = """
 steps:
@@ -82,16 +82,8 @@ def test_an_interrupted_step_goes_on(place: Path, inside: None, cli: Runner, mon
 
     Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 6 --save-every 2"))
     step = read_recipe(Path("r.yaml"))[1]
-    update, count = training.update, list[int]()
-
-    def stopping(*given: Any) -> None:
-        update(*given)
-        count.append(1)
-        if len(count) == 4:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", stopping)
+        patched.setattr(training, "update", interrupt_after(4))
         assert "was interrupted; the same command goes on" in cli.fails("run", "r.yaml", code=130)
     assert Path("h2-kd.run").is_dir()
     assert Ledger(Path("r.yaml")).state(step, run_command._inputs(step, parsed(step))) == BEGUN

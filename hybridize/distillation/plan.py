@@ -42,17 +42,22 @@ class Plan:
         return sum(self.bytes.values())
 
 
+def _widths(config: Any) -> tuple[int, int, int, int, str]:
+    """D, A, K and F of a dense layer, as above, and the family."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = getattr(config, "base_model_type", None) or config.model_type
+    A, K = config.num_attention_heads * head, config.num_key_value_heads * head
+    return config.hidden_size, A, K, config.intermediate_size, family
+
+
 def layer_bytes(config: Any, kind: str, length: int) -> int:
     """What one layer keeps for backward, a token of a row of `length`. Checked against autograd's own list in the tests."""
-    D, F = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    A, K = config.num_attention_heads * head, config.num_key_value_heads * head
+    D, A, K, F, family = _widths(config)
     norm = 8 * D + 4  # its input, which is the residual stream, what its weight multiplies, and the scale
     mlp = norm + 2 * 2 * D + 4 * 2 * F  # two casts of the input; gate, its SiLU, up, their product
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         # of each expert that a token goes through: its input and output, gathered, cast and weighed, and as above
         mlp = norm + config.num_experts_per_tok * (24 * D + 4 * 2 * (getattr(config, "moe_intermediate_size", None) or F))
-    family = getattr(config, "base_model_type", None) or config.model_type
     normed = 8 * (A + K) if family in QK_NORMED else 0
     mlp += 2 * norm if family in GEMMA else 0
     if kind != MIXER_LAYER:
@@ -72,17 +77,13 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
 
 def plain_bytes(config: Any, kind: str) -> int:
     """As `layer_bytes`, in float32 on a CPU, where scans are plain PyTorch and nothing is cast. Experts count as their MLPs."""
-    D, F = config.hidden_size, config.intermediate_size
-    H = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or D // H
-    A, K = H * head, config.num_key_value_heads * head
+    D, A, K, F, family = _widths(config)
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         F = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or F)
-    family = getattr(config, "base_model_type", None) or config.model_type
     rest = 2 * (12 * D + 4) + 16 * F  # two norms: input, scaled input, result; gate, its SiLU, up, their product
     rest += (16 * (A + K) if family in QK_NORMED else 0) + (2 * (8 * D + 4) if family in GEMMA else 0)
     if kind != MIXER_LAYER:
-        return rest + 4 * (2 * A + 2 * K + H)
+        return rest + 4 * (2 * A + 2 * K + config.num_attention_heads)
     shape = config.mixer
     if shape["kind"] == "mamba2":
         # beside convolution and norm: products of pairs of steps in a chunk, three times, and a state a chunk

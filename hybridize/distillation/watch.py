@@ -48,8 +48,9 @@ def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
     if device.type != "cuda":
         speed = _product_speed()
         return CPU_SHARE * speed, f"{CPU_SHARE:.0%} of the {speed / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
-    peak = (peak_flops(device) if torch.cuda.is_available() else None) or PEAKS["H100"] * 1e12
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() and peak_flops(device) else "an H100"
+    peak = peak_flops(device) if torch.cuda.is_available() else None
+    name = "an H100" if peak is None else torch.cuda.get_device_name(device)
+    peak = peak or PEAKS["H100"] * 1e12
     (low, start), *rest = MEASURED
     share = start
     for size, value in rest:
