@@ -225,6 +225,25 @@ def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runn
     assert found["micro_batch_size"] == 1
 
 
+def test_a_run_goes_on_with_as_many_sequences_whatever_memory_is_free(
+    place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridize.distillation import training
+
+    run = ("distill", "h2", "--steps", 3, "--batch-size", 4, "--seq-len", 64, "--eval-windows", 1)
+    room, ample = "1 ranks", runtime.free_memory(CPU)
+    for first, then in ((1000, ample), (ample, 1000)):
+        monkeypatch.setattr(runtime, "free_memory", lambda _, first=first: first)
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "update", interrupt_after(1))
+            cli(*run, "--overwrite", code=130)
+        before = json.loads(Path("h2-kd.run/micro-batch.json").read_text())[room]
+        assert before == (1 if first == 1000 else 4)
+        monkeypatch.setattr(runtime, "free_memory", lambda _, then=then: then)
+        cli(*run, "--resume", "--overwrite")
+        assert f"{before} sequences at once, as before the run was cut off" in cli.stderr
+
+
 def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ("score-mmr", "teacher", "--steps", 2, "--batch-size", 8, "--seq-len", 256, "--no-calibrate")
     cli(*run, "-o", "all.json")
