@@ -23,6 +23,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     """Settings from a YAML or TOML file; InputError on unknown keys."""
     if path is None:
         return {}
+    from hybridize.checkpoint.json_files import load_yaml
     from hybridize.distillation.settings import DistillSettings
     from hybridize.errors import InputError, first_line
 
@@ -33,9 +34,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
             found: Any = tomllib.loads(text)
         else:
-            import yaml
-
-            found = yaml.safe_load(text)
+            found = load_yaml(text)
     except OSError as error:
         raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.atomic import write_json_atomic
-from hybridize.checkpoint.json_files import read_json
+from hybridize.checkpoint.json_files import load_yaml, read_json
 from hybridize.errors import InputError, first_line
 
 FORMAT = 1
@@ -50,7 +50,7 @@ def read_recipe(path: Path) -> list[Step]:
     import yaml
 
     try:
-        found = _load(path.read_text(encoding="utf-8"))
+        found = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -64,21 +64,6 @@ def read_recipe(path: Path) -> list[Step]:
         if names.count(name) > 1:
             raise InputError(f"{path}: two steps are called {name!r}")
     return steps
-
-
-def _load(text: str) -> Any:
-    """YAML in which no key stands twice: of two lines to run in one step the first would be dropped in silence."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands there twice")
-            return dict(super().construct_mapping(node, deep=deep))
-
-    return yaml.load(text, Loader)
 
 
 def _step(path: Path, number: int, entry: Any) -> Step:

@@ -249,6 +249,8 @@ def test_settings_from_a_file_and_flags_over_them(place: Path, cli: Runner) -> N
     assert json.loads((place / "out3/hybridize.json").read_text())["tokens"] == 96
     (place / "plan.yaml").write_text("steps: [\n")
     assert "plan.yaml is not valid YAML" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
+    Path("plan.yaml").write_text("steps: 2\nlr: 1e-3\nsteps: 3\n")  # which of the two is meant?
+    assert "the key 'steps' stands there twice" in cli.fails("distill", "h1", "-o", "out2", "--config", "plan.yaml")
 
 
 def test_a_teacher_that_was_fine_tuned_first_can_be_converted(place: Path, cli: Runner) -> None:

@@ -1,4 +1,4 @@
-"""JSON files that somebody else may have written or damaged. Imports no torch."""
+"""JSON and YAML that somebody else may have written or damaged. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,3 +30,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def load_yaml(text: str) -> Any:
+    """YAML in which no key stands twice: the first would be dropped in silence. ValueError where one does, else YAMLError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands there twice")
+            return dict(super().construct_mapping(node, deep=deep))
+
+    return yaml.load(text, Loader)
