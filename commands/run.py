@@ -9,9 +9,7 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +132,8 @@ def _paths(value: Any) -> Iterator[Path]:
 
 def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: Ledger, state: str, lock: int) -> None:
     """Runs one step in a process of its own and notes what it read and wrote. Ends the command where the step fails."""
+    import tempfile
+
     from hybridize.checkpoint.json_files import read_json
     from hybridize.recipe import BEGUN
 
@@ -187,6 +187,8 @@ def _same_place(recipe: Path, step: Step, line: str, params: dict[str, Any]) -> 
 def _process(command: list[str], environment: dict[str, str], stdout: int | None, lock: int) -> int:
     """Runs a command to its end and returns its exit code. An interrupt is passed on, once each, and the command may take its
     time to save what it has; a third one kills it. It holds the recipe's lock as long as it lives."""
+    import subprocess
+
     asked = 0
     # in a group of its own, so that a terminal's Ctrl-C comes through us alone; such a group may not read from the terminal
     started = {"stdin": subprocess.DEVNULL, "stdout": stdout, "process_group": 0, "pass_fds": [lock]}
