@@ -11,8 +11,8 @@ import typer.core
 
 from hybridize import __version__
 
-from .interrupts import interruptible
-from .output import EXIT_INTERRUPTED
+from .shared.interrupts import interruptible
+from .shared.output import EXIT_INTERRUPTED
 
 # The groups of `hybridize --help`, in the order of use. A line is whole at 80 columns: at most 58 characters.
 GROUPS = {

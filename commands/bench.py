@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options as opt
-from .models import open_checkpoint, refuse_ranks, result_file
-from .output import Output, guarded
+from .shared import options as opt
+from .shared.models import open_checkpoint, refuse_ranks, result_file
+from .shared.output import Output, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,10 +52,11 @@ def command(
     out = Output(as_json, quiet)
     from dataclasses import asdict
 
+    from hybridize.benchmark.grid import BenchSettings, bench
     from hybridize.checkpoint.atomic import write_json_atomic
     from hybridize.errors import InputError
-    from hybridize.evaluation.bench import BenchSettings, bench
-    from hybridize.runtime import pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime.device import pick_compute, ran_on
+    from hybridize.runtime.loading import quiet_transformers
 
     refuse_ranks("bench")
     grid = [_numbers("--contexts", contexts), _numbers("--batches", batches)]
@@ -75,7 +76,7 @@ def command(
         "format": 1, "settings": asdict(settings) | {"random_weights": random_weights} | ran_on(where, compute), "machine": on,
         "paths": dict(zip(names, checkpoints, strict=True)), **found,
     }  # fmt: skip
-    from hybridize.evaluation.bench_plot import draw
+    from hybridize.benchmark.plot import draw
 
     draw(found, target / "bench.png")
     write_json_atomic(path, found)  # last: a run whose picture is not there yet may be started again
@@ -106,15 +107,16 @@ def _short(checkpoints: list[str]) -> list[str]:
 def _loader(name: str, random_weights: bool, where: torch.device, compute: torch.dtype) -> Callable[[], HybridForCausalLM]:
     """What loads it; whatever is wrong with its name or config is said now."""
     from hybridize.generation.decoder import check_decodable
-    from hybridize.runtime import load_hybrid
-    from hybridize.surgery.teacher import family_of, hybrid_config
+    from hybridize.modeling import hybrid_config
+    from hybridize.runtime.loading import load_hybrid
+    from hybridize.surgery.teacher import family_of
 
     if not random_weights:
         source = open_checkpoint(name)
         check_decodable(hybrid_config(source.config))
         return lambda: load_hybrid(source, where, compute)
     from hybridize.anatomy import config_of
-    from hybridize.evaluation.bench import random_hybrid
+    from hybridize.benchmark.grid import random_hybrid
 
     path, raw = config_of(name)
     family_of(raw, str(path))
@@ -130,7 +132,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _show(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> None:
-    from hybridize.evaluation.bench import break_even
+    from hybridize.benchmark.grid import break_even
 
     base, checkpoints = found["checkpoints"][names[0]], found["checkpoints"]
     how = "turn and turn about" if found["interleaved"] else "one after the other"

@@ -12,10 +12,10 @@ import typer
 
 from hybridize.errors import InputError
 
-from . import options as opt
-from .models import refuse_ranks
-from .output import LINES, Output, guarded
-from .speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
+from .shared import options as opt
+from .shared.models import refuse_ranks
+from .shared.output import LINES, Output, guarded
+from .shared.speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
 
 HELP = "/reset forgets the conversation, /system TEXT begins another with that system prompt, /quit ends (as does Ctrl-D)"
 NARROW = 80  # columns below which two answers stand one below the other
@@ -46,7 +46,8 @@ def command(
     Ctrl-D ends. Ctrl-C cuts an answer short, and ends at the prompt.
     """
     out = Output()
-    from hybridize.runtime import pick_compute, quiet_transformers
+    from hybridize.runtime.device import pick_compute
+    from hybridize.runtime.loading import quiet_transformers
 
     refuse_ranks("chat")
     quiet_transformers()

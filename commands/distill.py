@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options as opt
-from .models import (
+from .shared import options as opt
+from .shared.models import (
     check_weights,
     data_for,
     done_already,
@@ -19,9 +19,9 @@ from .models import (
     teacher_of,
     warn_of_length,
 )
-from .output import LINES, Output, guarded
-from .planning import check_run, show_plan, with_micro
-from .training_settings import settings_of
+from .shared.output import LINES, Output, guarded
+from .shared.planning import check_run, show_plan, with_micro
+from .shared.training_settings import settings_of
 
 
 @guarded
@@ -154,10 +154,12 @@ def command(
         show_plan(out, source, origin if objective.needs_teacher else None, settings, device, dtype)
         return
     check_output(target, overwrite or resume, source.path, *([origin.path] if origin else []))
-    from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.ranks import join
+    from hybridize.data.corpus import open_corpus
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.runtime import pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime.device import pick_compute, ran_on
+    from hybridize.runtime.distributed import join
+    from hybridize.runtime.loading import quiet_transformers
+    from hybridize.surgery.teacher import check_vocabularies
 
     quiet_transformers()
     if origin is not None:
@@ -194,7 +196,7 @@ def _train(
 ) -> None:  # fmt: skip
     """Trains and says how it goes: at the start what is learnt, then steps and measures, at the end what came of it."""
     from hybridize.distillation.distill import distill
-    from hybridize.distillation.ranks import leave
+    from hybridize.runtime.distributed import leave
 
     where = given["device"]
     last: dict[str, Any] = {}
@@ -254,7 +256,7 @@ def _train(
 
 def _say_what_begins(out: Output, corpus: Any, settings: Any, place: str, ranks: int) -> None:
     """What is learnt, how rows are packed, how long the run is."""
-    packing = corpus.packing(settings)
+    packing = corpus.packing(settings.seed, settings.seq_len)
     out.note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
     if packing is not None:
         out.note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")

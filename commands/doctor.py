@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from . import options as opt
-from .output import EXIT_FAILED, LINES, Output, guarded
+from .shared import options as opt
+from .shared.output import EXIT_FAILED, LINES, Output, guarded
 
 
 @guarded

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options as opt
-from .eval_tables import say_of_gate, show_results
-from .fidelity import measure_fidelity
-from .models import check_weights, open_checkpoint, result_file
-from .output import EXIT_GATE, LINES, Output, guarded
+from .shared import options as opt
+from .shared.eval_tables import say_of_gate, show_results
+from .shared.fidelity import measure_fidelity
+from .shared.models import check_weights, open_checkpoint, result_file
+from .shared.output import EXIT_GATE, LINES, Output, guarded
 
 if TYPE_CHECKING:
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.distillation.ranks import Ranks
     from hybridize.evaluation.harness import EvalSettings
+    from hybridize.runtime.distributed import Ranks
 
 
 @guarded
@@ -103,7 +103,6 @@ def command(
     for name in ("answers.part.jsonl", "baseline-answers.part.jsonl"):
         if tasks is not None and (baseline is not None or "baseline" not in name) and not (place / "results.json").exists():
             check_journal(place / name, resume, overwrite)
-    from hybridize.distillation.ranks import join, leave
     from hybridize.errors import InputError
     from hybridize.evaluation.gate import Rule, by_task, compare, judge, passes, verdicts_json, write_junit
     from hybridize.evaluation.harness import (
@@ -118,7 +117,9 @@ def command(
         task_names,
     )
     from hybridize.evaluation.recall import parse_lengths
-    from hybridize.runtime import load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime.device import pick_compute, ran_on
+    from hybridize.runtime.distributed import join, leave
+    from hybridize.runtime.loading import load_tokenizer, quiet_transformers
 
     rule, began = Rule(max_drop, confidence, strict, allow_inconclusive), time.monotonic()
     share, chosen = parse_limit(limit), _chosen(metric)
@@ -249,8 +250,8 @@ def _measured(
     from hybridize.evaluation.harness import evaluate, generates
     from hybridize.evaluation.results import make_results, reusable, sample_lines
     from hybridize.generation.decoder import looks_at_the_longest
-    from hybridize.runtime import load_hybrid, load_model
-    from hybridize.surgery.teacher import hybrid_config
+    from hybridize.modeling import hybrid_config
+    from hybridize.runtime.loading import load_hybrid, load_model
 
     path, journal = target / ("baseline.json" if prefix else "results.json"), None
     check_weights(reader)

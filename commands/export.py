@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .models import open_checkpoint
-from .output import Output, guarded
+from .shared import options as opt
+from .shared.models import open_checkpoint
+from .shared.output import Output, guarded
 
 
 @guarded
@@ -54,9 +54,10 @@ def command(
     out = Output(as_json, quiet)
     from hybridize.checkpoint.writer import check_output
     from hybridize.errors import InputError
-    from hybridize.export.export import ExportSettings, export
+    from hybridize.export.driver import ExportSettings, export
     from hybridize.export.push import check_push, push
-    from hybridize.runtime import pick_device, quiet_transformers
+    from hybridize.runtime.device import pick_device
+    from hybridize.runtime.loading import quiet_transformers
 
     settings = ExportSettings(form, outtype, verify is not False, verify is True, base_model, license_)
     if private and push_to_hub is None:

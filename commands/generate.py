@@ -14,17 +14,17 @@ import typer
 from hybridize.checkpoint.journal import check_journal, part_of
 from hybridize.errors import InputError, WorkError
 
-from . import options as opt
-from .models import check_weights, refuse_ranks
-from .output import LINES, Output, guarded
-from .speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
+from .shared import options as opt
+from .shared.models import check_weights, refuse_ranks
+from .shared.output import LINES, Output, guarded
+from .shared.speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
-    from hybridize.distillation.encode import Encoder
+    from hybridize.data.encode import Encoder
     from hybridize.generation.traces import Traces
 
 TRACES = Path("traces.jsonl")
@@ -64,9 +64,10 @@ def command(
     """
     out = Output(as_json, quiet)
     _check_asked(prompt, prompts, output or TRACES, resume, overwrite)
-    from hybridize.distillation.forms import check_prompt
-    from hybridize.distillation.rows import read_rows
-    from hybridize.runtime import pick_compute, quiet_transformers
+    from hybridize.data.forms import check_prompt
+    from hybridize.data.rows import read_rows
+    from hybridize.runtime.device import pick_compute
+    from hybridize.runtime.loading import quiet_transformers
 
     refuse_ranks("generate")
     quiet_transformers()
@@ -127,7 +128,7 @@ class Answering:
 
 def _answer(out: Output, answering: Answering, prompt: str | None, keys: list[tuple[int, int]], streams: bool) -> None:
     """Answers to the one prompt, on stdout; one alone as it is written."""
-    from hybridize.distillation.encode import decoded
+    from hybridize.data.encode import decoded
 
     tokenizer, answers = answering.speaker.encoder.tokenizer, list[dict[str, Any]]()
 
@@ -153,7 +154,7 @@ def _write_traces(
 ) -> None:  # fmt: skip
     """Answers to all prompts into `path`, as they come and in the end in order."""
     from hybridize.generation.traces import Traces, trace_of
-    from hybridize.runtime import ran_on
+    from hybridize.runtime.device import ran_on
 
     speaker = answering.speaker
     check_weights(speaker.source)

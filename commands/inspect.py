@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import options as opt
-from .output import Output, guarded
-from .strip import draw_strip
+from .shared import options as opt
+from .shared.output import Output, guarded
+from .shared.strip import draw_strip
 
 
 @guarded

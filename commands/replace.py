@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options as opt
-from .models import calibration_for, found_data, open_checkpoint, teacher_of
-from .output import Output, guarded
-from .strip import draw_strip
+from .shared import options as opt
+from .shared.models import calibration_for, found_data, open_checkpoint, teacher_of
+from .shared.output import Output, guarded
+from .shared.strip import draw_strip
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
@@ -81,9 +81,9 @@ def command(
     _check_scores(checkpoint, layers, scores)
     from hybridize.checkpoint.writer import check_output
     from hybridize.surgery.features import features
-    from hybridize.surgery.prove import fates
     from hybridize.surgery.replace import MixerSettings, plan, replace
     from hybridize.surgery.teacher import read_teacher
+    from hybridize.surgery.verify import fates
 
     source = open_checkpoint(checkpoint, revision)
     contract = read_teacher(source)
@@ -197,9 +197,9 @@ def _prove(
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.runtime import pick_device
-    from hybridize.surgery.prove import prove
-    from hybridize.surgery.teacher import hybrid_config
+    from hybridize.modeling import hybrid_config
+    from hybridize.runtime.device import pick_device
+    from hybridize.surgery.verify import prove
 
     parts = frozenset[str]() if fit is None else fit.parts
     if fit is not None:
@@ -218,8 +218,8 @@ def _choose(
     """The layers to convert, and the ranking that chose them, if one did."""
     from hybridize.checkpoint.manifest import ancestors
     from hybridize.checkpoint.scores import find_scores, read_scores
-    from hybridize.distillation.pairs import parse_indices
     from hybridize.errors import InputError
+    from hybridize.parsing import parse_indices
     from hybridize.surgery.select import astride, check_indices, lowest, needed
 
     if indices is not None:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .models import result_file
-from .output import Output, guarded
+from .shared import options as opt
+from .shared.models import result_file
+from .shared.output import Output, guarded
 
 
 @guarded
@@ -31,9 +31,9 @@ def command(
     from hybridize import __version__
     from hybridize.checkpoint.atomic import write_text_atomic
     from hybridize.errors import InputError
-    from hybridize.evaluation.report import collect
-    from hybridize.evaluation.report_chart import charts
-    from hybridize.evaluation.report_page import page
+    from hybridize.report.collect import collect
+    from hybridize.report.page import page
+    from hybridize.report.plot import charts
 
     for path in paths:
         if not path.exists():

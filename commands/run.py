@@ -19,8 +19,8 @@ import typer
 
 from hybridize.errors import InputError
 
-from . import options as opt
-from .output import EXIT_GATE, EXIT_INPUT, EXIT_INTERRUPTED, LINES, RESULT, Output, guarded
+from .shared import options as opt
+from .shared.output import EXIT_GATE, EXIT_INPUT, EXIT_INTERRUPTED, LINES, RESULT, Output, guarded
 
 if TYPE_CHECKING:
     from hybridize.recipe import Ledger, Step
@@ -226,7 +226,7 @@ def _dry_run(out: Output, steps: list[Step], parsed: dict[str, dict[str, Any]], 
     """Each step's line and state, and for those that train their plan, also of checkpoints that are not there yet."""
     from hybridize.recipe import DONE
 
-    from .planning import Planned
+    from .shared.planning import Planned
 
     planned, told, upstream = Planned(out), list[dict[str, Any]](), True
     for number, step in enumerate(steps, 1):

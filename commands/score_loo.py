@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options as opt
-from .models import check_weights
-from .output import LINES, Output, guarded
-from .scoring import check_score_output, report_scores
+from .shared import options as opt
+from .shared.models import check_weights
+from .shared.output import LINES, Output, guarded
+from .shared.scoring import check_score_output, report_scores
 
 VAGUE = 0.5  # of all ranks, in the median
 
@@ -53,7 +53,8 @@ def command(
 
     settings = LooSettings(metric, ablate)
     source, path = check_score_output(checkpoint, revision, output, "loo", overwrite)
-    from hybridize.runtime import load_hybrid, load_model, load_tokenizer, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime.device import pick_compute, ran_on
+    from hybridize.runtime.loading import load_hybrid, load_model, load_tokenizer, quiet_transformers
     from hybridize.scoring.loo import loo_kl, loo_tasks
 
     quiet_transformers()
@@ -65,7 +66,7 @@ def command(
 
     ran: dict[str, Any] = {**ran_on(where, compute), "seed": seed}
     if metric == "kl":
-        from .models import open_encoder, text_beside, warn_of_length
+        from .shared.models import open_encoder, text_beside, warn_of_length
 
         rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
         warn_of_length(out, source, seq_len)
@@ -100,7 +101,7 @@ def command(
 
 def _doubt(out: Output, metric: str, found: Any, margin: Any) -> None:
     """Says so when a metric ranks hardly anything, and which one would."""
-    from hybridize.scoring.belief import vagueness
+    from hybridize.scoring.uncertainty import vagueness
 
     vague, sharper = vagueness(found), vagueness(margin) if metric == "accuracy" and margin else None
     if vague is None or vague <= VAGUE:

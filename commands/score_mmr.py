@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import options as opt
-from .models import (
+from .shared import options as opt
+from .shared.models import (
     calibration_for,
     check_weights,
     data_for,
@@ -24,8 +24,8 @@ from .models import (
     teacher_of,
     warn_of_length,
 )
-from .output import LINES, Output, guarded
-from .scoring import check_score_output, report_scores
+from .shared.output import LINES, Output, guarded
+from .shared.scoring import check_score_output, report_scores
 
 SLACK = 0.1  # of the memory to stay within: what no plan knows of
 SHARE = 0.8  # of the free memory that the candidates may fill, unless somebody says how much
@@ -99,12 +99,13 @@ def command(
     origin = teacher_of(source, checkpoint, teacher)
     warn_of_length(out, source, seq_len)
     from hybridize.checkpoint.scores import read_scores
-    from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.ranks import join, leave
+    from hybridize.data.corpus import open_corpus
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.runtime import limit_memory, pick_compute, quiet_transformers, ran_on
+    from hybridize.runtime.device import limit_memory, pick_compute, ran_on
+    from hybridize.runtime.distributed import join, leave
+    from hybridize.runtime.loading import quiet_transformers
     from hybridize.surgery.replace import MixerSettings, plan
-    from hybridize.surgery.teacher import read_teacher
+    from hybridize.surgery.teacher import check_vocabularies, read_teacher
 
     quiet_transformers()
     check_vocabularies(source, origin)
@@ -127,7 +128,7 @@ def command(
     )  # fmt: skip
     corpus = open_corpus(text, None, encoder, limit)
     say_of_rows(out, encoder)
-    if corpus.packing(settings.as_distill()) is None:
+    if corpus.packing(seed, seq_len) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len may")
     ran = {"data": corpus.rows.name, **ran_on(where, compute)}
     used = {"settings": asdict(settings) | shape | ran | {"calibration": None if fit is None else fit.settings()}}
@@ -167,7 +168,7 @@ def _measured(
     """The scores of all candidates. mixers: the attention to convert, what mixers it gets, their shape, the calibration."""
     import torch
 
-    from hybridize.runtime import load_hybrid, load_model
+    from hybridize.runtime.loading import load_hybrid, load_model
     from hybridize.scoring.mmr import measure, share_of
     from hybridize.surgery.replace import plan, starting_values
 
@@ -181,8 +182,8 @@ def _measured(
     started = time.time()
 
     def batches(repeat: int) -> Iterator[Any]:
-        order = replace(settings.as_distill(), seed=settings.seed + repeat)
-        return (batch.to(where) for batch in itertools.islice(corpus.training(order), settings.steps))
+        order = corpus.training(settings.seed + repeat, settings.seq_len, settings.batch_size)
+        return (batch.to(where) for batch in itertools.islice(order, settings.steps))
 
     def progress(done: int, count: int) -> None:
         out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
@@ -241,7 +242,7 @@ def _planned(
     max_memory: float | None,
 ) -> MemoryPlan:  # fmt: skip
     from hybridize.distillation.plan import GIB
-    from hybridize.runtime import free_memory
+    from hybridize.runtime.device import free_memory
     from hybridize.scoring.mmr import memory
     from hybridize.surgery.teacher import empty_model
 
@@ -268,8 +269,8 @@ def _dry_run(
     max_memory: float | None,
 ) -> None:  # fmt: skip
     from hybridize.distillation.plan import GIB
-    from hybridize.distillation.ranks import world_size
-    from hybridize.runtime import planned_on
+    from hybridize.runtime.device import planned_on
+    from hybridize.runtime.distributed import world_size
 
     where, compute = planned_on(device, dtype)
     planned = _planned(source, origin, mixer, settings, where, compute, world_size(), max_memory)

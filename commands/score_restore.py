@@ -9,10 +9,19 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .models import calibration_for, check_weights, data_for, open_encoder, say_of_rows, say_tuning, teacher_of, warn_of_length
-from .output import LINES, Output, guarded
-from .scoring import check_score_output, report_scores
+from .shared import options as opt
+from .shared.models import (
+    calibration_for,
+    check_weights,
+    data_for,
+    open_encoder,
+    say_of_rows,
+    say_tuning,
+    teacher_of,
+    warn_of_length,
+)
+from .shared.output import LINES, Output, guarded
+from .shared.scoring import check_score_output, report_scores
 
 
 @guarded
@@ -59,14 +68,14 @@ def command(
     source, path = check_score_output(checkpoint, revision, output, "restore", overwrite)
     origin = teacher_of(source, checkpoint, teacher)
     warn_of_length(out, source, seq_len)
-    from dataclasses import replace
 
     import torch
 
-    from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.runtime import load_hybrid, load_model, pick_compute, quiet_transformers, ran_on
+    from hybridize.data.corpus import open_corpus
+    from hybridize.runtime.device import pick_compute, ran_on
+    from hybridize.runtime.loading import load_hybrid, load_model, quiet_transformers
     from hybridize.surgery.replace import MixerSettings, plan, starting_values
-    from hybridize.surgery.teacher import read_teacher
+    from hybridize.surgery.teacher import check_vocabularies, read_teacher
 
     quiet_transformers()
     check_vocabularies(source, origin)
@@ -84,8 +93,8 @@ def command(
     corpus = open_corpus(text, eval_data, encoder, limit)
     say_of_rows(out, encoder)
     rows = max(1, min(batch_size, windows // 8))  # at least eight batches where there are as many windows, for the spread
-    held = corpus.measuring(replace(settings.as_distill(), batch_size=rows, eval_windows=windows))
-    if not held or corpus.packing(settings.as_distill()) is None:
+    held = corpus.held_out(windows, seq_len, rows)
+    if not held or corpus.packing(seed, seq_len) is None:
         raise InputError(f"{text} does not fill one sequence of {seq_len} tokens; a smaller --seq-len or --eval-data may")
     check_weights(source, origin)
     LINES.doing("loading the models")
@@ -98,7 +107,7 @@ def command(
         out.progress(f"{done} of {count} steps after {time.time() - started:.0f} s", last=done == count)
 
     starts = starting_values(source, surgery, source, seed, fit, progress=out.progress)
-    training = (batch.to(where) for batch in itertools.islice(corpus.training(settings.as_distill()), steps))
+    training = (batch.to(where) for batch in itertools.islice(corpus.training(seed, seq_len, batch_size), steps))
     found = restore(
         student, model, shape, starts, training, [batch.to(where) for batch in held], settings, compute, progress, out.note
     )

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
-from .output import Output, guarded
+from .shared import options as opt
+from .shared.output import Output, guarded
 
 SHOWN = 20
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hybridize.distillation.encode import Encoder
+from hybridize.data.encode import Encoder
 from tests.chat_templates import FAMILIES, Family
 from tests.test_chat_templates import byte_tokenizer, text_of
 

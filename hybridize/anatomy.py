@@ -17,8 +17,8 @@ from hybridize.checkpoint.reader import resolve_checkpoint
 from hybridize.checkpoint.scores import KINDS, read_scores, scores_path
 from hybridize.errors import InputError
 from hybridize.generation.cache import attention_bytes, sequence_bytes
-from hybridize.modeling import MIXER_LAYER
-from hybridize.surgery.teacher import empty_model, hybrid_config
+from hybridize.modeling import MIXER_LAYER, hybrid_config
+from hybridize.surgery.teacher import empty_model
 
 LONG = 32768  # tokens
 

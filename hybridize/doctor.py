@@ -22,7 +22,7 @@ from hybridize import __version__
 from hybridize.compat import TRIED
 from hybridize.errors import first_line
 from hybridize.modeling import causal_conv, gated_norm, selective_scan, ssd_scan
-from hybridize.runtime import pick_device
+from hybridize.runtime.device import pick_device
 
 KERNELS = {"causal-conv1d": "causal_conv1d", "mamba-ssm": "mamba_ssm.ops.selective_scan_interface"}
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # kernel and torch engine, relative to the largest value

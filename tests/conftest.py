@@ -169,7 +169,7 @@ def untuned() -> None:
 
 def interrupt_after(steps: int) -> Callable[..., None]:
     """What may stand in for the trainer's `update`: it raises an interrupt once it has taken so many steps."""
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     update, count = training.update, list[int]()
 

@@ -37,6 +37,7 @@ UNSTABLE = {
     "files",
     "tensors",
     "auto_map",
+    "seal",
     "transformers_version",
     "run",
 }
@@ -153,8 +154,15 @@ def main() -> None:
     for name in other:
         before, after = against.get(name, {}), found.get(name, {})
         for part in ("hashes", "keys"):
-            if before.get(part) != after.get(part):
-                print(f"{name}: {part} differ: {before.get(part)} != {after.get(part)}")
+            old, new = (
+                dict.fromkeys(side.get(part, ())) | dict(side.get("hashes", {}))
+                if part == "hashes"
+                else dict.fromkeys(side.get(part, ()))
+                for side in (before, after)
+            )
+            changed = [key for key in {**old, **new} if (key in old, old.get(key)) != (key in new, new.get(key))]
+            if changed:
+                print(f"{name}: {part} differ: {', '.join(changed[:8])}")
     print(f"{len(found)} steps, {len(other)} differ")
     raise SystemExit(bool(other))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybridize.data.packing import Batch
 from hybridize.distillation.align import Aligner
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.step import Student
 from hybridize.modeling import HybridForCausalLM
 from tests.conftest import Runner, hybrid, worst

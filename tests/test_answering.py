@@ -18,7 +18,7 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.evaluation.answering import Answering, Majority, last_boxed
 from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable
-from hybridize.runtime import load_hybrid, load_model, load_tokenizer
+from hybridize.runtime.loading import load_hybrid, load_model, load_tokenizer
 from tests.conftest import Runner, make_teacher
 from tests.test_cli import write_tasks
 
@@ -242,7 +242,7 @@ def test_mathematics_tasks_of_lm_eval_judge_what_is_written(place: Path, cli: Ru
 
 def test_an_end_of_thinking_that_is_never_shown_is_refused(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any weight is read."""
-    monkeypatch.setattr("hybridize.runtime.load_hybrid", None)
+    monkeypatch.setattr("hybridize.runtime.loading.load_hybrid", None)
     tokenizer = load_tokenizer(place / "teacher")
     hidden = tokenizer.eos_token
     told = cli.fails("eval", "teacher", "--tasks", "tiny_exact", "--include-path", "tasks", "--think-end", hidden)

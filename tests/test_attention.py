@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hybridize.distillation.attention import attend, can_attend, use_packed_attention
-from hybridize.distillation.measure import hidden_states
-from hybridize.distillation.packing import Batch
+from hybridize.data.packing import Batch
+from hybridize.runtime.forward import hidden_states
+from hybridize.runtime.packed_attention import attend, can_attend, use_packed_attention
 from tests.conftest import hybrid, worst
 
 HEADS, GROUPS, WIDTH = 4, 2, 16

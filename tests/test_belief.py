@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridize.checkpoint.scores import LayerScore
-from hybridize.scoring.belief import _students, scored, vagueness
+from hybridize.scoring.uncertainty import _students, scored, vagueness
 from hybridize.surgery.select import astride
 
 

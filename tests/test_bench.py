@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridize.evaluation import bench as under_test
-from hybridize.evaluation.bench import break_even, random_hybrid, step_bytes, weight_bytes
+from hybridize.benchmark import grid as under_test
+from hybridize.benchmark.grid import break_even, random_hybrid, step_bytes, weight_bytes
 from hybridize.generation.decoder import Decoder
 from tests.conftest import Runner, hybrid
 
@@ -150,7 +150,7 @@ def test_bad_input(cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pyte
     home = shutil.copytree(teacher, tmp_path / "dynamic")
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (home / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    monkeypatch.setattr("hybridize.runtime.load_hybrid", None)  # all before any weight is read
+    monkeypatch.setattr("hybridize.runtime.loading.load_hybrid", None)  # all before any weight is read
     assert "dynamic or longrope" in cli.fails("bench", home, *out)
     assert "dynamic or longrope" in cli.fails("bench", home, "--random-weights", *out)
     assert "dynamic or longrope" in cli.fails("generate", home, "hi")

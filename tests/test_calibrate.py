@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.distillation.encode import Encoder
-from hybridize.distillation.rows import read_rows
-from hybridize.distillation.sample import sample_windows
+from hybridize.data.encode import Encoder
+from hybridize.data.rows import read_rows
+from hybridize.data.sample import sample_windows
 from hybridize.modeling import HybridConfig
-from hybridize.runtime import load_tokenizer
+from hybridize.runtime.loading import load_tokenizer
 from hybridize.surgery import calibrate as constants
 from hybridize.surgery.calibrate import PARTS, calibrate
 from hybridize.surgery.mapping import build

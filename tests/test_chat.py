@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hybridize.commands import app, chat
 from hybridize.commands.chat import Talk
-from hybridize.commands.speaking import Speaker, growing
+from hybridize.commands.shared.speaking import Speaker, growing
 from typer.testing import CliRunner
 
 from tests.conftest import TEMPLATE, Runner, make_place, make_tokenizer

@@ -27,7 +27,7 @@ from jinja2.parser import Parser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hybridize.distillation.encode import Document, Encoder
+from hybridize.data.encode import Document, Encoder
 from hybridize.errors import InputError
 from tests.chat_templates import BY_NAME, FAMILIES, SPECIALS, Family
 

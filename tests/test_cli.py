@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import hybridize.modeling
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.distillation.distill import open_corpus
-from hybridize.distillation.encode import Encoder
-from hybridize.distillation.measure import fidelity
-from hybridize.distillation.settings import DistillSettings
+from hybridize.data.corpus import open_corpus
+from hybridize.data.encode import Encoder
+from hybridize.distillation.fidelity import fidelity
 from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable
 from hybridize.modeling import HybridForCausalLM
-from hybridize.runtime import load_hybrid, load_model, load_tokenizer
+from hybridize.runtime.loading import load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.loo import answers
 from tests.conftest import Runner, make_teacher, write_traces
 from tests.test_scoring import silence
@@ -272,7 +271,7 @@ def test_buffers_of_old_checkpoints_survive_training(place: Path, cli: Runner) -
 
 
 def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     cli("replace", "--indices", "1,2")
     cli("distill", "h2", "-o", "whole", *TRAIN)
@@ -336,8 +335,7 @@ def test_fidelity_to_the_teacher(place: Path, cli: Runner) -> None:
     found = json.loads((place / "h2/eval/fidelity.json").read_text())
     student, teacher = (load_model(place / p, torch.device("cpu"), torch.float32) for p in ("h2", "teacher"))
     encoder = Encoder(load_tokenizer(place / "teacher"), "assistant", None)
-    settings = DistillSettings(steps=1, seq_len=48, batch_size=4, eval_windows=5)
-    batches = open_corpus("traces.jsonl", "traces.jsonl", encoder).measuring(settings)
+    batches = open_corpus("traces.jsonl", "traces.jsonl", encoder).held_out(5, 48, 4)
     expected = fidelity(student, teacher, batches, torch.float32)
     for name in ("reverse_kl", "forward_kl", "agreement", "perplexity", "tokens"):
         assert found[name] == pytest.approx(getattr(expected, name), rel=1e-5)
@@ -407,7 +405,7 @@ def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) 
 
 
 def test_an_interrupted_run_says_what_is_saved(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     cli("replace", "--indices", "1")
     common = ("distill", "h1", "--steps", 4, "--batch-size", 2, "--seq-len", 48, "--warmup-steps", 50, "--device", "cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import random
@@ -15,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridize.distillation.distill import open_corpus
-from hybridize.distillation.encode import Document, Encoder
-from hybridize.distillation.packing import batched, epoch_order, mixed, pack_documents, pack_stream
-from hybridize.distillation.rows import Rows, find_data, read_mixture, read_rows
-from hybridize.distillation.settings import DistillSettings
+from hybridize.data.corpus import open_corpus
+from hybridize.data.encode import Document, Encoder
+from hybridize.data.packing import batched, epoch_order, mixed, pack_documents, pack_stream
+from hybridize.data.rows import Rows, find_data, read_mixture, read_rows
 from hybridize.errors import InputError
 from tests.conftest import make_tokenizer
 
@@ -43,7 +41,7 @@ def test_rows_are_tokenised_once_as_long_as_there_is_room(monkeypatch: pytest.Mo
         return real(self, row, where)
 
     monkeypatch.setattr(Encoder, "read", counted)
-    monkeypatch.setattr("hybridize.distillation.encode.REMEMBERED", 20)
+    monkeypatch.setattr("hybridize.data.encode.REMEMBERED", 20)
     tokenizer.chat_template = None
     encoder = Encoder(tokenizer, "assistant")
     rows = [{"prompt": "ab", "response": "cde"}, {"text": "a much longer text than there is room for"}, {"text": "ab"}]
@@ -197,18 +195,17 @@ def test_several_sources_their_weights_and_what_is_held_out(tmp_path: Path) -> N
 def test_density_and_the_example_show_what_is_learnt(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "ab", "response": "cde"}) + "\n" for _ in range(64)))
-    plan = DistillSettings(steps=1, batch_size=1, seq_len=16)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     encoder = Encoder(tokenizer, "assistant")
     corpus = open_corpus(str(path), str(path), encoder)
     document = encoder.encode({"prompt": "ab", "response": "cde"}, "")
     each = 16 // len(document.ids)  # whole documents fit into a row
-    found = corpus.packing(plan, sample=each * 10)
+    found = corpus.packing(0, 16, sample=each * 10)
     assert found.held == pytest.approx(each * len(document.ids) / 16)
     assert found.learnt == pytest.approx(each * sum(document.keep) / 16)
     assert (found.documents, found.cut, found.longest) == (each * 10, 0, len(document.ids))
-    short = corpus.packing(dataclasses.replace(plan, seq_len=len(document.ids) - 1), sample=20)
+    short = corpus.packing(0, len(document.ids) - 1, sample=20)
     assert (short.documents, short.cut, short.longest) == (20, 20, len(document.ids))
     decode = encoder.tokenizer.decode
     begin = document.keep.index(True)

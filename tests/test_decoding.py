@@ -16,7 +16,7 @@ from hybridize.generation.cache import sequence_bytes
 from hybridize.generation.decoder import Decoder
 from hybridize.generation.sampling import Sampler, SamplingSettings
 from hybridize.modeling import HybridForCausalLM, causal_conv, conv_step, selective_scan, ssd_scan
-from hybridize.runtime import load_hybrid
+from hybridize.runtime.loading import load_hybrid
 from tests import fakes
 from tests.conftest import hybrid, worst
 from tests.families import FAMILY, make_family

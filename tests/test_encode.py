@@ -14,10 +14,9 @@ import pytest
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
-from hybridize.distillation.distill import Corpus, open_corpus
-from hybridize.distillation.encode import Document, Encoder, decoded
-from hybridize.distillation.packing import pack_stream
-from hybridize.distillation.settings import DistillSettings
+from hybridize.data.corpus import Corpus, open_corpus
+from hybridize.data.encode import Document, Encoder, decoded
+from hybridize.data.packing import pack_stream
 from hybridize.errors import InputError
 from tests.conftest import Runner, make_teacher, make_tokenizer
 
@@ -95,7 +94,7 @@ def test_joined_streams_have_the_mark_before_each_document(tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"n{i}"}) + "\n" for i in range(40)))
     tokenizer = marked_tokenizer("<bos> $A")
     corpus = open_corpus(str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl"), Encoder(tokenizer, "none"))
-    (batch,) = corpus.measuring(DistillSettings(steps=1, seq_len=20, batch_size=1, eval_windows=1, mask="none"))
+    (batch,) = corpus.held_out(1, 20, 1)
     assert tokenizer.decode(batch.ids[0]) == "<bos>n0<|end|><bos>n1<|end|><bos>n2<|end|><bos>n3<|end|><bos>n4<|end|>"
 
 
@@ -188,7 +187,7 @@ def test_a_row_of_several_sequences_is_packed_as_several_documents(tmp_path: Pat
     first, second = next(documents), next(documents)
     assert shown(tokenizer, first) == ["<|user|>one?<|end|><|assistant|>[hm#1<|end|>]"]
     assert shown(tokenizer, second) == ["<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?<|end|><|assistant|>[22<|end|>]"]
-    batch = next(corpus.training(DistillSettings(steps=1, seq_len=64, batch_size=1, mask="assistant")))
+    batch = next(corpus.training(0, 64, 1))
     assert int((batch.positions[0][: len(first.ids) + len(second.ids)] == 0).sum()) == 2
 
 

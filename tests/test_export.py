@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.export.card import model_card
-from hybridize.export.hf import modeling_files
+from hybridize.export.formats.hf import modeling_files
 from tests.conftest import Runner
 from tests.test_surgery import convert
 

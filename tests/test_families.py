@@ -15,21 +15,20 @@ from transformers import AutoModelForCausalLM
 from hybridize.checkpoint import reader
 from hybridize.checkpoint.experts import as_on_disk, read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.distillation.distill import check_vocabularies
+from hybridize.data.packing import Batch
+from hybridize.distillation.fidelity import fidelity
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.measure import fidelity
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import layer_bytes
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import WorkError
 from hybridize.modeling import HybridForCausalLM
-from hybridize.runtime import load_hybrid, load_model
+from hybridize.runtime.loading import load_hybrid, load_model
 from hybridize.scoring.loo import answers
 from hybridize.surgery.calibrate import PARTS
 from hybridize.surgery.observe import Observer
-from hybridize.surgery.prove import fates, prove
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
-from hybridize.surgery.teacher import read_teacher
+from hybridize.surgery.teacher import check_vocabularies, read_teacher
+from hybridize.surgery.verify import fates, prove
 from tests.conftest import Runner, make_tokenizer, rounding, worst
 from tests.families import FAMILY, make_family
 from tests.test_modeling import DEVICES, check, check_greedy, sequence_log

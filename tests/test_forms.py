@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from hybridize.distillation.forms import Conversation, Pair, Plain, read_form, read_question
-from hybridize.distillation.rows import read_rows
+from hybridize.data.forms import Conversation, Pair, Plain, read_form, read_question
+from hybridize.data.rows import read_rows
 from hybridize.errors import InputError
 
 ASK, ANSWER = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven."}

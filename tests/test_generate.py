@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from hybridize.distillation.rows import read_rows
+from hybridize.data.rows import read_rows
 from hybridize.errors import InputError
 from hybridize.generation.sampling import Sampler, SamplingSettings, distribution
 from hybridize.generation.settings import read_generation
 from hybridize.generation.traces import Traces
 from hybridize.generation.writing import Wanted, seed_of, write
-from hybridize.runtime import load_tokenizer
+from hybridize.runtime.loading import load_tokenizer
 from tests.conftest import Runner, hybrid
 
 

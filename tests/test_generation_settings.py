@@ -22,7 +22,7 @@ from hybridize.generation import decoder
 from hybridize.generation.sampling import Rules, SamplingSettings, ruled
 from hybridize.generation.settings import FOLLOWED, REFUSED, REFUSED_IN_SAMPLING, settings_of
 from hybridize.generation.writing import Wanted, write
-from hybridize.runtime import load_hybrid, load_model, load_tokenizer
+from hybridize.runtime.loading import load_hybrid, load_model, load_tokenizer
 from tests.conftest import Runner, hybrid, make_tokenizer
 from tests.families import make_family
 

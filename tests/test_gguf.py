@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from hybridize.export.gguf import PATTERNS, interleaved
+from hybridize.export.formats.gguf import PATTERNS, interleaved
 from tests.conftest import Runner, make_tokenizer, worst
 from tests.test_granite import IDS, SHAPES, make_hybrid
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hybridize.export import export as exporting
-from hybridize.export.granite import OLDEST
+from hybridize.export import driver as exporting
+from hybridize.export.formats.granite import OLDEST
 from hybridize.modeling import HybridForCausalLM
 from tests.conftest import Runner, hybrid, make_teacher, make_tokenizer, worst
 from tests.test_surgery import convert
@@ -202,7 +202,7 @@ def test_an_older_transformers_is_not_asked(tmp_path: Path, cli: Runner, monkeyp
 
 def test_heads_of_zeros_change_nothing(tmp_path: Path) -> None:
     """The law behind the padding, on our own class: a mixer with more heads, the new ones zero, is the same function."""
-    from hybridize.export.granite import Embedding
+    from hybridize.export.formats.granite import Embedding
 
     small = hybrid("m", "mamba2")
     shape = {"kind": "mamba2", "d_inner": 64, "d_state": 8, "d_conv": 4}

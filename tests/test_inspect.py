@@ -10,7 +10,7 @@ import torch
 
 from hybridize.anatomy import LONG, anatomy
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.runtime import load_empty, load_model
+from hybridize.runtime.loading import load_empty, load_model
 from hybridize.surgery.replace import MixerSettings, plan, replace
 from hybridize.surgery.teacher import empty_model, read_teacher
 from tests.conftest import Runner, make_teacher

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hybridize.commands.interrupts import interruptible
+from hybridize.commands.shared.interrupts import interruptible
 
 from hybridize.checkpoint import reader
 from tests.conftest import Runner

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybridize.commands import output
+from hybridize.commands.shared import output
 
 from tests.conftest import Runner, make_place
 from tests.test_cli import write_tasks

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hybridize.distillation import losses
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.errors import InputError
-from hybridize.runtime import keep_compiled_apart
+from hybridize.runtime.device import keep_compiled_apart
 from tests.conftest import worst
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hybridize.errors import InputError
 from hybridize.modeling import FLOAT32, HybridConfig
-from hybridize.runtime import load_model
+from hybridize.runtime.loading import load_model
 from tests.conftest import apart, hybrid, hybrid_config, rounding, worst
 
 LAYOUTS = ["ammam", "mmm", "aa", "ma"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybridize.commands.strip import draw_strip
+from hybridize.commands.shared.strip import draw_strip
 
 from hybridize import runtime
 from hybridize.checkpoint.manifest import ancestors
@@ -119,7 +119,7 @@ def test_ancestors_are_known_as_far_as_they_are_there(place: Path, cli: Runner) 
 def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     run = ("distill", "h2", "--steps", 6, "--batch-size", 2, "--seq-len", 32, "--save-every", 2, "--eval-windows", 2)
     cli(*run, "-o", "whole")
@@ -144,7 +144,7 @@ def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
 
 
 def test_a_loss_that_rises_is_said_with_what_to_try(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation.training import Training
+    from hybridize.distillation.loop import Training
 
     values = iter([1.0] * 20 + [2.0] * 90)
     monkeypatch.setattr(Training, "_gradient", lambda *_: (next(values), 1.0))
@@ -228,7 +228,7 @@ def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runn
 def test_a_run_goes_on_with_as_many_sequences_whatever_memory_is_free(
     place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     run = ("distill", "h2", "--steps", 3, "--batch-size", 4, "--seq-len", 64, "--eval-windows", 1)
     room, ample = "1 ranks", runtime.free_memory(CPU)

@@ -18,10 +18,10 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from hybridize.distillation.ranks import Ranks, join, leave, small, whole
+from hybridize.distillation.loop import Training
 from hybridize.distillation.run_dir import RunDir
-from hybridize.distillation.training import Training
 from hybridize.errors import InputError, WorkError
+from hybridize.runtime.distributed import Ranks, join, leave, small, whole
 from tests.conftest import Runner, hybrid, make_teacher, worst
 from tests.test_training import batch, settings
 
@@ -270,7 +270,7 @@ def test_ranks_agree_on_when_to_save(tmp_path: Path) -> None:
 def hurry(_: Training, rank: int) -> None:
     from types import SimpleNamespace
 
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     if rank == 1:
         ahead = iter(range(0, 10**9, 3600))

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hybridize.evaluation.gate import LEVEL, compare
-from hybridize.evaluation.report import Report, _interval, collect
-from hybridize.evaluation.report_chart import MOST, Axis, Series, chart, charts, short, thinned
-from hybridize.evaluation.report_page import change, figure
+from hybridize.report.collect import Report, _interval, collect
+from hybridize.report.page import change, figure
+from hybridize.report.plot import MOST, Axis, Series, chart, charts, short, thinned
 from tests.conftest import Runner, make_teacher
 
 

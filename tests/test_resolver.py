@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.runtime import load_hybrid, load_model
+from hybridize.runtime.loading import load_hybrid, load_model
 from tests.conftest import Runner, make_tokenizer
 
 CPU = torch.device("cpu")

@@ -78,7 +78,7 @@ def damaged(cli: Runner, file: str, text: str) -> str:
 
 
 def test_an_interrupted_step_goes_on(place: Path, inside: None, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation import training
+    from hybridize.distillation import loop as training
 
     Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 6 --save-every 2"))
     step = read_recipe(Path("r.yaml"))[1]

@@ -16,20 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.distillation.distill import open_corpus
-from hybridize.distillation.encode import Encoder
+from hybridize.data.corpus import open_corpus
+from hybridize.data.encode import Encoder
+from hybridize.distillation.fidelity import fidelity
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import margins
-from hybridize.runtime import load_empty, load_hybrid, load_model, load_tokenizer
+from hybridize.runtime.loading import load_empty, load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.candidates import Candidates
-from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, loo_kl
 from hybridize.scoring.mmr import MmrSettings, alone, measure, memory, share_of
 from hybridize.scoring.restore import RestoreSettings, restore
+from hybridize.scoring.scorer import attention_layers
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import empty_model, read_teacher
 from tests.conftest import Runner, make_teacher, write_traces
@@ -56,7 +56,7 @@ def silence(model, layer: int, what: str):
 @pytest.mark.parametrize("what", ["block", "mixer"])
 def test_loo_kl_is_the_kl_of_each_ablated_model(teacher: Path, traces: Path, what: str) -> None:
     model = load_model(teacher, CPU, torch.float32)
-    batches = corpus_for(teacher, traces).measuring(MmrSettings(batch_size=2, seq_len=64).as_distill())
+    batches = corpus_for(teacher, traces).held_out(24, 64, 2)
     ours = load_hybrid(CheckpointReader(teacher), CPU, torch.float32)
     for other in (None, model):
         found = loo_kl(ours, other, LooSettings("kl", what), batches, torch.float32)
@@ -82,7 +82,7 @@ def start(teacher: Path, traces: Path, path: Path, converted: list[int], kind: s
     surgery = plan(contract, contract.attention_layers, MixerSettings(kind))
 
     def batches(repeat: int):
-        order = corpus.training(dataclasses.replace(settings.as_distill(), seed=repeat))
+        order = corpus.training(repeat, settings.seq_len, settings.batch_size)
         return [next(order) for _ in range(settings.steps)]
 
     origin, student = load_model(teacher, CPU, torch.float32), load_hybrid(source, CPU, torch.float32)
@@ -274,7 +274,7 @@ def test_restore_is_what_giving_a_layer_back_takes_off_the_kl(
 ) -> None:
     student, origin, mixer, starts, batches, _ = start(teacher, traces, tmp_path / "start", converted, kind)
     settings, attention = RestoreSettings(steps, 2, 48, 1e-2), [i for i in range(4) if i not in converted]
-    heldout = corpus_for(teacher, traces).measuring(settings.as_distill())
+    heldout = corpus_for(teacher, traces).held_out(24, settings.seq_len, settings.batch_size)
     notes: list[str] = []
     found = restore(student, origin, mixer, starts, batches(0), heldout, settings, torch.float32, note=notes.append)
     assert [s.layer for s in found] == attention

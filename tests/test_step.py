@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridize.distillation.attention import use_packed_attention
+from hybridize.data.packing import Batch
+from hybridize.distillation.loop import Training
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.measure import hidden_states, output_weight
-from hybridize.distillation.offload import offload
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, backward, can_graph
-from hybridize.distillation.training import Training
-from hybridize.runtime import compile_layers, load_model
+from hybridize.runtime.device import compile_layers
+from hybridize.runtime.forward import hidden_states, output_weight
+from hybridize.runtime.loading import load_model
+from hybridize.runtime.offload import offload
+from hybridize.runtime.packed_attention import use_packed_attention
 from tests.conftest import hybrid, make_teacher, worst
 from tests.families import make_family
 from tests.test_attention import packed

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import hybridize.modeling  # noqa: F401
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.scores import LayerScore, Scores
-from hybridize.distillation.pairs import parse_indices
+from hybridize.parsing import parse_indices
 from hybridize.surgery.replace import MixerSettings, plan, replace
 from hybridize.surgery.teacher import read_teacher
 from tests.conftest import Runner, make_teacher, worst

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hybridize.modeling import HybridForCausalLM, mixer
 from hybridize.scoring import sweep as under_test
-from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import ABLATIONS, answers
+from hybridize.scoring.scorer import attention_layers
 from hybridize.scoring.sweep import Node, portions, sweep, tree
 from tests.conftest import hybrid, worst
 from tests.test_scoring import silence

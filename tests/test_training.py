@@ -15,17 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridize.distillation import step, training
+from hybridize.data.packing import Batch
+from hybridize.data.prefetch import prefetched
+from hybridize.distillation import loop as training
+from hybridize.distillation import step
+from hybridize.distillation.fidelity import fidelity
+from hybridize.distillation.loop import Training
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.measure import fidelity
 from hybridize.distillation.optimize import choose_trained, make_optimizer
-from hybridize.distillation.packing import Batch
-from hybridize.distillation.prefetch import prefetched
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student
-from hybridize.distillation.training import Training
 from hybridize.errors import InputError, WorkError
 from tests.conftest import hybrid, worst
 
@@ -343,7 +344,7 @@ def test_it_ends_when_the_measures_are_flat(tmp_path: Path, monkeypatch: pytest.
     training = start(tmp_path, plan)
     training.held = [batch(0)]
     measured = lambda *_: type(fidelity(hybrid("m"), hybrid("a"), [batch(0)], torch.float32))(next(values), 1.0, 1.0, 1.0, 9)  # noqa: E731
-    monkeypatch.setattr("hybridize.distillation.training.fidelity", measured)
+    monkeypatch.setattr("hybridize.distillation.loop.fidelity", measured)
     assert training.go(batches()) == 10 * 48  # 3.999 is no better than 4, 4.5 is worse
     with pytest.raises(InputError, match="give --eval-every"):
         settings(eval_every=0, stop_when_flat=1)
@@ -522,7 +523,7 @@ def test_a_save_that_failed_does_not_cost_the_last_step(tmp_path: Path) -> None:
 
 def test_states_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**6, 40))
-    monkeypatch.setattr("hybridize.distillation.training.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hybridize.distillation.loop.time.monotonic", lambda: next(clock))
     training = start(tmp_path, settings(save_every=0, save_minutes=1.5, keep_last=9))
     training.go(batches())
     assert training.run.steps() == [3, 6]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridize.errors import WorkError
-from hybridize.export import export as exporting
+from hybridize.export import driver as exporting
 from hybridize.export.verify import BOUND, BOUNDS, Reference, judge
 from tests.conftest import Runner
 from tests.test_granite import make_hybrid, stock

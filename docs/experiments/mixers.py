@@ -25,14 +25,16 @@ import torch
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.scores import read_scores
-from hybridize.distillation.distill import Corpus, distill, open_corpus
-from hybridize.distillation.encode import Encoder
-from hybridize.distillation.measure import fidelity
-from hybridize.distillation.pairs import parse_indices
+from hybridize.data.corpus import Corpus, open_corpus
+from hybridize.data.encode import Encoder
+from hybridize.data.sample import sample_windows
+from hybridize.distillation.distill import distill
+from hybridize.distillation.fidelity import fidelity
 from hybridize.distillation.run_dir import RunDir
-from hybridize.distillation.sample import sample_windows
 from hybridize.distillation.settings import DistillSettings
-from hybridize.runtime import load_model, load_tokenizer, pick_compute, quiet_transformers
+from hybridize.parsing import parse_indices
+from hybridize.runtime.device import pick_compute
+from hybridize.runtime.loading import load_model, load_tokenizer, quiet_transformers
 from hybridize.surgery import calibrate as constants
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
 from hybridize.surgery.select import lowest
@@ -80,7 +82,10 @@ def main() -> None:
     texts = {}
     for name, mask in (("heldout", "none"), ("general", "none"), ("masked", "assistant")):
         path = str(getattr(args, name))
-        texts[name] = [b.to(device) for b in open_corpus(path, path, encoders[mask]).measuring(settings)]
+        texts[name] = [
+            b.to(device)
+            for b in open_corpus(path, path, encoders[mask]).held_out(settings.eval_windows, settings.seq_len, settings.micro)
+        ]
     source = CheckpointReader(args.teacher)
     teacher = load_model(args.teacher, device, dtype)
 

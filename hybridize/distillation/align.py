@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.distillation.measure import autocast, hidden_states
-from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import Ranks
+from hybridize.data.packing import Batch
 from hybridize.distillation.step import Accumulator, Student, chosen
 from hybridize.modeling import MIXER_LAYER
+from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.forward import autocast, hidden_states
 
 TINY = 1e-6  # a share of the hidden size: below this mean square an attention output counts as nothing to be relative to
 

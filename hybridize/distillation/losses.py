@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridize.distillation.pairs import named_numbers
 from hybridize.errors import InputError, first_line
 from hybridize.modeling import soft_capped
-from hybridize.runtime import keep_compiled_apart
+from hybridize.parsing import named_numbers
+from hybridize.runtime.device import keep_compiled_apart
 
 CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
 Terms = tuple[Tensor, Tensor]  # f and u, [n, V]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybridize.distillation.ranks import Ranks, local, small
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError
+from hybridize.runtime.distributed import Ranks, local, small
 
 
 def choose_trained(student: nn.Module, settings: DistillSettings) -> None:

@@ -23,9 +23,9 @@ from hybridize.checkpoint.atomic import hold, json_text, write_json_atomic
 from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.unfinished import SETTINGS, check_unfinished, run_path
-from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.watch import Trackers, draw_curve
 from hybridize.errors import first_line
+from hybridize.runtime.distributed import Ranks
 
 LOGS = ("metrics", "eval")
 ROOM = "micro-batch.json"

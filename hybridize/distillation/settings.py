@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hybridize.distillation.pairs import named_numbers, parse_indices
 from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError
+from hybridize.parsing import named_numbers, parse_indices
 
 STAGES = ("distill", "align")
 # what a resumed run may have otherwise than the run before it

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hybridize.checkpoint.experts import has_experts
-from hybridize.distillation import attention
+from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import hidden_states, output_weight, soft_cap
-from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import Ranks, average_gradients
-from hybridize.runtime import captured
+from hybridize.runtime import packed_attention as attention
+from hybridize.runtime.device import captured
+from hybridize.runtime.distributed import Ranks, average_gradients
+from hybridize.runtime.forward import hidden_states, output_weight, soft_cap
 
 
 class Student(nn.Module):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.distillation.measure import hidden_states
-from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import Ranks, local, reshard
+from hybridize.data.packing import Batch
 from hybridize.distillation.step import Student
+from hybridize.runtime.distributed import Ranks, local, reshard
+from hybridize.runtime.forward import hidden_states
 
 
 @torch.no_grad()

@@ -27,13 +27,13 @@ from hybridize.compat.lm_eval import (
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
-from hybridize.distillation.encode import unknown_token
-from hybridize.distillation.ranks import Ranks
+from hybridize.data.encode import unknown_token
 from hybridize.errors import WorkError
 from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.generation.settings import FOLLOWED, TOP_K, Generation, ends_of, settings_of
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 from hybridize.modeling import HybridForCausalLM
+from hybridize.runtime.distributed import Ranks
 
 AUTO, ON_CPU = 64, 8  # requests at once at most where that is `auto`, lm-eval's own number; and without a GPU
 LOGIT = 16  # bytes a logit: as the model gives it, in float32, and its log-softmax

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.distillation.measure import token_measures
-from hybridize.distillation.packing import Batch
+from hybridize.data.packing import Batch
+from hybridize.distillation.fidelity import token_measures
 
 EDGES = (0, 128, 512, 2048, 8192, 32768)  # tokens before a position, where its bucket begins
 

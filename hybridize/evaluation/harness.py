@@ -19,7 +19,7 @@ from hybridize.evaluation.recall import GROUP, LENGTHS, recall_group
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.journal import Journal
-    from hybridize.distillation.ranks import Ranks
+    from hybridize.runtime.distributed import Ranks
 
 _RUNS = re.compile(r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)")  # in the source of a task's judge
 Progress = Callable[[int, int], None]  # requests answered, of how many

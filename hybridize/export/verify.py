@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hybridize.errors import WorkError, first_line
 from hybridize.export.ask import answers, plain_greedy
-from hybridize.runtime import load_model
+from hybridize.runtime.loading import load_model
 
 PROMPTS = (
     "Question: Tom has 17 apples and gives 5 of them to Ann. How many are left?\nAnswer:",
@@ -73,7 +73,7 @@ class Verdict:
 
 def runtime_missing(form: str) -> str | None:
     """Why the runtime of a format cannot be asked on this machine, or None."""
-    from hybridize.export.granite import OLDEST
+    from hybridize.export.formats.granite import OLDEST
 
     if form == "gguf":
         return None if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed"

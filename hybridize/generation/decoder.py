@@ -14,7 +14,7 @@ from torch import Tensor
 from hybridize.checkpoint.experts import has_experts
 from hybridize.errors import InputError
 from hybridize.modeling import HybridConfig, HybridForCausalLM, new_cache
-from hybridize.runtime import captured
+from hybridize.runtime.device import captured
 
 from .attention import NAME
 from .cache import DecodeCache

@@ -9,8 +9,8 @@ from typing import Any
 from hybridize.checkpoint.atomic import write_text_atomic
 from hybridize.checkpoint.journal import Journal, part_of
 from hybridize.checkpoint.writer import check_writable
-from hybridize.distillation.encode import Encoder, decoded
-from hybridize.distillation.forms import CONTEXT, Conversation, Pair, read_question
+from hybridize.data.encode import Encoder, decoded
+from hybridize.data.forms import CONTEXT, Conversation, Pair, read_question
 from hybridize.errors import InputError, first_line
 from hybridize.generation.writing import Written
 

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .configuration_hybridize import CARRIED_KEYS, MIXER_KEYS, MIXER_LAYER, HybridConfig
+from .configuration_hybridize import CARRIED_KEYS, MIXER_KEYS, MIXER_LAYER, HybridConfig, hybrid_config
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 from .mixer import FLOAT32, Mixer, initial, inverse_softplus
@@ -14,7 +14,7 @@ from .stock import CACHE
 __all__ = [
     "CACHE", "CARRIED_KEYS", "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM",
     "HybridModel", "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "conv_step", "converted_layer", "engine_for",
-    "gated_norm",
+    "gated_norm", "hybrid_config",
     "initial", "inverse_softplus", "kernels_missing", "missing_on_cuda", "new_cache", "selective_scan", "soft_capped",
     "ssd_scan",
 ]  # fmt: skip

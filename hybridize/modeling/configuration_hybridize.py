@@ -86,3 +86,9 @@ class HybridConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """All keys: a value that equals Llama's default may differ from the default of this config's own family."""
         return self.to_dict()
+
+
+def hybrid_config(raw: dict[str, Any]) -> HybridConfig:
+    """The hybrid view of a checkpoint's config, whether it is a plain teacher's or already a hybrid's."""
+    keys = {key: value for key, value in raw.items() if key not in ("model_type", "base_model_type", "auto_map")}
+    return HybridConfig(base_model_type=raw.get("base_model_type", raw["model_type"]), **keys)

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hybridize.distillation import attention
+from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import autocast, before_output, hidden_states, output_weight, soft_cap
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import kept_bytes
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import chosen
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
-from hybridize.scoring.interface import Progress
+from hybridize.runtime import packed_attention as attention
+from hybridize.runtime.forward import autocast, before_output, hidden_states, output_weight, soft_cap
+from hybridize.scoring.scorer import Progress
 
 SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
 

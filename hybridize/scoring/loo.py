@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
+from hybridize.data.packing import Batch
 from hybridize.distillation.losses import divergence
-from hybridize.distillation.measure import CHUNK_TOKENS, autocast, before_output, hidden_states, token_logits
-from hybridize.distillation.packing import Batch
 from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.figures import document_scores, figures_of, main_figure
 from hybridize.evaluation.harness import EvalSettings, evaluate, margins
 from hybridize.modeling import HybridForCausalLM
-from hybridize.scoring.belief import scored
-from hybridize.scoring.interface import Progress, attention_layers
+from hybridize.runtime.forward import CHUNK_TOKENS, autocast, before_output, hidden_states, token_logits
+from hybridize.scoring.scorer import Progress, attention_layers
 from hybridize.scoring.sweep import Instead, Node, portions, sweep, tree
+from hybridize.scoring.uncertainty import scored
 
 METRICS = ("accuracy", "margin", "kl")
 ABLATIONS: dict[str, Instead] = {

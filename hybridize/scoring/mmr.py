@@ -15,20 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hybridize.checkpoint.scores import LayerScore
+from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.measure import output_weight
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import PROCESS, kept_bytes
-from hybridize.distillation.ranks import Ranks
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings, check_positive
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
-from hybridize.scoring.belief import scored
+from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.forward import output_weight
 from hybridize.scoring.candidates import Candidates, converted, narrow, train, write_tensors
-from hybridize.scoring.interface import Progress, attention_layers
+from hybridize.scoring.scorer import Progress, attention_layers
+from hybridize.scoring.uncertainty import scored
 
 TRAINED = ("mixers", "all")
 ACTIVATIONS = "activations"

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from hybridize.checkpoint.scores import LayerScore
+from hybridize.data.packing import Batch
 from hybridize.distillation.align import Aligner
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings, check_positive
 from hybridize.distillation.step import Student
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
 from hybridize.scoring.candidates import converted
-from hybridize.scoring.interface import Progress
 from hybridize.scoring.loo import kl_changes
+from hybridize.scoring.scorer import Progress
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.surgery.teacher import GEMMA, hybrid_config, read_teacher
+from hybridize.modeling import hybrid_config
+from hybridize.surgery.teacher import GEMMA, read_teacher
 
 # keys of configs for what lies outside the attention and stays as it is: how to say it, and what it is when absent
 BACKBONE = {

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from hybridize.checkpoint.experts import read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.modeling import MIXER_LAYER, HybridModel
-from hybridize.runtime import without_storage
-from hybridize.surgery.teacher import hybrid_config
+from hybridize.modeling import MIXER_LAYER, HybridModel, hybrid_config
+from hybridize.runtime.loading import without_storage
 
 
 @dataclass(frozen=True)

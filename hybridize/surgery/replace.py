@@ -16,11 +16,11 @@ from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError, WorkError
-from hybridize.modeling import CARRIED_KEYS, MIXER_LAYER, HybridConfig
+from hybridize.modeling import CARRIED_KEYS, MIXER_LAYER, HybridConfig, hybrid_config
 from hybridize.surgery.calibrate import PARTS, calibrate
 from hybridize.surgery.mapping import DEFAULT_MIXER, Target, build, mixer_shape, plan_layer, stored
 from hybridize.surgery.observe import Observer
-from hybridize.surgery.teacher import Teacher, hybrid_config
+from hybridize.surgery.teacher import Teacher
 
 
 @dataclass(frozen=True)

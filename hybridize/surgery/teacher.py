@@ -11,8 +11,8 @@ import torch
 from hybridize.checkpoint.experts import locate, stored_shape
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, first_line
-from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel
-from hybridize.runtime import without_storage
+from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel, hybrid_config
+from hybridize.runtime.loading import without_storage
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 MOST = {  # beyond what any model has, and far from what would fill memory to look at
@@ -168,7 +168,11 @@ def _attention(raw: dict[str, Any]) -> Any:
         return HybridModel(hybrid_config(one)).layers[0].self_attn
 
 
-def hybrid_config(raw: dict[str, Any]) -> HybridConfig:
-    """The hybrid view of a checkpoint's config, whether it is a plain teacher's or already a hybrid's."""
-    keys = {key: value for key, value in raw.items() if key not in ("model_type", "base_model_type", "auto_map")}
-    return HybridConfig(base_model_type=raw.get("base_model_type", raw["model_type"]), **keys)
+def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> None:
+    """InputError unless both models speak of the same tokens."""
+    ours, theirs = student.config.get("vocab_size"), teacher.config.get("vocab_size")
+    if ours != theirs:
+        raise InputError(f"{student.path} has a vocabulary of {ours}, its teacher {teacher.path} of {theirs}")
+    ours, theirs = (getattr(hybrid_config(r.config), "final_logit_softcapping", None) for r in (student, teacher))
+    if ours != theirs:
+        raise InputError(f"{student.path} caps its logits at {ours}, its teacher {teacher.path} at {theirs}: they must agree")

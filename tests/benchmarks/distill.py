@@ -24,17 +24,17 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hybridize.distillation.attention import use_packed_attention
+from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.measure import hidden_states, output_weight
 from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
-from hybridize.distillation.packing import Batch
 from hybridize.distillation.plan import GIB, plan
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student
 from hybridize.distillation.watch import model_flops
 from hybridize.modeling import HybridConfig, HybridForCausalLM
-from hybridize.runtime import captured, compile_layers
+from hybridize.runtime.device import captured, compile_layers
+from hybridize.runtime.forward import hidden_states, output_weight
+from hybridize.runtime.packed_attention import use_packed_attention
 from tests.benchmarks.rivals import CHUNKED, Gkd, chunked, reverse_kl
 
 OURS = ["eager", "compiled", "graph", "compiled-graph"]

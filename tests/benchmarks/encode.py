@@ -12,10 +12,10 @@ import statistics
 import time
 from pathlib import Path
 
-from hybridize.distillation.encode import Encoder
-from hybridize.distillation.forms import Conversation, read_form
-from hybridize.distillation.rows import read_rows
-from hybridize.runtime import load_tokenizer
+from hybridize.data.encode import Encoder
+from hybridize.data.forms import Conversation, read_form
+from hybridize.data.rows import read_rows
+from hybridize.runtime.loading import load_tokenizer
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridize.distillation.measure import hidden_states, output_weight
-from hybridize.distillation.packing import Batch
+from hybridize.data.packing import Batch
+from hybridize.runtime.forward import hidden_states, output_weight
 
 CHUNKED = ("liger", "trl-chunked")
 

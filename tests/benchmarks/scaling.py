@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
+from hybridize.distillation.loop import Training
 from hybridize.distillation.plan import GIB, plan
-from hybridize.distillation.ranks import Ranks, join, leave
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
-from hybridize.distillation.training import Training
 from hybridize.distillation.watch import model_flops
+from hybridize.runtime.distributed import Ranks, join, leave
 from tests.benchmarks.distill import SHAPES, models, random_batch
 
 

@@ -19,10 +19,11 @@ import torch
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, repeatable, task_names
-from hybridize.runtime import DTYPES, load_hybrid, load_model, load_tokenizer, pick_device, quiet_transformers
+from hybridize.runtime.device import DTYPES, pick_device
+from hybridize.runtime.loading import load_hybrid, load_model, load_tokenizer, quiet_transformers
 from hybridize.scoring import loo
-from hybridize.scoring.interface import attention_layers
 from hybridize.scoring.loo import LooSettings, answers, loo_tasks
+from hybridize.scoring.scorer import attention_layers
 from hybridize.scoring.sweep import layer_passes, tree
 
 

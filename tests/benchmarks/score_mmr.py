@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from hybridize.distillation.attention import use_packed_attention
 from hybridize.modeling import HybridConfig, HybridForCausalLM, converted_layer
+from hybridize.runtime.packed_attention import use_packed_attention
 from hybridize.scoring.candidates import Candidates
 from hybridize.scoring.mmr import MmrSettings, alone
 from tests.benchmarks.distill import SHAPES, models, random_batch

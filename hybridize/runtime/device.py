@@ -1,23 +1,17 @@
-"""Where and how models run: device and compute type from the flags, and loading of models and tokenizers."""
+"""Where models run and how: device, compute type, memory limits, determinism, compiled layers and CUDA graphs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from hybridize.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.modeling import HybridForCausalLM
+from hybridize.errors import InputError
 
 T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
 CGROUP = Path("/sys/fs/cgroup")  # of Linux, version 2, as a container sees its own
 WARM_UP = 3  # runs before a capture: kernels tune and compile themselves, the allocator settles
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,63 +99,6 @@ def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "engine": engine_for(device)}
 
 
-def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the network."""
-    import transformers
-
-    import hybridize.modeling  # noqa: F401  (registers the hybrid)
-
-    transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    told = _how(config, path, dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **told
-    )
-    return model.to(device).eval()
-
-
-def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
-    """What loading must be told of a model with this config; InputError where it cannot be had in `dtype`."""
-    if dtype == torch.float16 and (getattr(config, "mixer", None) or {}).get("kind") == "mamba":
-        raise InputError(f"{path} has mamba mixers, whose output overflows float16; use --dtype bfloat16 or float32")
-    # which transformers before 5.23 drops under sdpa
-    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
-
-
-def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
-    """A teacher or hybrid as our own class, whose layers can be run one by one; in eval mode, weights as `dtype`."""
-    from hybridize.modeling import HybridForCausalLM
-    from hybridize.surgery.teacher import hybrid_config
-
-    config = hybrid_config(source.config)
-    told = _how(config, source.path, dtype)
-    model = HybridForCausalLM.from_pretrained(source.path, config=config, dtype=dtype, **told)
-    return model.to(device).eval()
-
-
-def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
-    import transformers
-
-    import hybridize.modeling  # noqa: F401  (registers the hybrid)
-
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    told, make = _how(config, path, dtype), transformers.AutoModelForCausalLM.from_config
-    return without_storage(lambda: make(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)).eval()
-
-
-def without_storage(make: Callable[[], M]) -> M:
-    """The model that `make` makes, its weights tied and on the meta device, none of them drawn; buffers are real."""
-    from accelerate import init_empty_weights
-
-    from hybridize.compat.transformers import no_init_weights
-
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = make()
-    model.tie_weights()  # type: ignore[operator]  # which goes with the drawing of weights that is left out
-    return model
-
-
 def keep_compiled_apart() -> None:
     """A cache of compiled code for each kind of CPU and number of threads. To be called before anything is compiled.
 
@@ -200,21 +137,3 @@ def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     with torch.cuda.graph(graph):
         value = run()
     return graph, value
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, or InputError where it has none."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
-        raise InputError(f"{path} has no usable tokenizer: {first_line(error)}") from error
-
-
-def quiet_transformers() -> None:
-    """No warnings and progress bars of transformers' own: one program, one voice."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.distillation.encode import Encoder
-    from hybridize.distillation.packing import Batch
+    from hybridize.data.encode import Encoder
+    from hybridize.data.packing import Batch
     from hybridize.distillation.run_dir import RunDir
     from hybridize.surgery.replace import Calibration
 
@@ -76,8 +76,8 @@ def result_file(target: Path, name: str, replaceable: bool, what: str = "results
 
 def refuse_ranks(command: str) -> None:
     """InputError under torchrun, for a command that would do the same on every rank."""
-    from hybridize.distillation.ranks import world_size
     from hybridize.errors import InputError
+    from hybridize.runtime.distributed import world_size
 
     if world_size() > 1:
         raise InputError(f"{command} runs in one process, not under torchrun")
@@ -87,8 +87,8 @@ def done_already(out: Output, run: RunDir, path: Path, overwrite: bool, made: Ca
     """Whether `path` is there as the result of this very run, which then has nothing left to do; what it may have left behind
     goes. InputError where `path` is another's and not to be replaced."""
     from hybridize.checkpoint.atomic import clear_leftovers
-    from hybridize.distillation.ranks import leave
     from hybridize.errors import InputError
+    from hybridize.runtime.distributed import leave
 
     if overwrite or not path.exists():
         return False
@@ -119,7 +119,7 @@ def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) 
 
 def data_for(out: Output, data: str | None, teacher: CheckpointReader | None) -> str:
     """What --data is; where it was omitted, says which of the places it is looked for in has won."""
-    from hybridize.distillation.rows import find_data
+    from hybridize.data.rows import find_data
 
     found = find_data(data, None if teacher is None else teacher.path)
     if data is None:
@@ -130,8 +130,8 @@ def data_for(out: Output, data: str | None, teacher: CheckpointReader | None) ->
 
 def open_encoder(source: CheckpointReader, mask: str, chat_template: Path | None, trust_remote_code: bool) -> Encoder:
     """The checkpoint's tokenizer and chat template, to encode rows with. InputError where it has none that works."""
-    from hybridize.distillation.encode import Encoder
-    from hybridize.runtime import load_tokenizer
+    from hybridize.data.encode import Encoder
+    from hybridize.runtime.loading import load_tokenizer
 
     LINES.doing("reading the tokenizer")
     tokenizer = load_tokenizer(source.path, trust_remote_code)
@@ -159,17 +159,16 @@ def text_beside(
     limit: int | None, windows: int, seq_len: int, rows: int,
 ) -> tuple[CheckpointReader, str, list[Batch]]:  # fmt: skip
     """What a checkpoint is held against its teacher on: the teacher, the data's name, windows in batches of `rows`."""
-    from hybridize.distillation.distill import check_vocabularies, open_corpus
-    from hybridize.distillation.settings import DistillSettings
+    from hybridize.data.corpus import open_corpus
     from hybridize.errors import InputError
+    from hybridize.surgery.teacher import check_vocabularies
 
     origin = teacher_of(source, name, teacher)
     check_vocabularies(source, origin)
     spec = data_for(out, data, origin)
     corpus = open_corpus(spec, spec, encoder, limit)
     say_of_rows(out, encoder)
-    plan = DistillSettings(steps=1, seq_len=seq_len, batch_size=rows, eval_windows=windows, mask=encoder.mask)
-    batches = corpus.measuring(plan)
+    batches = corpus.held_out(windows, seq_len, rows)
     if not batches:
         raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller --seq-len may")
     return origin, corpus.rows.name, batches
@@ -178,7 +177,7 @@ def text_beside(
 def found_data(source: CheckpointReader) -> str | None:
     """What --data would be if it were omitted, or None. The teacher's own traces are looked for on this disk only."""
     from hybridize.checkpoint.manifest import root_of
-    from hybridize.distillation.rows import find_data
+    from hybridize.data.rows import find_data
     from hybridize.errors import InputError
 
     root = root_of(source.path)
@@ -195,10 +194,11 @@ def calibration_for(
     chat_template: Path | None, trust_remote_code: bool,
 ) -> Calibration | None:  # fmt: skip
     """Text from `spec` to calibrate new mixers on, or None without a spec. InputError when a setting or the text is no good."""
-    from hybridize.distillation.rows import Rows, read_mixture
-    from hybridize.distillation.sample import FEWEST, WINDOW, sample_windows
+    from hybridize.data.rows import Rows, read_mixture
+    from hybridize.data.sample import FEWEST, WINDOW, sample_windows
     from hybridize.errors import InputError
-    from hybridize.runtime import pick_device, quiet_transformers
+    from hybridize.runtime.device import pick_device
+    from hybridize.runtime.loading import quiet_transformers
     from hybridize.surgery.calibrate import PARTS
     from hybridize.surgery.replace import Calibration
 

@@ -20,13 +20,12 @@ from hybridize.anatomy import Anatomy, anatomy, lineage
 from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import MANIFEST, read_manifest
 from hybridize.errors import InputError, first_line
+from hybridize.evaluation.figures import main_figure
+from hybridize.evaluation.gate import LEVEL, Drop, compare
+from hybridize.evaluation.intervals import bootstrap
+from hybridize.evaluation.recall import by_length, kind_and_length
+from hybridize.evaluation.results import figures_in, read_results, tasks_in_groups
 from hybridize.modeling import MIXER_LAYER
-
-from .figures import main_figure
-from .gate import LEVEL, Drop, compare
-from .intervals import bootstrap
-from .recall import by_length, kind_and_length
-from .results import figures_in, read_results, tasks_in_groups
 
 DEPTH = 3  # folders below those given in which checkpoints are looked for
 Key = tuple[str, str]  # a task or group, and which of its figures

@@ -20,9 +20,9 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, WorkError
-from hybridize.export.granite import MIXER, Embedding, embed
+from hybridize.export.formats.granite import MIXER, Embedding, embed
 from hybridize.modeling import MIXER_LAYER
-from hybridize.runtime import load_tokenizer
+from hybridize.runtime.loading import load_tokenizer
 
 OUTTYPES = ("f32", "f16", "q8_0")
 EXPAND = 2

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hybridize.distillation.encode import Document
+from hybridize.data.encode import Document
 
 OPEN_ROWS = 32  # rows that first-fit may still add to
 

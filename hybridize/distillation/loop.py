@@ -17,14 +17,11 @@ from typing import Any
 import torch
 
 from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.data.packing import Batch
 from hybridize.distillation.align import Aligner
-from hybridize.distillation.attention import can_attend, use_packed_attention
+from hybridize.distillation.fidelity import fidelity
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.measure import fidelity
-from hybridize.distillation.offload import offload
 from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
-from hybridize.distillation.packing import Batch
-from hybridize.distillation.ranks import Ranks, reshard, shard
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
@@ -32,7 +29,10 @@ from hybridize.distillation.step import Accumulator, Student, can_graph
 from hybridize.distillation.watch import Rising, model_flops, peak_flops
 from hybridize.distillation.watchdog import first_bad
 from hybridize.errors import InputError, WorkError
-from hybridize.runtime import be_deterministic, compile_layers
+from hybridize.runtime.device import be_deterministic, compile_layers
+from hybridize.runtime.distributed import Ranks, reshard, shard
+from hybridize.runtime.offload import offload
+from hybridize.runtime.packed_attention import can_attend, use_packed_attention
 
 Report = Callable[[dict[str, Any]], None]
 FLAT = 0.005  # a measure counts as better from this share on

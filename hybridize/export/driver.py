@@ -14,9 +14,9 @@ from hybridize.checkpoint.manifest import MANIFEST, descend, read_manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError
 from hybridize.export import card
-from hybridize.export.gguf import check_gguf, write_gguf
-from hybridize.export.granite import Embedding, embed, write_granite
-from hybridize.export.hf import check_hf, write_hf
+from hybridize.export.formats.gguf import check_gguf, write_gguf
+from hybridize.export.formats.granite import Embedding, embed, write_granite
+from hybridize.export.formats.hf import check_hf, write_hf
 from hybridize.export.origin import read_origin
 from hybridize.export.verify import (
     RuntimeCrash,
@@ -27,7 +27,7 @@ from hybridize.export.verify import (
     reference,
     runtime_missing,
 )
-from hybridize.runtime import load_tokenizer
+from hybridize.runtime.loading import load_tokenizer
 
 FORMATS = ("hf", "granite", "gguf")
 Report = Callable[[str], None]

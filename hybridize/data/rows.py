@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridize.distillation.files import KNOWN, Labelled, Table, open_rows
-from hybridize.distillation.forms import check_row
-from hybridize.distillation.pairs import named_numbers
+from hybridize.data.files import KNOWN, Labelled, Table, open_rows
+from hybridize.data.forms import check_row
 from hybridize.errors import InputError, first_line
+from hybridize.parsing import named_numbers
 
 Row = dict[str, Any]
 

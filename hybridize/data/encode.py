@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from hybridize.distillation.chat import ChatTemplate, Turn
-from hybridize.distillation.forms import Conversation, Pair, Plain, read_form, read_question
+from hybridize.data.chat import ChatTemplate, Turn
+from hybridize.data.forms import Conversation, Pair, Plain, read_form, read_question
 from hybridize.errors import InputError
 
 MASKS = ("assistant", "none")

@@ -20,7 +20,7 @@ from hybridize.errors import InputError
 from hybridize.generation.cache import sequence_bytes
 from hybridize.generation.decoder import Decoder, can_capture
 from hybridize.modeling import FLOAT32, HybridConfig, HybridForCausalLM, new_cache
-from hybridize.runtime import without_storage
+from hybridize.runtime.loading import without_storage
 
 AT_ONCE = 8192  # tokens in one forward pass of a prefill, if a prompt is no longer
 POINTS = 6  # lengths at which a long generation's step is timed

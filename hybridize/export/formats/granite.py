@@ -21,9 +21,8 @@ from hybridize.checkpoint.manifest import Manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError
-from hybridize.export.hf import check_hf
-from hybridize.modeling import MIXER_LAYER, HybridConfig
-from hybridize.surgery.teacher import hybrid_config
+from hybridize.export.formats.hf import check_hf
+from hybridize.modeling import MIXER_LAYER, HybridConfig, hybrid_config
 
 OLDEST = (5, 23)  # transformers before this computes another function where n_groups > 1
 SERVED = ("llama", "mistral", "granite")  # families whose attention layers and norms the class has as they are

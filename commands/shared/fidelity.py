@@ -27,7 +27,8 @@ def measure_fidelity(
 
     from hybridize.checkpoint.atomic import write_json_atomic
     from hybridize.evaluation.fidelity import greedy_agreement, measure
-    from hybridize.runtime import load_model, quiet_transformers, ran_on
+    from hybridize.runtime.device import ran_on
+    from hybridize.runtime.loading import load_model, quiet_transformers
 
     quiet_transformers()
     path = result_file(target, "fidelity.json", overwrite)

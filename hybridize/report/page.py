@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from hybridize.evaluation.gate import LEVEL
 from hybridize.modeling import MIXER_LAYER
-
-from .gate import LEVEL
-from .report import Entry, Export, Key, Report
-from .report_chart import COLOURS, keys_of, speed_ratio
+from hybridize.report.collect import Entry, Export, Key, Report
+from hybridize.report.plot import COLOURS, keys_of, speed_ratio
 
 LIGHT = ("#5c6670", "#1668b8", "#c2500a", "#157a4a", "#8a3fb5", "#b3243f", "#0d7c86", "#8a6d00")
 DARK = ("#aab4be", "#6db3f5", "#f59a5b", "#5fcf94", "#c99bf0", "#f58a9b", "#5ccfd8", "#dcc04f")

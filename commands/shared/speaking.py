@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.distillation.encode import Encoder
+    from hybridize.data.encode import Encoder
     from hybridize.generation.settings import Generation
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
@@ -39,7 +39,7 @@ class Speaker:
         from hybridize.errors import InputError
         from hybridize.generation.decoder import check_decodable
         from hybridize.generation.settings import FILE, read_generation
-        from hybridize.surgery.teacher import hybrid_config
+        from hybridize.modeling import hybrid_config
 
         self.name = name
         self.source: CheckpointReader = open_checkpoint(name, revision)
@@ -57,14 +57,14 @@ class Speaker:
 
     def load(self, where: torch.device, compute: torch.dtype) -> Any:
         """The model, ready to answer."""
-        from hybridize.runtime import load_hybrid
+        from hybridize.runtime.loading import load_hybrid
 
         return load_hybrid(self.source, where, compute)
 
 
 def growing(tokenizer: Any, add: Callable[[str], None]) -> Callable[[object, list[int]], bool]:
     """What `write` may be given as `stop`: hands each new piece of the one answer's text to `add`, and never stops it."""
-    from hybridize.distillation.encode import decoded
+    from hybridize.data.encode import decoded
 
     said = ""
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from .gate import LEVEL
-from .report import Entry, Key, Report
+from hybridize.evaluation.gate import LEVEL
+from hybridize.report.collect import Entry, Key, Report
 
 COLOURS = 8  # that the page's style knows: classes c0 to c7
 MOST = 200  # points of a curve

@@ -25,8 +25,8 @@ def check_run(settings: Any, source: Any, ranks: Any) -> None:
 
 def show_plan(out: Output, source: Any, teacher: Any, settings: Any, device: str, dtype: str) -> None:
     """Says what the run takes on the device that would run it."""
-    from hybridize.distillation.ranks import Ranks, world_size
-    from hybridize.runtime import planned_on
+    from hybridize.runtime.device import planned_on
+    from hybridize.runtime.distributed import Ranks, world_size
 
     ranks = world_size()
     check_run(settings, source, Ranks(0, ranks))
@@ -44,7 +44,7 @@ def training_plan(
 
     from hybridize.distillation.plan import GIB, micro_that_fits, plan
     from hybridize.distillation.watch import expected_flops
-    from hybridize.runtime import free_memory
+    from hybridize.runtime.device import free_memory
     from hybridize.surgery.teacher import empty_model
 
     ours, theirs = (None if raw is None else empty_model(raw, "the checkpoint") for raw in (student, teacher))
@@ -72,7 +72,7 @@ def with_micro(out: Output, source: Any, teacher: Any, settings: Any, where: Any
     from dataclasses import replace
 
     from hybridize.distillation.plan import GIB, micro_that_fits
-    from hybridize.runtime import free_memory
+    from hybridize.runtime.device import free_memory
     from hybridize.surgery.teacher import empty_model
 
     if settings.micro_batch_size is not None or settings.stage == "align":
@@ -115,7 +115,7 @@ class Planned:
         if command != "distill":
             return None
         from hybridize.distillation.losses import Loss
-        from hybridize.runtime import planned_on
+        from hybridize.runtime.device import planned_on
 
         settings = settings_of(params)
         config, root = self._config(str(params["checkpoint"]))
@@ -142,7 +142,7 @@ class Planned:
     @staticmethod
     def _replaced(config: dict[str, Any], root: str, params: dict[str, Any]) -> dict[str, Any]:
         """The config with so many layers replaced; the lowest stand for those that scores will choose, which cost the same."""
-        from hybridize.distillation.pairs import parse_indices
+        from hybridize.parsing import parse_indices
         from hybridize.surgery.replace import MixerSettings, hybrid_json, plan
         from hybridize.surgery.teacher import read_teacher
 

@@ -6,9 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from hybridize.benchmark.grid import break_even
 from hybridize.checkpoint.atomic import write_bytes_atomic
-
-from .bench import break_even
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridize.distillation.encode import Encoder
-from hybridize.distillation.packing import epoch_order
-from hybridize.distillation.rows import Rows
+from hybridize.data.encode import Encoder
+from hybridize.data.packing import epoch_order
+from hybridize.data.rows import Rows
 from hybridize.errors import InputError
 
 WINDOW = 1024  # the eager attention that calibration watches holds heads x WINDOW^2 weights

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridize.distillation.forms import REASONING, Conversation, Message
+from hybridize.data.forms import REASONING, Conversation, Message
 from hybridize.errors import InputError, first_line
 
 PROBE = "Qx7probeZ4"  # stands for an answer's text, to see what the template writes around it

@@ -1,0 +1,1 @@
+"""Rows of text in every form, encoded and packed into batches."""

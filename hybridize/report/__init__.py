@@ -1,0 +1,1 @@
+"""One page of what has been measured."""

@@ -1,0 +1,1 @@
+"""Devices, loading, forward passes, and processes."""
