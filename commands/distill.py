@@ -304,11 +304,13 @@ def _cut(packing: Any) -> str:
 def _check_machine(settings: Any, source: Any, where: Any, ranks: Any) -> None:
     """InputError when the run cannot be on this device."""
     from hybridize.errors import InputError
+    from hybridize.modeling import mixer_class
 
     if settings.cuda_graph and where.type != "cuda":
         raise InputError("--cuda-graph needs a CUDA device")
-    if settings.deterministic and where.type == "cuda" and (source.config.get("mixer") or {}).get("kind") == "mamba":
-        raise InputError("--deterministic needs mamba2 layers: the CUDA scan of mamba layers adds in no fixed order")
+    mixer = source.config.get("mixer")
+    if settings.deterministic and where.type == "cuda" and mixer and not mixer_class(mixer).deterministic:
+        raise InputError(f"--deterministic: the CUDA scan of {mixer['kind']} layers adds in no fixed order")
     check_run(settings, source, ranks)
 
 

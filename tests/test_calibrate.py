@@ -18,8 +18,8 @@ from hybridize.data.sample import sample_windows
 from hybridize.modeling import HybridConfig
 from hybridize.runtime.loading import load_tokenizer
 from hybridize.surgery import calibrate as constants
-from hybridize.surgery.calibrate import PARTS, calibrate
 from hybridize.surgery.mapping import build
+from hybridize.surgery.mixers import kind_of
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.replace import Calibration, MixerSettings, hybrid_json, plan, replace, starting_values
 from hybridize.surgery.teacher import read_teacher
@@ -32,7 +32,7 @@ IDS = torch.randint(4, 260, (3, 40), generator=torch.Generator().manual_seed(3))
 
 
 def fit(*parts: str) -> Calibration:
-    return Calibration(IDS, frozenset(parts or PARTS), CPU, "test")
+    return Calibration(IDS, frozenset(parts or kind_of("mamba2").parts), CPU, "test")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def case(teacher: Path, kind: str):
     config = HybridConfig.from_dict(hybrid_json(reader.config, surgery))
     plain = {target.parameter: build(target, reader.tensor, 0) for target in surgery.targets[2]}
     seen = Observer(reader, reader, IDS, CPU).see(2)
-    return plain, seen, lambda *parts: calibrate(config, 2, plain, seen, frozenset(parts))
+    return plain, seen, lambda *parts: surgery.kind.calibrate(config, 2, plain, seen, frozenset(parts))
 
 
 def attention_inputs(model, layer: int, ids: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_mixers_below_change_what_is_seen(teacher: Path, tmp_path: Path, kind: s
     config = HybridConfig.from_dict(hybrid_json(reader.config, surgery))
     observer = Observer(reader, reader, IDS, CPU)
     plain = {target.parameter: build(target, reader.tensor, 0) for target in surgery.targets[0]}
-    observer.convert(calibrate(config, 0, plain, observer.see(0), frozenset(PARTS)))
+    observer.convert(surgery.kind.calibrate(config, 0, plain, observer.see(0), frozenset(kind_of("mamba2").parts)))
     seen, alone = observer.see(2), Observer(reader, reader, IDS, CPU).see(2)
     hybrid, model = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "h", teacher))
     assert worst(seen.inputs, attention_inputs(hybrid, 2, IDS)) <= 1e-4
@@ -164,7 +164,7 @@ def test_the_skip_is_the_least_squares_share_of_x(teacher: Path) -> None:
     config = HybridConfig.from_dict(hybrid_json(reader.config, surgery))
     plain = {target.parameter: build(target, reader.tensor, 0) for target in surgery.targets[2]}
     seen = Observer(reader, reader, IDS, CPU).see(2)
-    mixer = calibrate(config, 2, plain, seen, frozenset({"conv", "decay"}))
+    mixer = surgery.kind.calibrate(config, 2, plain, seen, frozenset({"conv", "decay"}))
     rows = F.linear(seen.inputs.double(), mixer.in_proj.weight.double())[..., 32:128] * constants.TAP
     x, B, C = (t.unflatten(-1, (4, 8)) for t in F.silu(rows).split(32, -1))
     dt = torch.zeros(3, 40, 4)
@@ -209,7 +209,7 @@ def test_out(case) -> None:
         seen.drift.copy_(strayed)
         mixer = calibrated("out")
         made = features(mixer, seen.inputs).double()
-        wanted = seen.heads.double() @ plain["out_proj.weight"].double().t() - constants.MEND * strayed
+        wanted = seen.heads.double() @ plain["out_proj.weight"].double().t() - constants.DRIFT_SHARE * strayed
         start = made @ plain["out_proj.weight"].double().t()
         factor = float(torch.linalg.lstsq(start.reshape(-1, 1), wanted.reshape(-1, 1)).solution)
         rest = least_squares(made, wanted - factor * start, constants.RIDGE_OUT).t()
@@ -227,8 +227,8 @@ def test_all_parts_bring_the_layer_closer_on_other_text(teacher: Path, kind: str
     seen = Observer(reader, reader, torch.randint(4, 260, (30, 40), generator=g), CPU).see(2)
     other = Observer(reader, reader, torch.randint(4, 260, (4, 40), generator=g), CPU).see(2)
     wanted, errors = other.heads @ plain["out_proj.weight"].t(), []
-    for parts in (frozenset(), frozenset(PARTS)):
-        made = calibrate(config, 2, plain, seen, parts)(other.inputs)[0]
+    for parts in (frozenset(), frozenset(kind_of("mamba2").parts)):
+        made = surgery.kind.calibrate(config, 2, plain, seen, parts)(other.inputs)[0]
         errors.append(float((made - wanted).square().sum() / wanted.square().sum()))
     print(errors)
     assert errors[1] < 0.9
@@ -242,7 +242,12 @@ def test_it_is_deterministic_and_written_into_the_manifest(tmp_path: Path, cli: 
     common = ("replace", "--indices", "1,2", "--mixer", kind, "--calibration-tokens", 200)
     cli(*common, "-o", "a", "--json")
     said = json.loads(cli.stdout)["calibration"]
-    assert (said["data"], said["tokens"], said["device"], said["parts"]) == ("traces.jsonl", 200, "cpu", list(PARTS[:4]))
+    assert (said["data"], said["tokens"], said["device"], said["parts"]) == (
+        "traces.jsonl",
+        200,
+        "cpu",
+        list(kind_of("mamba2").parts[:4]),
+    )
     cli(*common, "-o", "b")
     cli(*common, "-o", "c", "--seed", 1)
     cli(*common, "-o", "plain", "--no-calibrate")

@@ -24,7 +24,7 @@ from hybridize.errors import WorkError
 from hybridize.modeling import HybridForCausalLM
 from hybridize.runtime.loading import load_hybrid, load_model
 from hybridize.scoring.loo import answers
-from hybridize.surgery.calibrate import PARTS
+from hybridize.surgery.mixers import kind_of
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
 from hybridize.surgery.teacher import check_vocabularies, read_teacher
@@ -258,7 +258,7 @@ def test_calibrated_starts_exist_for_every_family(name: str, kind: str, homes: d
     """Nearer to the attention's output than without, also on other text, and x, B and C as they were."""
     source = CheckpointReader(homes[name])
     surgery = plan(read_teacher(source), [1], MixerSettings(kind))
-    fit = Calibration(ids(16, 128), frozenset(PARTS), torch.device("cpu"), "random")
+    fit = Calibration(ids(16, 128), frozenset(kind_of("mamba2").parts), torch.device("cpu"), "random")
     result = tmp_path / "h"
     replace(
         source,

@@ -1,4 +1,4 @@
-"""The hybrid model: caches, padding, packing, generation, types. DESIGN section 8's numbers on tiny random models."""
+"""The hybrid model: caches, padding, packing, generation, types. docs/concepts/architecture.md's numbers on tiny random models."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_config_refuses_contradictions() -> None:
     with pytest.raises(ValueError, match="2 layers"):
         hybrid_config("ma", num_hidden_layers=3)
     with pytest.raises(ValueError, match="lacks d_conv"):
-        hybrid_config("ma", mixer={"kind": "mamba", "d_inner": 32, "d_state": 4, "dt_rank": 2, "expand": "head"})
+        hybrid("ma", mixer={"kind": "mamba", "d_inner": 32, "d_state": 4, "dt_rank": 2, "expand": "head"})
 
 
 def test_sliding_windows_reach_their_layers() -> None:

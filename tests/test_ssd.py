@@ -126,7 +126,7 @@ def test_documents_in_one_row_are_separate_documents(lengths: list[int]) -> None
 
 
 def normed(y, z, weight, eps, group):
-    """The definition in float64, group by group: gate first, then norm (DESIGN section 4)."""
+    """The definition in float64, group by group: gate first, then norm (docs/concepts/architecture.md)."""
     y, z, weight = y.double(), z.double(), weight.double()
     gated = y * z / (1 + torch.exp(-z))
     parts = [p / torch.sqrt((p * p).sum(-1, keepdim=True) / group + eps) for p in gated.split(group, -1)]

@@ -111,9 +111,9 @@ def is_here(where: torch.device) -> bool:
 
 def say_tuning(out: Output, device: torch.device, mixer: dict[str, Any] | None) -> None:
     """Why nothing may be heard for minutes, where that can be."""
-    from hybridize.modeling import engine_for
+    from hybridize.modeling import engine_for, mixer_class
 
-    if mixer is not None and mixer.get("kind") == "mamba2" and engine_for(device) == "kernel":
+    if mixer is not None and mixer_class(mixer).tunes and engine_for(device) == "kernel":
         out.note("the first step ever on a machine takes minutes: Mamba-2's kernels try their configurations, and remember")
 
 
@@ -199,12 +199,13 @@ def calibration_for(
     from hybridize.errors import InputError
     from hybridize.runtime.device import pick_device
     from hybridize.runtime.loading import quiet_transformers
-    from hybridize.surgery.calibrate import PARTS
+    from hybridize.surgery.mixers import KINDS
     from hybridize.surgery.replace import Calibration
 
     chosen = frozenset(part.strip() for part in parts.split(",") if part.strip())
-    if not chosen or chosen - set(PARTS):
-        raise InputError(f"--calibration-parts {parts!r}: choose from {','.join(PARTS)}")
+    known = dict.fromkeys(part for kind in KINDS.values() for part in kind.parts)
+    if not chosen or chosen - set(known):
+        raise InputError(f"--calibration-parts {parts!r}: choose from {','.join(known)}")
     if tokens < FEWEST:
         raise InputError(f"--calibration-tokens {tokens} must be at least {FEWEST}")
     where = pick_device(device)

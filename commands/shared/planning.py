@@ -16,10 +16,15 @@ ROOM = 0.9  # share of the free memory that a plan may fill
 
 def check_run(settings: Any, source: Any, ranks: Any) -> None:
     """InputError when the run cannot be of these layers or on so many ranks, whatever the device."""
+    from hybridize.modeling import mixer_class
+
     ranks.share(settings.batch_size, "--batch-size")
     settings.sharded(ranks.size)
-    if settings.cuda_graph and settings.mask != "none" and (source.config.get("mixer") or {}).get("kind") == "mamba":
-        raise InputError("--cuda-graph with documents side by side needs mamba2 layers; --mask none has no documents")
+    mixer = source.config.get("mixer")
+    if settings.cuda_graph and settings.mask != "none" and mixer and not mixer_class(mixer).graphs_documents:
+        raise InputError(
+            f"--cuda-graph with documents side by side cannot hold {mixer['kind']} layers; --mask none has no documents"
+        )
     settings.recomputed(source.config.get("num_hidden_layers", 0))
 
 

@@ -36,6 +36,7 @@ from hybridize.parsing import parse_indices
 from hybridize.runtime.device import pick_compute
 from hybridize.runtime.loading import load_model, load_tokenizer, quiet_transformers
 from hybridize.surgery import calibrate as constants
+from hybridize.surgery.mixers import kind_of
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
 from hybridize.surgery.select import lowest
 from hybridize.surgery.teacher import read_teacher
@@ -111,8 +112,8 @@ def one(
 ) -> dict[str, Any]:  # fmt: skip
     what, _, changes = run.partition("@")
     kind, _, parts = what.partition(":")
-    chosen = frozenset(constants.PARTS if parts == "all" else () if parts == "plain" else parts.split("+"))
-    assert chosen <= set(constants.PARTS), run
+    chosen = frozenset(kind_of("mamba2").parts if parts == "all" else () if parts == "plain" else parts.split("+"))
+    assert chosen <= set(kind_of("mamba2").parts), run
     given = {name: float(value) for name, value in (pair.split("=") for pair in changes.split(",") if pair)}
     changed = {name: value for name, value in given.items() if name.isupper()}
     share = given.pop("align", 0.0)

@@ -1,6 +1,6 @@
 """Divergences between teacher and student, and the chunked projection that never holds a batch's logits.
 
-Per token, in float32, p the teacher, q the student (DESIGN section 6). Knows nothing of models: hidden states and output
+Per token, in float32, p the teacher, q the student (docs/concepts/architecture.md, losses). Knows nothing of models: hidden states and output
 matrices in, a scalar and gradients out.
 
 Every divergence is a sum over the vocabulary of f(p, q), and so is all that its gradient needs: with u = q df/dq, up to

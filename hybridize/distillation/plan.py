@@ -15,11 +15,10 @@ from hybridize.distillation.losses import CHUNK_BYTES
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.watch import model_flops
 from hybridize.modeling import MIXER_LAYER
-from hybridize.modeling.ssd import CHUNK
-from hybridize.surgery.teacher import GEMMA
+from hybridize.surgery.families import FAMILIES, FamilySpec
+from hybridize.surgery.mixers import kind_of
 
 GIB = 2**30
-QK_NORMED = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2")
 # The share that torch.compile keeps of a layer: what is cheap is computed again in backward. Measured on H100s, SmolLM2 and
 # Llama-3B shapes, graph or not, one rank or two: 0.55 to 0.62 (docs/performance.md)
 COMPILED = 0.6
@@ -42,12 +41,12 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def _widths(config: Any) -> tuple[int, int, int, int, str]:
+def _widths(config: Any) -> tuple[int, int, int, int, FamilySpec]:
     """D, A, K and F of a dense layer, as above, and the family."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     family = getattr(config, "base_model_type", None) or config.model_type
     A, K = config.num_attention_heads * head, config.num_key_value_heads * head
-    return config.hidden_size, A, K, config.intermediate_size, family
+    return config.hidden_size, A, K, config.intermediate_size, FAMILIES[family]
 
 
 def layer_bytes(config: Any, kind: str, length: int) -> int:
@@ -58,8 +57,8 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         # of each expert that a token goes through: its input and output, gathered, cast and weighed, and as above
         mlp = norm + config.num_experts_per_tok * (24 * D + 4 * 2 * (getattr(config, "moe_intermediate_size", None) or F))
-    normed = 8 * (A + K) if family in QK_NORMED else 0
-    mlp += 2 * norm if family in GEMMA else 0
+    normed = 8 * (A + K) if family.qk_norm else 0
+    mlp += 2 * norm if family.sandwich else 0
     if kind != MIXER_LAYER:
         # eager attention's scores and what becomes of them, which other attention never keeps; a window's mask as numbers
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
@@ -67,12 +66,7 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
         maps = 8 * config.num_attention_heads * length if config._attn_implementation == "eager" else maps
         # three casts of the input; q, k, v and the output, which o_proj shares; the softmax's sums
         return norm + 3 * 2 * D + 2 * (2 * A + 2 * K) + 4 * config.num_attention_heads + normed + maps + mlp
-    shape, mlp = config.mixer, mlp + normed
-    if shape["kind"] == "mamba2":
-        # in_proj's output; the convolution's input and output; x, B, C side by side; y, z and the normed product; step sizes
-        return norm + 2 * D + 2 * (4 * A + 3 * A + 3 * A + 3 * A + 4 * A) + 12 * (A // shape["d_state"]) + mlp
-    # in_proj's output; expanded x, conv in and out; dt in, out; x, dt, B, C as the kernel has them; y, z, gate, product
-    return norm + 2 * D + 2 * (2 * A + 2 * K + shape["dt_rank"] + 3 * A + 2 * A + 4 * A + 5 * A) + mlp
+    return norm + 2 * D + int(kind_of(config.mixer["kind"]).kept_bytes(config.mixer, A, K, plain=False)) + normed + mlp
 
 
 def plain_bytes(config: Any, kind: str) -> int:
@@ -81,15 +75,10 @@ def plain_bytes(config: Any, kind: str) -> int:
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         F = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or F)
     rest = 2 * (12 * D + 4) + 16 * F  # two norms: input, scaled input, result; gate, its SiLU, up, their product
-    rest += (16 * (A + K) if family in QK_NORMED else 0) + (2 * (8 * D + 4) if family in GEMMA else 0)
+    rest += (16 * (A + K) if family.qk_norm else 0) + (2 * (8 * D + 4) if family.sandwich else 0)
     if kind != MIXER_LAYER:
         return rest + 4 * (2 * A + 2 * K + config.num_attention_heads)
-    shape = config.mixer
-    if shape["kind"] == "mamba2":
-        # beside convolution and norm: products of pairs of steps in a chunk, three times, and a state a chunk
-        heads = A // shape["d_state"]
-        return rest + 4 * (33 * A + A * shape["d_state"] // CHUNK + 3 * heads * CHUNK)
-    return rest + 4 * (14 * A + 2 * K + shape["dt_rank"])
+    return rest + int(kind_of(config.mixer["kind"]).kept_bytes(config.mixer, A, K, plain=True))
 
 
 def kept_bytes(config: Any, kind: str, length: int, dtype: torch.dtype, device: str) -> int:

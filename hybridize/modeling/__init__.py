@@ -2,21 +2,21 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .configuration_hybridize import CARRIED_KEYS, MIXER_KEYS, MIXER_LAYER, HybridConfig, hybrid_config
+from .configuration_hybridize import CARRIED_KEYS, MIXER_LAYER, HybridConfig, hybrid_config
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
-from .mixer import FLOAT32, Mixer, initial, inverse_softplus
-from .modeling_hybridize import FAMILIES, MIXERS, HybridForCausalLM, HybridModel, converted_layer, new_cache, soft_capped
+from .mixer import FLOAT32, MIXERS, Mixer, initial, inverse_softplus, mixer_class, register_mixer
+from .modeling_hybridize import HybridForCausalLM, HybridModel, converted_layer, new_cache, soft_capped
 from .scan import causal_conv, conv_step, engine_for, kernels_missing, missing_on_cuda, selective_scan
 from .ssd import gated_norm, ssd_scan
 from .stock import CACHE
 
 __all__ = [
-    "CACHE", "CARRIED_KEYS", "FAMILIES", "FLOAT32", "MIXERS", "MIXER_KEYS", "MIXER_LAYER", "HybridConfig", "HybridForCausalLM",
-    "HybridModel", "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv", "conv_step", "converted_layer", "engine_for",
-    "gated_norm", "hybrid_config",
-    "initial", "inverse_softplus", "kernels_missing", "missing_on_cuda", "new_cache", "selective_scan", "soft_capped",
-    "ssd_scan",
+    "CACHE", "CARRIED_KEYS", "FLOAT32", "MIXERS", "MIXER_LAYER", "HybridConfig",
+    "HybridForCausalLM", "HybridModel", "Mamba2Mixer", "MambaMixer", "Mixer", "causal_conv",
+    "conv_step", "converted_layer", "engine_for", "gated_norm", "hybrid_config", "initial",
+    "inverse_softplus", "kernels_missing", "missing_on_cuda", "mixer_class", "new_cache",
+    "register_mixer", "selective_scan", "soft_capped", "ssd_scan",
 ]  # fmt: skip
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)

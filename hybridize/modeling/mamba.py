@@ -1,4 +1,4 @@
-"""The Mamba-1 mixer in M1's grouped form (2504.10449, section 3; DESIGN section 4), a drop-in for a `self_attn` module.
+"""The Mamba-1 mixer in M1's grouped form (2504.10449, section 3), a drop-in for a `self_attn` module.
 
 Shapes: B batch, T time, D hidden, I inner = query heads * head_dim, X = key/value heads * head_dim, N state size,
 R rank of dt, G = I / N groups.
@@ -6,18 +6,24 @@ R rank of dt, G = I / N groups.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_hybridize import HybridConfig
-from .mixer import Mixer, document_starts
+from .mixer import Mixer, document_starts, register_mixer
 from .scan import selective_scan
 
 
+@register_mixer
 class MambaMixer(Mixer):
     """in_proj rows, in order: z (I), x (X), B (X), C (I), dt (R); x and B are expanded from key/value to query heads."""
+
+    kind = "mamba"
+    sizes = ("d_inner", "d_state", "d_conv", "dt_rank")
+    choices: ClassVar = {"expand": ("head", "chunk")}
+    fits_float16 = deterministic = graphs_documents = False
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -29,7 +35,7 @@ class MambaMixer(Mixer):
         self.kv = config.num_key_value_heads * head
         self.repeats = self.inner // self.kv
         self.unit = head if shape["expand"] == "head" else self.d_state  # what is repeated as a whole
-        if shape["expand"] not in ("head", "chunk") or self.inner % self.kv or head % self.d_state:
+        if self.inner % self.kv or head % self.d_state:
             raise ValueError(f"mixer {shape} does not fit {config.num_key_value_heads} key/value heads of {head}")
         rows = 2 * self.inner + 2 * self.kv + self.rank
         self.in_proj = nn.Linear(config.hidden_size, rows, bias=shape.get("in_bias", False))

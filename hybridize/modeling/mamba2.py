@@ -1,5 +1,5 @@
 """The Mamba-2 mixer (2405.21060), to the letter the layer that GraniteMoeHybridForCausalLM has, so that stock runtimes serve
-it (DESIGN section 4). Key and value heads are expanded to query heads in the weights: every head is its own group.
+it (hybridize's docs/concepts/architecture.md). Key and value heads are expanded to query heads in the weights: every head is its own group.
 
 Shapes: B batch, T time, D hidden, H heads, P head size = N state size, I = H * P.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_hybridize import HybridConfig
-from .mixer import Mixer, document_starts
+from .mixer import Mixer, document_starts, register_mixer
 from .ssd import gated_norm, ssd_scan
 
 
@@ -28,8 +28,13 @@ class GatedRMSNorm(nn.Module):
         return gated_norm(y, z, self.weight, self.eps, self.group)
 
 
+@register_mixer
 class Mamba2Mixer(Mixer):
     """in_proj rows, in order: z (I), x (I), B (I), C (I), dt (H); convolution and SiLU over x, B and C; gate, then norm."""
+
+    kind = "mamba2"
+    sizes = ("d_inner", "d_state", "d_conv")
+    tunes = True
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ Knows nothing of the layers around a mixer. Shapes: B batch, T time, I inner = q
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,39 @@ class VectorNorm(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass has `in_proj`, `conv1d`, `out_proj`, and the parameters named in FLOAT32."""
+    """Base of all mixers. A subclass is made from (config, layer index) and has `in_proj`, `conv1d` and `out_proj`, the
+    forward pass of a transformers attention layer, and `state_shape`.
+
+    kind: its name in the config. sizes: the keys of the config's `mixer` that are whole numbers above 0; choices: those that
+    are one of several words. The flags say what its kernels can do: fits_float16, whether no value exceeds float16;
+    deterministic, whether its CUDA kernels add in a fixed order; graphs_documents, whether a CUDA graph can hold a step on
+    packed documents; tunes, whether its kernels try their configurations at first use, for minutes.
+    """
+
+    kind: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]]
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    fits_float16: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
+    graphs_documents: ClassVar[bool] = True
+    tunes: ClassVar[bool] = False
+    initial = staticmethod(initial)
 
     layer_idx: int
     conv1d: nn.Conv1d
+
+    @classmethod
+    def check(cls, shape: dict[str, Any]) -> None:
+        """ValueError unless the config's `mixer` has what this kind needs."""
+        missing = [key for key in (*cls.sizes, *cls.choices) if key not in shape]
+        if missing:
+            raise ValueError(f"the config's `mixer` lacks {', '.join(missing)}")
+        odd = [f"{key} {shape[key]!r}" for key in cls.sizes if type(shape[key]) is not int or shape[key] < 1]
+        if odd:
+            raise ValueError(f"the config's `mixer` has {', '.join(odd)}, where whole numbers above 0 belong")
+        for key, words in cls.choices.items():
+            if shape[key] not in words:
+                raise ValueError(f"the config's `mixer` has {key} {shape[key]!r}, which is not {' or '.join(words)}")
 
     def _add_norms(self, shape: dict[str, Any], head: int, keys: int, queries: int, eps: float) -> None:
         """B_norm and C_norm where the config has `norm_bc`, else nothing; keys, queries: channels of B and C."""
@@ -77,13 +106,13 @@ class Mixer(nn.Module):
                 if parameter.is_meta:
                     continue
                 fan_in = self.conv1d.kernel_size[0] if name == "conv1d.bias" else None
-                value = initial(name, tuple(parameter.shape), fan_in)
+                value = self.initial(name, tuple(parameter.shape), fan_in)
                 offset = getattr(getattr(self, name.split(".")[0]), "offset", 0.0)
                 parameter.copy_(value - offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mixer:
         """Moves with the module, but never changes the type of A_log, D and dt bias: bf16 loses small steps and decays."""
-        kept = {name: getattr(self, name).data for name in FLOAT32}
+        kept = {name: p.data for name, p in self._parameters.items() if p is not None and name in FLOAT32}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             parameter = getattr(self, name)
@@ -128,6 +157,28 @@ class Mixer(nn.Module):
     def _store(self, cache: Any, state: Tensor) -> None:
         if cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]:  # else it has been moved on
             cache.layers[self.layer_idx].update_recurrent_state(state)
+
+
+Kind = TypeVar("Kind", bound=type[Mixer])
+MIXERS: dict[str, type[Mixer]] = {}  # kind, as the config has it, to class
+
+
+def register_mixer(mixer: Kind) -> Kind:
+    """A class decorator: models whose config has `mixer.kind` = the class's `kind` are built with it."""
+    MIXERS[mixer.kind] = mixer
+    return mixer
+
+
+def mixer_class(shape: dict[str, Any]) -> type[Mixer]:
+    """The class of a config's `mixer`. ValueError where nothing imported defines its kind, or where it is incomplete."""
+    kind = shape["kind"]
+    if kind not in MIXERS:
+        raise ValueError(
+            f"the config's `mixer` is of kind {kind!r}; these exist: {', '.join(MIXERS)} (a kind that another package defines "
+            "is there once that package is imported)"
+        )
+    MIXERS[kind].check(shape)
+    return MIXERS[kind]
 
 
 def document_starts(seq_idx: Tensor | None) -> Tensor | None:

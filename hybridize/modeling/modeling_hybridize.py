@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
 
 from .configuration_hybridize import MIXER_LAYER, HybridConfig
-from .mamba import MambaMixer
-from .mamba2 import Mamba2Mixer
-from .mixer import FLOAT32, Mixer
+from .mamba import MambaMixer  # noqa: F401  (importing a kind of mixer registers it)
+from .mamba2 import Mamba2Mixer  # noqa: F401
+from .mixer import FLOAT32, Mixer, mixer_class
 from .stock import (
     CACHE,
     BaseModelOutputWithPast,
@@ -32,13 +32,6 @@ from .stock import (
     register_checkpoint_conversion_mapping,
 )
 
-MIXERS: dict[str, type[Mixer]] = {"mamba": MambaMixer, "mamba2": Mamba2Mixer}
-# families whose backbone is embedding, layers, norm, with nothing in between that this file does not do
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3",
-    "mixtral", "qwen3_moe",
-)  # fmt: skip
-
 
 @functools.cache
 def _hybrid_class(layer_class: type[nn.Module]) -> type[nn.Module]:
@@ -47,7 +40,7 @@ def _hybrid_class(layer_class: type[nn.Module]) -> type[nn.Module]:
             super().__init__(config, index)
             del self.self_attn
             assert config.mixer is not None
-            self.mixer = MIXERS[config.mixer["kind"]](config, index)
+            self.mixer = mixer_class(config.mixer)(config, index)
 
         @property
         def self_attn(self) -> nn.Module:
@@ -145,13 +138,15 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 
 class HybridModel(HybridPreTrainedModel):
-    """Embedding, layers, final norm. Weights keep the teacher's names; a converted layer has `mixer.*`, no `self_attn.*`."""
+    """Embedding, layers, final norm. Weights keep the teacher's names; a converted layer has `mixer.*`, no `self_attn.*`.
+
+    The family is one whose backbone is embedding, layers and norm, with nothing in between that this file does not do.
+    """
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        family = config.base_model_type
-        if family not in FAMILIES:
-            raise ValueError(f"base_model_type {family!r} is not supported; these are: {', '.join(FAMILIES)}")
+        if config.mixer is not None:
+            mixer_class(config.mixer)
         # The family's parts are built on our config, which has all of its keys, so that one attention setting rules all; they
         # are not told of mixers, which no family's rotary tables know.
         kinds = config.layer_types

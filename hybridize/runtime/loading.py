@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 
+from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.modeling import HybridForCausalLM
+from hybridize.modeling import HybridForCausalLM, hybrid_config, mixer_class
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the network."""
-    import transformers
-
-    import hybridize.modeling  # noqa: F401  (registers the hybrid)
-
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     told = _how(config, path, dtype)
@@ -35,16 +30,15 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remot
 
 def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
     """What loading must be told of a model with this config; InputError where it cannot be had in `dtype`."""
-    if dtype == torch.float16 and (getattr(config, "mixer", None) or {}).get("kind") == "mamba":
-        raise InputError(f"{path} has mamba mixers, whose output overflows float16; use --dtype bfloat16 or float32")
+    shape = getattr(config, "mixer", None)
+    if dtype == torch.float16 and shape is not None and not mixer_class(shape).fits_float16:
+        raise InputError(f"{path} has {shape['kind']} mixers, whose output overflows float16; use --dtype bfloat16 or float32")
     # which transformers before 5.23 drops under sdpa
     return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
 def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
     """A teacher or hybrid as our own class, whose layers can be run one by one; in eval mode, weights as `dtype`."""
-    from hybridize.modeling import HybridForCausalLM, hybrid_config
-
     config = hybrid_config(source.config)
     told = _how(config, source.path, dtype)
     model = HybridForCausalLM.from_pretrained(source.path, config=config, dtype=dtype, **told)
@@ -53,10 +47,6 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
 
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
-    import transformers
-
-    import hybridize.modeling  # noqa: F401  (registers the hybrid)
-
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     told, make = _how(config, path, dtype), transformers.AutoModelForCausalLM.from_config
     return without_storage(lambda: make(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)).eval()
@@ -76,8 +66,6 @@ def without_storage(make: Callable[[], M]) -> M:
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer, or InputError where it has none."""
-    import transformers
-
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -86,7 +74,5 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 def quiet_transformers() -> None:
     """No warnings and progress bars of transformers' own: one program, one voice."""
-    import transformers
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.modeling import hybrid_config
-from hybridize.surgery.teacher import GEMMA, read_teacher
+from hybridize.surgery.teacher import read_teacher
 
 # keys of configs for what lies outside the attention and stays as it is: how to say it, and what it is when absent
 BACKBONE = {
@@ -51,9 +51,9 @@ def features(reader: CheckpointReader) -> dict[str, str]:
     turned = [bool(use) for use in getattr(config, "no_rope_layers", None) or []]
     which = "" if all(turned) else f", in {sum(turned)} of {len(turned)} layers"
     found[f"RoPE ({', '.join(sorted(kinds)) or 'default'}{which})"] = "ends: a state knows order by its decay"
-    if teacher.family in (*GEMMA, "olmo2"):
+    if teacher.spec.output_norm:
         found["norm behind the attention"] = "stays"
-    if teacher.family in GEMMA:
+    if teacher.spec.scaled_embeddings:
         found["scaled embeddings"] = "stay"
     for key, (words, absent) in BACKBONE.items():
         value: Any = getattr(config, key, absent)

@@ -8,18 +8,14 @@ windows, the softmax and its soft cap have no counterpart in a mixer and end her
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridize.errors import InputError
-from hybridize.modeling import FLOAT32, MIXER_KEYS, initial
+from hybridize.modeling import FLOAT32, initial
 from hybridize.surgery.teacher import Teacher
-
-DEFAULT_MIXER = "mamba2"
 
 
 @dataclass(frozen=True)
@@ -85,33 +81,6 @@ class Target:
         return f"{self.name}:{part.label}"
 
 
-def mixer_shape(teacher: Teacher, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's `mixer` entry. `asked` overrides the defaults: kernel 4; for `mamba` state 16, dt rank ceil(D / 16) as in
-    the Mamba paper, expansion by head. InputError where it does not fit."""
-    if kind not in MIXER_KEYS:
-        raise InputError(f"--mixer {kind} is unknown; use {' or '.join(MIXER_KEYS)}")
-    for key in asked:
-        if key not in MIXER_KEYS[kind]:
-            raise InputError(f"--{key.replace('_', '-')} has no use with --mixer {kind}")
-    shape: dict[str, Any] = {"kind": kind, "d_inner": teacher.inner, "d_conv": 4} | dict(asked)
-    shape |= teacher.carried
-    if not 2 <= shape["d_conv"] <= 4:
-        raise InputError(f"--d-conv {shape['d_conv']} is outside 2..4, which the kernels support")
-    if kind == "mamba2":
-        if shape.setdefault("d_state", teacher.head_dim) != teacher.head_dim:
-            raise InputError(f"--d-state {shape['d_state']}: a mamba2 mixer's state size is the head size, {teacher.head_dim}")
-        return shape
-    rank = -(-teacher.hidden // 16)
-    shape = {"d_state": min(16, teacher.head_dim), "dt_rank": rank, "expand": "head", **shape}
-    if shape["d_state"] < 1 or teacher.head_dim % shape["d_state"]:
-        raise InputError(f"--d-state {shape['d_state']} must divide the head dimension {teacher.head_dim}")
-    if shape["expand"] not in ("head", "chunk"):
-        raise InputError(f"--expand is head or chunk, not {shape['expand']}")
-    if shape["dt_rank"] < 1:
-        raise InputError(f"--dt-rank {shape['dt_rank']} must be positive")
-    return shape
-
-
 def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", scale: float = 1.0) -> Source | None:
     """Where the rows of `part`, one of q k v o, are in the teacher; None where it has no such tensor (a bias)."""
     base = f"model.layers.{layer}.self_attn."
@@ -123,56 +92,11 @@ def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", sca
     return Source(f"{base}qkv_proj.{what}", begin, teacher.inner if part == "q" else teacher.kv, scale)
 
 
-def plan_layer(teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
-    """Every tensor of layer `layer`'s mixer, in the order they are written."""
-    base, scaled = f"model.layers.{layer}.mixer", teacher.norm_bc is None
-    inner, kv, taps, head = mixer["d_inner"], teacher.kv, mixer["d_conv"], teacher.head_dim
-    expanded = mixer["kind"] == "mamba2"  # keys and values stand once for every query head
+def build(target: Target, source: Callable[[str], Tensor], seed: int, draw: Callable[..., Tensor] = initial) -> Tensor:
+    """The tensor that `target` describes, in its sources' type, or float32 without any; each draw is seeded by its own name.
 
-    def inputs(what: str) -> tuple[Rows, ...]:
-        """The rows of in_proj, those of the weight or of the bias."""
-        of = {part: source_of(teacher, layer, part, what, teacher.scale if part == "q" and scaled else 1.0) for part in "qkv"}
-        keys = (inner, head) if expanded else (kv, None)
-        x, B = (Rows(label, keys[0], of[part], keys[1] if of[part] else None) for label, part in (("x", "v"), ("B", "k")))
-        dt = Rows("dt", teacher.heads if expanded else mixer["dt_rank"])
-        return Rows("z", inner), x, B, Rows("C", inner, of["q"]), dt
-
-    rows = sum(part.count for part in inputs("weight"))
-    whole, channels = (Rows("all", inner),), 3 * inner if expanded else inner
-    targets = [
-        Target(f"{base}.conv1d.bias", (channels,), (Rows("all", channels),), fan_in=taps),
-        Target(f"{base}.conv1d.weight", (channels, 1, taps), (Rows("all", channels),)),
-        Target(f"{base}.in_proj.weight", (rows, teacher.hidden), inputs("weight")),
-        Target(
-            f"{base}.out_proj.weight", (teacher.hidden, inner), (Rows("o", teacher.hidden, source_of(teacher, layer, "o")),)
-        ),
-    ]
-    if mixer.get("in_bias"):
-        targets.append(Target(f"{base}.in_proj.bias", (rows,), inputs("bias")))
-    if mixer.get("out_bias"):
-        o = Rows("o", teacher.hidden, source_of(teacher, layer, "o", "bias"))
-        targets.append(Target(f"{base}.out_proj.bias", (teacher.hidden,), (o,)))
-    if teacher.norm_bc is not None:
-        attention, offset = f"model.layers.{layer}.self_attn.", teacher.norm_bc["offset"]
-        repeated = teacher.norm_bc["over"] == "all" and expanded
-        k = Rows("k", inner if repeated else teacher.tensors["k_norm.weight"][0], Source(f"{attention}k_norm.weight"), head)
-        q = Rows(
-            "q", teacher.tensors["q_norm.weight"][0], Source(f"{attention}q_norm.weight", scale=teacher.scale, offset=offset)
-        )
-        targets += [Target(f"{base}.{name}_norm.weight", (part.count,), (part,)) for name, part in (("B", k), ("C", q))]
-    if expanded:
-        each = (Rows("all", teacher.heads),)
-        targets += [Target(f"{base}.{name}", (teacher.heads,), each) for name in FLOAT32]
-        targets.append(Target(f"{base}.norm.weight", (inner,), whole))
-    else:
-        targets.append(Target(f"{base}.A_log", (inner, mixer["d_state"]), whole))
-        targets += [Target(f"{base}.{name}", (inner,), whole) for name in ("D", "dt_bias")]
-        targets.append(Target(f"{base}.dt_proj.weight", (inner, mixer["dt_rank"]), whole))
-    return sorted(targets, key=lambda target: target.name)
-
-
-def build(target: Target, source: Callable[[str], Tensor], seed: int) -> Tensor:
-    """The tensor that `target` describes, in its sources' type, or float32 without any; each draw is seeded by its own name."""
+    draw: the rule for rows without a source, see modeling.initial.
+    """
     blocks = []
     for part in target.parts:
         if part.source is not None:
@@ -184,7 +108,7 @@ def build(target: Target, source: Callable[[str], Tensor], seed: int) -> Tensor:
             continue
         name = hashlib.sha256(f"{seed}/{target.seed_name(part)}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(name[:7], "big"))
-        blocks.append(initial(target.parameter, (part.count, *target.shape[1:]), target.fan_in, generator))
+        blocks.append(draw(target.parameter, (part.count, *target.shape[1:]), target.fan_in, generator))
     dtype = next((b.dtype for b, part in zip(blocks, target.parts, strict=True) if part.source), torch.float32)
     built = blocks[0] if len(blocks) == 1 else torch.cat([block.to(dtype) for block in blocks])
     assert tuple(built.shape) == target.shape, (target.name, built.shape)

@@ -16,9 +16,9 @@ from hybridize.runtime.loading import without_storage
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerObservation:
     """One attention layer on [W, T] tokens. inputs [W, T, D]: what its mixer will read; heads [W, T, I]: the attention heads'
-    outputs before o_proj; drift [W, T, D]: what the mixer's output would have to be less by, to mend what those below did;
+    outputs before o_proj; drift [W, T, D]: what the mixer's output would have to be less by, to undo what those below did;
     distance [H]: how many tokens back each head looks on average, the first token, where idle heads look, left out;
     attention: the layer's own module."""
 
@@ -54,7 +54,7 @@ class Observer:
         self.open: tuple[nn.Module, list[Tensor]] | None = None
 
     @torch.no_grad()
-    def see(self, index: int) -> Seen:
+    def see(self, index: int) -> LayerObservation:
         """Goes up to layer `index`, which has the donor's attention. Layers are seen from below upwards."""
         if self.open is not None:
             self.convert(None)
@@ -70,7 +70,9 @@ class Observer:
         share = 0.0 if hasattr(layer, "post_feedforward_layernorm") else 1 / getattr(layer, "residual_multiplier", 1.0)
         drift = [(ours - theirs) * share for ours, theirs in zip(self.student, self.hidden, strict=True)]
         self.open = layer, after
-        return Seen(layer.self_attn, torch.cat(inputs), torch.cat(attention.heads), torch.cat(drift), attention.distance())
+        return LayerObservation(
+            layer.self_attn, torch.cat(inputs), torch.cat(attention.heads), torch.cat(drift), attention.distance()
+        )
 
     def rotary(self, index: int) -> tuple[Tensor, Tensor]:
         """The tables [1, T, R] that layer `index` turns its queries and keys by."""

@@ -17,15 +17,15 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError, WorkError
 from hybridize.modeling import CARRIED_KEYS, MIXER_LAYER, HybridConfig, hybrid_config
-from hybridize.surgery.calibrate import PARTS, calibrate
-from hybridize.surgery.mapping import DEFAULT_MIXER, Target, build, mixer_shape, plan_layer, stored
+from hybridize.surgery.mapping import Target, build, stored
+from hybridize.surgery.mixers import DEFAULT_MIXER, KINDS, MixerKind, kind_of
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class MixerSettings:
-    """Kind and shape of new mixers. None: as the checkpoint's other mixers have it, else the default (see mixer_shape)."""
+    """Kind and shape of new mixers. None: as the checkpoint's other mixers have it, else the default (see MixerKind.shape)."""
 
     kind: str | None = None
     d_state: int | None = None
@@ -36,7 +36,7 @@ class MixerSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to calibrate on, ids [W, T]; which PARTS of new mixers to set from it; where to run; a name for the text."""
+    """Text to calibrate on, ids [W, T]; which parts of new mixers to set from it; where to run; a name for the text."""
 
     ids: Tensor
     parts: frozenset[str]
@@ -46,7 +46,8 @@ class Calibration:
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps; `hash` is of the token ids, whatever file and template they came from."""
         digest = hashlib.sha256(self.ids.cpu().numpy().tobytes()).hexdigest()
-        parts = [part for part in PARTS if part in self.parts]
+        known = {part: None for kind in KINDS.values() for part in kind.parts}  # in the order in which they are set
+        parts = [part for part in known if part in self.parts]
         return {
             "data": self.data, "tokens": self.ids.numel(), "hash": digest, "device": self.device.type, "parts": parts,
         }  # fmt: skip
@@ -59,6 +60,12 @@ class Surgery:
     layers: list[int]
     mixer: dict[str, Any] | None
     targets: dict[int, list[Target]]
+
+    @property
+    def kind(self) -> MixerKind:
+        """Of the new mixers; only where there are some."""
+        assert self.mixer is not None
+        return kind_of(self.mixer["kind"])
 
 
 def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surgery:
@@ -79,8 +86,11 @@ def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surger
             )
     else:
         kind = asked.pop("kind", DEFAULT_MIXER)
-        mixer = mixer_shape(teacher, kind, asked) if layers else None
-    return Surgery(layers, mixer, {layer: plan_layer(teacher, mixer, layer) for layer in layers} if mixer else {})
+        mixer = kind_of(kind).shape(teacher, asked) if layers else None
+    if mixer is None:
+        return Surgery(layers, None, {})
+    made = kind_of(mixer["kind"])
+    return Surgery(layers, mixer, {layer: made.targets(teacher, mixer, layer) for layer in layers})
 
 
 def hybrid_json(raw: dict[str, Any], surgery: Surgery) -> dict[str, Any]:
@@ -113,9 +123,10 @@ def starting_values(
     for place, layer in enumerate(surgery.layers, 1):
         if calibration is not None:
             progress(f"calibrating layer {layer}, {place} of {len(surgery.layers)}")
-        values = {target.parameter: build(target, donor.tensor, seed) for target in surgery.targets[layer]}
+        draw = surgery.kind.mixer.initial
+        values = {target.parameter: build(target, donor.tensor, seed, draw) for target in surgery.targets[layer]}
         if calibration is not None:
-            mixer = calibrate(config, layer, values, observer.see(layer), calibration.parts)
+            mixer = surgery.kind.calibrate(config, layer, values, observer.see(layer), calibration.parts)
             observer.convert(mixer if together else None)
             values = {name: value.cpu() for name, value in mixer.state_dict().items()}
         for name, value in values.items():

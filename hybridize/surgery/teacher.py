@@ -11,8 +11,9 @@ import torch
 from hybridize.checkpoint.experts import locate, stored_shape
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, first_line
-from hybridize.modeling import FAMILIES, MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel, hybrid_config
+from hybridize.modeling import MIXER_LAYER, HybridConfig, HybridForCausalLM, HybridModel, hybrid_config
 from hybridize.runtime.loading import without_storage
+from hybridize.surgery.families import FAMILIES, FamilySpec
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 MOST = {  # beyond what any model has, and far from what would fill memory to look at
@@ -21,8 +22,6 @@ MOST = {  # beyond what any model has, and far from what would fill memory to lo
     "num_experts": 1 << 14, "num_local_experts": 1 << 14,
 }  # fmt: skip
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# embeddings are scaled, norms stand behind attention and MLP too, and multiply by 1 + weight
-GEMMA = ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class Teacher:
         if self.norm_bc is not None:
             found["norm_bc"] = self.norm_bc
         return found
+
+    @property
+    def spec(self) -> FamilySpec:
+        return FAMILIES[self.family]
 
     @property
     def inner(self) -> int:
@@ -141,14 +144,14 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     except Exception as error:  # config classes raise their own kinds for a bad value
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        raise InputError(f"{where} has RoPE of type longrope, which turns old keys anew beyond a length: no cache of ours does")
+        raise InputError(f"{where} has RoPE of type longrope, which is not supported: it changes cached keys beyond a length")
     if not attention.is_causal:
-        raise InputError(f"{where}: its attention looks both ways, which a mixer cannot")
+        raise InputError(f"{where}: bidirectional attention is not supported")
     head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}
     norm, scale = None, attention.scaling * head**0.5
     if "q_norm.weight" in tensors:
         over = "head" if tensors["q_norm.weight"] == (head,) else "all"
-        norm = {"over": over, "offset": int(family in GEMMA)}
+        norm = {"over": over, "offset": FAMILIES[family].norm_offset}
     teacher = Teacher(
         family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
         config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of 1 must leave every bit alone

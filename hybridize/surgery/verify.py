@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.compat.transformers import register_attention
 from hybridize.errors import WorkError
-from hybridize.modeling import MIXERS, HybridConfig, inverse_softplus
+from hybridize.modeling import HybridConfig
 from hybridize.surgery.mapping import Rows
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.replace import Surgery, hybrid_json
@@ -55,7 +55,7 @@ def prove(
     for name in source.names:
         if not (name.startswith(gone) and ".self_attn." in name) and not (name in result and source.same_bits(name, result)):
             raise WorkError(f"{name} is not what it was")
-    fitted = "out" in calibrated or ("scale" in calibrated and surgery.mixer["kind"] == "mamba")
+    fitted = surgery.kind.changes_output(calibrated)
     for layer in surgery.layers:
         for what in ("weight", *(["bias"] if "o_proj.bias" in teacher.tensors else [])):
             made, theirs_ = (f"model.layers.{layer}.{part}.{what}" for part in ("mixer.out_proj", "self_attn.o_proj"))
@@ -63,11 +63,11 @@ def prove(
                 raise WorkError(f"layer {layer}: {made} is not {theirs_}")
         seen = observer.see(layer)
         theirs = _listen(seen.attention, seen.inputs, observer.rotary(layer))
-        mixer: Any = MIXERS[surgery.mixer["kind"]](config, layer).to(device).eval()
+        mixer: Any = surgery.kind.mixer(config, layer).to(device).eval()  # type: ignore[call-arg, arg-type]
         prefix = f"model.layers.{layer}.mixer."
         mixer.load_state_dict({name: result.tensor(prefix + name).float() for name in mixer.state_dict()})
         with torch.no_grad():
-            ours = _vectors(mixer, seen.inputs)
+            ours = surgery.kind.vectors(mixer, seen.inputs)
         for name, value in compare(ours, theirs, surgery.mixer["d_state"], teacher.scale).items():
             bound = ROUNDED if folded and name in ("C", "linear") else CLOSE
             if not value <= bound:
@@ -87,17 +87,6 @@ def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], states: int, s
     wanted = {"x": v.flatten(2), "B": k.flatten(2), "C": q.flatten(2) * scale, "linear": linear}
     far = lambda a, b: float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30))  # noqa: E731
     return {name: far(mine, wanted[name]) for name, mine in zip(wanted, ours, strict=True)}
-
-
-def _vectors(mixer: Any, inputs: Tensor) -> tuple[Tensor, ...]:
-    """x, B, C of every head before the convolution, and what the scan makes of them with steps of one and no decay."""
-    parts = mixer.project(inputs)[1:-1]
-    x, B, C = parts if len(parts) == 3 else parts[0].chunk(3, -1)
-    mixer.A_log.fill_(-torch.inf)
-    mixer.D.zero_()
-    mixer.dt_bias.fill_(float(inverse_softplus(torch.tensor(1.0))))
-    steps = inputs.new_zeros(*inputs.shape[:2], len(mixer.dt_bias))
-    return x, B, C, mixer.scan(*parts, steps, engine="torch")[0]  # kernels are good for three digits
 
 
 def _listen(attention: Any, inputs: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

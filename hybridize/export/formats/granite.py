@@ -23,9 +23,9 @@ from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError
 from hybridize.export.formats.hf import check_hf
 from hybridize.modeling import MIXER_LAYER, HybridConfig, hybrid_config
+from hybridize.surgery.families import FAMILIES
 
 OLDEST = (5, 23)  # transformers before this computes another function where n_groups > 1
-SERVED = ("llama", "mistral", "granite")  # families whose attention layers and norms the class has as they are
 ENDS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -91,7 +91,7 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
     config = hybrid_config(source.config)
     if not config.mixer_layers:
         raise InputError(f"{name} has no Mamba layer; replace comes before export")
-    if config.base_model_type not in SERVED:
+    if not FAMILIES[config.base_model_type].stock_block:
         raise InputError(f"{name} comes from a {config.base_model_type!r} model, whose layers no stock hybrid has; {instead}")
     kind = config.mixer["kind"]  # type: ignore[index]
     if kind != "mamba2":

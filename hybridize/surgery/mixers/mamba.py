@@ -1,0 +1,87 @@
+"""Mamba-1 mixers out of attention: M1's grouped form (2504.10449, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hybridize.errors import InputError
+from hybridize.modeling import inverse_softplus
+from hybridize.surgery.calibrate import STEP
+from hybridize.surgery.mapping import Rows, Target
+from hybridize.surgery.mixers.base import register_kind
+from hybridize.surgery.mixers.selective import SelectiveKind
+from hybridize.surgery.teacher import Teacher
+
+
+class MambaKind(SelectiveKind):
+    """Rows of keys and values as they are; the mixer itself repeats them per query head."""
+
+    kind = "mamba"
+    expanded = False
+
+    def completed(self, teacher: Teacher, shape: dict[str, Any]) -> dict[str, Any]:
+        """State 16, dt rank ceil(D / 16) as in the Mamba paper (2312.00752), expansion by head."""
+        rank = -(-teacher.hidden // 16)
+        shape = {"d_state": min(16, teacher.head_dim), "dt_rank": rank, "expand": "head", **shape}
+        if shape["d_state"] < 1 or teacher.head_dim % shape["d_state"]:
+            raise InputError(f"--d-state {shape['d_state']} must divide the head dimension {teacher.head_dim}")
+        if shape["expand"] not in self.mixer.choices["expand"]:
+            raise InputError(f"--expand is head or chunk, not {shape['expand']}")
+        if shape["dt_rank"] < 1:
+            raise InputError(f"--dt-rank {shape['dt_rank']} must be positive")
+        return shape
+
+    def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:
+        """As in SelectiveKind."""
+        return int(mixer["dt_rank"])
+
+    def own_targets(self, teacher: Teacher, mixer: dict[str, Any], base: str) -> list[Target]:
+        """As in SelectiveKind."""
+        inner = mixer["d_inner"]
+        shapes = {
+            "A_log": (inner, mixer["d_state"]), "D": (inner,), "dt_bias": (inner,), "dt_proj.weight": (inner, mixer["dt_rank"]),
+        }  # fmt: skip
+        return [Target(f"{base}.{name}", shape, (Rows("all", inner),)) for name, shape in shapes.items()]
+
+    def set_decay(self, mixer: Any, forget: Tensor) -> None:
+        """As in SelectiveKind: steps of STEP where that is enough, longer ones where a state must forget faster."""
+        channels = mixer.inner // len(forget)
+        mixer.dt_proj.weight.zero_()
+        mixer.dt_bias.copy_(inverse_softplus(forget.clamp(max=STEP)).repeat_interleave(channels))
+        mixer.A_log.zero_()
+        mixer.A_log += (forget / forget.clamp(max=STEP)).log().repeat_interleave(channels).unsqueeze(1)
+
+    def probe(self, mixer: Any) -> nn.Module:
+        """As in SelectiveKind."""
+        out: nn.Module = mixer.out_proj
+        return out
+
+    def scaled(self, mixer: Any) -> Tensor:
+        """As in SelectiveKind: out_proj's columns, since nothing else scales channels."""
+        weight: Tensor = mixer.out_proj.weight
+        return weight
+
+    def changes_output(self, parts: frozenset[str]) -> bool:
+        """As in MixerKind."""
+        return bool({"scale", "out"} & parts)
+
+    def can_verify(self, mixer: dict[str, Any]) -> bool:
+        """Not where heads are expanded by chunk, which pairs other parts of heads than the attention does."""
+        return bool(mixer["expand"] == "head")
+
+    def projected(self, mixer: Any, inputs: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """As in SelectiveKind."""
+        _, x, B, C, _ = mixer.project(inputs)
+        return (x, B, C), (x, B, C)
+
+    def kept_bytes(self, mixer: dict[str, Any], inner: int, kv: int, plain: bool) -> float:
+        """As in MixerKind."""
+        if plain:
+            return 4 * (14 * inner + 2 * kv + mixer["dt_rank"])
+        # in_proj's output; expanded x, conv in and out; dt in, out; x, dt, B, C as the kernel has them; y, z, gate, product
+        return 2 * (2 * inner + 2 * kv + mixer["dt_rank"] + (3 + 2 + 4 + 5) * inner)
+
+
+register_kind(MambaKind())
