@@ -98,7 +98,7 @@ def test_the_card_escapes_what_it_quotes(teacher: Path, tmp_path: Path) -> None:
     source = convert(teacher, [1], tmp_path / "h")
     manifest = json.loads((tmp_path / "h/hybridize.json").read_text())
     manifest["root"]["path"] = "x`\n## [click](http://evil)<script>"
-    card = model_card(CheckpointReader(tmp_path / "h"), manifest)
+    card = model_card(CheckpointReader(tmp_path / "h"), manifest, "")
     assert "<script>" not in card
     assert "](http" not in card
     assert "\n## [" not in card

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybridize.export import verify
+from hybridize.export.formats import FORMATS
 from tests.conftest import Runner, hybrid, make_tokenizer
 
 RUNTIMES = {
@@ -57,7 +58,7 @@ def test_what_it_says_is_wrong_is_no_crash(place: Path, cli: Runner) -> None:
 
 
 def test_a_runtime_that_is_not_there_is_asked_for_in_vain(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridize.export.driver.runtime_missing", lambda _: "llama-cpp-python is not installed")
+    monkeypatch.setattr(FORMATS["gguf"], "missing", lambda: "llama-cpp-python is not installed")
     assert "--verify: llama-cpp-python is not installed" in cli.fails(
         "export", "h", "--format", "gguf", "-o", "out", "--verify"
     )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hybridize.export import driver as exporting
+from hybridize.export.formats import FORMATS
 from hybridize.export.formats.granite import OLDEST
 from hybridize.modeling import HybridForCausalLM
 from tests.conftest import Runner, hybrid, make_teacher, make_tokenizer, worst
@@ -175,16 +175,17 @@ def test_settings_are_checked(tmp_path: Path, cli: Runner) -> None:
 
 @stock
 def test_a_result_that_differs_never_appears(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, real = make_hybrid(tmp_path), exporting.write_granite
+    source, real = make_hybrid(tmp_path), FORMATS["granite"].write
 
-    def spoiled(*arguments: object) -> None:
-        real(*arguments)
+    def spoiled(*arguments: object) -> Path:
+        made = real(*arguments)
         (file,) = arguments[2].glob("*.safetensors")
         tensors = load_file(file)
         tensors["model.layers.1.mamba.D"] += 0.01
         save_file(tensors, file, metadata={"format": "pt"})
+        return made
 
-    monkeypatch.setattr(exporting, "write_granite", spoiled)
+    monkeypatch.setattr(FORMATS["granite"], "write", spoiled)
     before = sorted(tmp_path.rglob("*"))
     assert "not exported" in cli.fails("export", source, "--format", "granite", "-o", tmp_path / "out", code=1)
     assert sorted(tmp_path.rglob("*")) == before

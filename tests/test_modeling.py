@@ -1,4 +1,5 @@
-"""The hybrid model: caches, padding, packing, generation, types. docs/concepts/architecture.md's numbers on tiny random models."""
+"""The hybrid model: caches, padding, packing, generation, types. docs/concepts/architecture.md's
+numbers on tiny random models."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tests.conftest import apart, hybrid, hybrid_config, rounding, worst
 
 LAYOUTS = ["ammam", "mmm", "aa", "ma"]
 ROUNDS = 16  # times what one unit in the last place of every weight explains, see conftest.rounding
-# on CUDA a cached step runs the torch engine against the kernel, which may differ by 1e-3 of the largest entry
+# on CUDA a cached step runs the torch engine against the kernel, which may differ by 1e-3 of the
+# largest entry
 CUDA = 1e-3
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -35,7 +37,8 @@ def check(one: torch.Tensor, other: torch.Tensor, explained: float) -> None:
 
 
 def check_greedy(model: torch.nn.Module, prompt: torch.Tensor, one: list[int], other: list[int]) -> None:
-    """Two greedy continuations are the same up to where the two tokens are as likely as rounding can tell."""
+    """Two greedy continuations are the same up to where the two tokens are as likely as rounding
+    can tell."""
     at = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
     if at is None:
         return
@@ -246,7 +249,8 @@ def test_a_static_cache_gives_the_same_tokens(kind: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_float16_is_right_or_refused(kind: str, device: str) -> None:
-    """mamba2 norms what it puts out, and float16 is then three bits better than bfloat16; what mamba puts out may overflow."""
+    """mamba2 norms what it puts out, and float16 is then three bits better than bfloat16; what
+    mamba puts out may overflow."""
     model, tokens = hybrid("amma", kind).to(device), ids(2, 20, device=device)
     off = {}
     for dtype in (torch.float16, torch.bfloat16):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hybridize.commands.shared.strip import draw_strip
 
-from hybridize import runtime
 from hybridize.checkpoint.manifest import ancestors
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.compat import TRIED
@@ -24,6 +23,7 @@ from hybridize.distillation import watch
 from hybridize.distillation.plan import kept_bytes, micro_that_fits, plain_bytes, plan
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError
+from hybridize.runtime import device as runtime
 from hybridize.surgery.teacher import empty_model
 from tests.conftest import SHAPES, Runner, hybrid, hybrid_config, interrupt_after, make_place
 

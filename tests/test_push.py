@@ -130,7 +130,7 @@ def test_the_card_is_one_that_a_hub_reads(place: Path, cli: Runner) -> None:
     manifest["data"] = [{"path": "/home/someone/traces.jsonl", "rows": 4}, {"path": "open/set", "rows": 2}]
     source = CheckpointReader(place / "h1")
     origin = read_origin(source, manifest, "org/teacher-1b")
-    text = model_card(source, manifest, origin=origin, name="h1-hf")
+    text = model_card(source, manifest, "", origin=origin, name="h1-hf")
     card = ModelCard(text)
     assert card.data.base_model == "org/teacher-1b"
     assert card.data.license == "apache-2.0"
@@ -152,7 +152,7 @@ def test_the_card_is_one_that_a_hub_reads(place: Path, cli: Runner) -> None:
 
 def test_a_card_without_anything_known_says_so(place: Path) -> None:
     source = CheckpointReader(place / "h1")
-    card = ModelCard(model_card(source, json.loads((place / "h1/hybridize.json").read_text())))
+    card = ModelCard(model_card(source, json.loads((place / "h1/hybridize.json").read_text()), ""))
     assert "Nothing has been measured on this model yet" in card.content
     assert "which this card does not know" in card.content
     assert card.data.base_model is None

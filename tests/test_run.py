@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hybridize.commands import app, output
+from hybridize.commands import app
 from hybridize.commands import run as run_command
+from hybridize.commands.shared import output
 from typer.testing import CliRunner
 
 from hybridize.checkpoint.atomic import write_json_atomic

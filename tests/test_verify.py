@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hybridize.errors import WorkError
-from hybridize.export import driver as exporting
-from hybridize.export.verify import BOUND, BOUNDS, Reference, judge
+from hybridize.export.formats import FORMATS
+from hybridize.export.formats.gguf import BOUNDS
+from hybridize.export.verify import BOUND, Reference, judge
 from tests.conftest import Runner
 from tests.test_granite import make_hybrid, stock
 
@@ -82,13 +83,14 @@ def test_generation_settings_of_the_checkpoint_do_not_matter(tmp_path: Path, cli
 
 def test_code_that_does_not_run_never_appears(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """hf is verified through the files that are exported, not through the classes of this package."""
-    source, real = make_hybrid(tmp_path), exporting.write_hf
+    source, real = make_hybrid(tmp_path), FORMATS["hf"].write
 
-    def spoiled(checkpoint: object, path: Path, lineage: object) -> None:
-        real(checkpoint, path, lineage)
+    def spoiled(checkpoint: object, plan: object, path: Path, *arguments: object) -> Path:
+        made = real(checkpoint, plan, path, *arguments)
         (path / "mamba2.py").write_text("raise RuntimeError('spoiled')")
+        return made
 
-    monkeypatch.setattr(exporting, "write_hf", spoiled)
+    monkeypatch.setattr(FORMATS["hf"], "write", spoiled)
     before = sorted(tmp_path.rglob("*"))
     text = cli.fails("export", source, "-o", tmp_path / "out", code=1)
     assert "the export does not load in transformers" in text

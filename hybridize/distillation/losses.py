@@ -1,10 +1,12 @@
-"""Divergences between teacher and student, and the chunked projection that never holds a batch's logits.
+"""Divergences between teacher and student, and the chunked projection that never holds a batch's
+logits.
 
-Per token, in float32, p the teacher, q the student (docs/concepts/architecture.md, losses). Knows nothing of models: hidden states and output
-matrices in, a scalar and gradients out.
+Per token, in float32, p the teacher, q the student (docs/concepts/architecture.md, losses). Knows
+nothing of models: hidden states and output matrices in, a scalar and gradients out.
 
-Every divergence is a sum over the vocabulary of f(p, q), and so is all that its gradient needs: with u = q df/dq, up to
-multiples of q, which the softmax takes out, the gradient to the student's logits is u - q sum(u).
+Every divergence is a sum over the vocabulary of f(p, q), and so is all that its gradient needs:
+with u = q df/dq, up to multiples of q, which the softmax takes out, the gradient to the student's
+logits is u - q sum(u).
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ def divergence(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A weighted sum of divergences and cross-entropy (`ce`). The temperature divides both sides' logits of the former
-    and multiplies them by T^2; cross-entropy takes labels and no temperature. soft_cap: both sides' logits are
-    cap * tanh(logits / cap) before all else (Gemma 2)."""
+    """A weighted sum of divergences and cross-entropy (`ce`). The temperature divides both sides'
+    logits of the former and multiplies them by T^2; cross-entropy takes labels and no temperature.
+    soft_cap: both sides' logits are cap * tanh(logits / cap) before all else (Gemma 2)."""
 
     weights: tuple[tuple[str, float], ...] = (("reverse-kl", 1.0),)
     temperature: float = 1.0
@@ -65,7 +67,8 @@ class Loss:
 
     @classmethod
     def parse(cls, text: str, temperature: float = 1.0) -> Loss:
-        """`reverse-kl`, or `reverse-kl=.9,ce=.1`. InputError on an unknown name or a weight that is not positive."""
+        """`reverse-kl`, or `reverse-kl=.9,ce=.1`. InputError on an unknown name or a weight that is
+        not positive."""
         weights = named_numbers(text, "--loss", 1.0)
         for name, _ in weights:
             if name not in (*DIVERGENCES, "ce"):
@@ -81,7 +84,8 @@ class Loss:
         return any(name != "ce" for name, _ in self.weights)
 
     def per_token(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] and label ids [n] to the loss [n], float32, and its gradient to the student's logits, float32."""
+        """Logits [n, V] and label ids [n] to the loss [n], float32, and its gradient to the
+        student's logits, float32."""
         scale, cap, student = self.temperature, self.soft_cap, student.float()
         student = soft_capped(student, cap)
         if teacher is not None:
@@ -105,7 +109,8 @@ class Loss:
 
 
 def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
-    """The summed loss of logits [n, V], each token's times its `scale` [n]; its gradient replaces the student's logits."""
+    """The summed loss of logits [n, V], each token's times its `scale` [n]; its gradient replaces
+    the student's logits."""
     value, grad = loss.per_token(student, teacher, labels)
     student.copy_(grad * scale.unsqueeze(1))
     return (value * scale).sum()
@@ -113,10 +118,11 @@ def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor
 
 @functools.cache
 def _fused() -> Callable[..., Tensor]:
-    """`_replace`, compiled: it reads the logits three times instead of some twenty and keeps nothing in between."""
+    """`_replace`, compiled: it reads the logits three times instead of some twenty and keeps
+    nothing in between."""
     keep_compiled_apart()
-    # a log-probability reads logits, maximum and sum, a term two of them: more than what the compiler by itself computes twice
-    # instead of keeping it as another float32 [n, V]
+    # a log-probability reads logits, maximum and sum, a term two of them: more than what the
+    # compiler by itself computes twice instead of keeping it as another float32 [n, V]
     chosen = [torch.compile(_replace, options={"realize_reads_threshold": 16})]
 
     def replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
@@ -136,7 +142,8 @@ def _fused() -> Callable[..., Tensor]:
 
 
 class _Chunked(torch.autograd.Function):
-    """Projects, compares and differentiates chunk by chunk in forward; backward only scales what is there."""
+    """Projects, compares and differentiates chunk by chunk in forward; backward only scales what is
+    there."""
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, loss, dtype, scale, chunk):  # type: ignore[no-untyped-def]
@@ -182,7 +189,8 @@ def _rows(vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left @ right as `dtype`, where a product's type is narrower on the way in, but not on the way out; in place."""
+    """total + left @ right as `dtype`, where a product's type is narrower on the way in, but not on
+    the way out; in place."""
     if left.dtype == dtype:
         return left @ right if total is None else total.addmm_(left, right)
     if left.is_cuda and dtype == torch.float32:
@@ -205,14 +213,16 @@ def chunked_loss(
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
 ) -> Tensor:
-    """The summed loss of n tokens, each times its `scale`, with gradients to `hidden` and `weight`, once.
+    """The summed loss of n tokens, each times its `scale`, with gradients to `hidden` and `weight`,
+    once.
 
-    hidden [n, D], weight [V, D]; teacher_hidden [n, E], teacher_weight [V, E], or both None for pure cross-entropy, or in place
-    of the hidden states the teacher's logits [n, V] and no weight; labels [n].
-    scale: one, or [n] float32: over the kept tokens of the whole optimizer step, all micro-batches and ranks, so that any split
-    has the same gradient. dtype: of the projections and of the logits' gradient; the divergence is float32. chunk: tokens at a
-    time, by default what CHUNK_BYTES hold.
-    Floor: four products of n D V multiply-adds (three with a frozen head) and three passes over the logits.
+    hidden [n, D], weight [V, D]; teacher_hidden [n, E], teacher_weight [V, E], or both None for
+    pure cross-entropy, or in place of the hidden states the teacher's logits [n, V] and no weight;
+    labels [n]. scale: one, or [n] float32: over the kept tokens of the whole optimizer step, all
+    micro-batches and ranks, so that any split has the same gradient. dtype: of the projections and
+    of the logits' gradient; the divergence is float32. chunk: tokens at a time, by default what
+    CHUNK_BYTES hold. Floor: four products of n D V multiply-adds (three with a frozen head) and
+    three passes over the logits.
     """
     if not isinstance(scale, Tensor):
         scale = torch.full((len(hidden),), scale, device=hidden.device)

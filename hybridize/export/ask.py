@@ -1,6 +1,6 @@
-"""Asks transformers what a model on disk computes. Imports nothing of hybridize, whose classes would step in for the code that
-travels with an export: `python -m hybridize.export.ask` with JSON on stdin is how the `hf` format is verified.
-"""
+"""Asks transformers what a model on disk computes. Imports nothing of hybridize, whose classes
+would step in for the code that travels with an export: `python -m hybridize.export.ask` with JSON
+on stdin is how the `hf` format is verified."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 
 def plain_greedy(model: Any, new_tokens: int) -> GenerationConfig:
-    """Greedy decoding and nothing else: what a checkpoint's generation_config.json asks for (penalties, beams) is left out."""
+    """Greedy decoding and nothing else: what a checkpoint's generation_config.json asks for
+    (penalties, beams) is left out."""
     own = model.generation_config
     pad = own.pad_token_id if own.pad_token_id is not None else 0
     return GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=own.eos_token_id, pad_token_id=pad)
@@ -25,7 +26,8 @@ def plain_greedy(model: Any, new_tokens: int) -> GenerationConfig:
 def answers(
     model: Any, prompts: list[list[int]], sequences: list[list[int]], new_tokens: int
 ) -> tuple[list[Tensor], list[list[int]]]:
-    """Logits [T, V] of each sequence, alone; greedy tokens after each prompt, all prompts in one left-padded batch."""
+    """Logits [T, V] of each sequence, alone; greedy tokens after each prompt, all prompts in one
+    left-padded batch."""
     device = model.device
     logits = [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
     width, config = max(map(len, prompts)), plain_greedy(model, new_tokens)

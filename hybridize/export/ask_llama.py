@@ -1,7 +1,7 @@
 """Asks llama.cpp what a GGUF file computes, in a process whose crash is not ours.
 
-`python -m hybridize.export.ask_llama` with JSON on stdin is how the `gguf` format is verified: through llama-cpp-python on the
-CPU with a float32 cache, one prompt at a time.
+`python -m hybridize.export.ask_llama` with JSON on stdin is how the `gguf` format is verified:
+through llama-cpp-python on the CPU with a float32 cache, one prompt at a time.
 """
 
 from __future__ import annotations

@@ -8,50 +8,13 @@ from typing import Any
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.export.origin import Origin, front_matter, plain, read_origin, result_lines
 
-HF = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
-```
-
-Needs torch and transformers 5.17 or newer. With mamba-ssm and causal-conv1d on a CUDA device it runs their kernels,
-elsewhere plain PyTorch. Assisted decoding is refused: a recurrent state cannot be rolled back."""
-
-VLLM = "    vllm serve THIS_DIRECTORY\n"
-GRANITE = (
-    """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
-```
-
-"""
-    + VLLM
-    + """
-Compared in float32; at dtype=bfloat16 transformers casts A_log, D and dt_bias with the rest, which hybridize never does.
-
-A GraniteMoeHybridForCausalLM: no code of its own. **transformers 5.23 or newer**: older versions load the same files without a
-warning and compute another function (they normalise over all channels where this model has one group a head)."""
-)
-
-NOT_VLLM = "Not for vLLM (0.32 and before): it takes head size = hidden size / heads and ignores this config's head_dim.\n"
-
-GGUF = """    llama-cli -m FILE -cnv
-
-```python
-from llama_cpp import Llama
-model = Llama("FILE", n_ctx=4096)
-model.create_chat_completion([{"role": "user", "content": "What is 17 times 23?"}], temperature=0)
-```
-
-Of llama.cpp's architecture `granitehybrid`."""
-
 
 def model_card(
-    source: CheckpointReader, manifest: dict[str, Any] | None, use: str = HF, verified: str = "not verified",
+    source: CheckpointReader, manifest: dict[str, Any] | None, use: str, verified: str = "not verified",
     origin: Origin | None = None, name: str = "hybrid",
 ) -> str:  # fmt: skip
-    """use: how to load it, in Markdown; verified: one sentence on what was compared; name: what the model is called."""
+    """use: how to load it, in Markdown; verified: one sentence on what was compared; name: what the
+    model is called."""
     config, origin = source.config, origin or read_origin(source, manifest)
     kinds = config["layer_types"]
     mixers = [str(i) for i, kind in enumerate(kinds) if kind == "linear_attention"]

@@ -1,4 +1,5 @@
-"""Where an exported model comes from, as a model hub has it: teacher, licence, names of the data, results."""
+"""Where an exported model comes from, as a model hub has it: teacher, licence, names of the data,
+results."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one task or group; teacher: what the teacher got, if that is known; recall tasks are figures as well."""
+    """One figure of one task or group; teacher: what the teacher got, if that is known; recall
+    tasks are figures as well."""
 
     task: str
     metric: str
@@ -31,7 +33,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Origin:
-    """base_model: hub id of the teacher; license: as its own card says; both None where nobody says so. datasets: names."""
+    """base_model: hub id of the teacher; license: as its own card says; both None where nobody says
+    so. datasets: names."""
 
     base_model: str | None = None
     license: str | None = None
@@ -43,7 +46,8 @@ class Origin:
 def read_origin(
     source: CheckpointReader, manifest: dict[str, Any] | None, base_model: str | None = None, license_: str | None = None
 ) -> Origin:
-    """What is known of a checkpoint from its manifest, its teacher's directory and what `eval` left beside it.
+    """What is known of a checkpoint from its manifest, its teacher's directory and what `eval` left
+    beside it.
 
     base_model, license_: what the user says, which wins. InputError where base_model is no hub id.
     """
@@ -59,7 +63,8 @@ def read_origin(
 
 
 def _hub_id(source: CheckpointReader, manifest: dict[str, Any] | None) -> str | None:
-    """The root's hub id: named as one, or in the hub's cache; else what transformers noted when it saved the teacher."""
+    """The root's hub id: named as one, or in the hub's cache; else what transformers noted when it
+    saved the teacher."""
     path = str(manifest["root"]["path"]) if manifest else ""
     if found := _CACHED.search(path):
         return f"{found[1]}/{found[2]}"
@@ -81,7 +86,8 @@ def _license(teacher: Path | None) -> str | None:
 
 
 def _figures(home: Path) -> list[Figure]:
-    """Of eval/results.json, with the teacher's of eval/baseline.json where that was of the same settings."""
+    """Of eval/results.json, with the teacher's of eval/baseline.json where that was of the same
+    settings."""
     from hybridize.evaluation.results import check_comparable, read_results, values_in
 
     try:

@@ -16,7 +16,8 @@ def _api() -> Any:
 
 
 def check_push(repo: str) -> None:
-    """InputError, before anything is written, where `repo` is no name of a repository or the hub does not know the user."""
+    """InputError, before anything is written, where `repo` is no name of a repository or the hub
+    does not know the user."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -31,8 +32,8 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Makes the repository if need be and uploads the directory in one commit; returns its address. WorkError where that fails,
-    the directory staying as it is."""
+    """Makes the repository if need be and uploads the directory in one commit; returns its address.
+    WorkError where that fails, the directory staying as it is."""
     api = _api()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)

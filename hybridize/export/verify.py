@@ -1,12 +1,12 @@
-"""Does the exported model compute what the checkpoint computes? Asked of the runtime that is to serve it, before the export
-appears under its name.
+"""Does the exported model compute what the checkpoint computes? Asked of the runtime that is to
+serve it, before the export appears under its name.
 
-The reference is the checkpoint itself in float32: greedy tokens after a few prompts, and the logits at every position.
+The reference is the checkpoint itself in float32: greedy tokens after a few prompts, and the logits
+at every position.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybridize.errors import WorkError, first_line
-from hybridize.export.ask import answers, plain_greedy
+from hybridize.export.ask import plain_greedy
 from hybridize.runtime.loading import load_model
 
 PROMPTS = (
@@ -36,12 +36,12 @@ PROMPTS = (
 NEW_TOKENS = 32
 PATIENCE = 1800.0  # seconds for a foreign runtime's answers
 BOUND = 1e-4  # of the largest logit: rounding grows with the numbers rounded
-BOUNDS = {"f32": BOUND, "f16": 2e-2, "q8_0": 0.5}  # the last two are there to catch another model, not to judge rounding
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the checkpoint does: prompts [P_i], prompt and greedy continuation [P_i + G_i], logits there [P_i + G_i, V]."""
+    """What the checkpoint does: prompts [P_i], prompt and greedy continuation [P_i + G_i], logits
+    there [P_i + G_i, V]."""
 
     prompts: list[list[int]]
     sequences: list[list[int]]
@@ -50,9 +50,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Largest difference of a logit (absolute, and the largest logit beside it), and how many greedy tokens are equal.
+    """Largest difference of a logit (absolute, and the largest logit beside it), and how many
+    greedy tokens are equal.
 
-    ties: prompts whose continuation parts where the reference's best two logits are closer than rounding can tell.
+    ties: prompts whose continuation parts where the reference's best two logits are closer than
+    rounding can tell.
     """
 
     runtime: str
@@ -71,18 +73,6 @@ class Verdict:
         return told + (f", {self.ties} prompts parted at a tie" if self.ties else "")
 
 
-def runtime_missing(form: str) -> str | None:
-    """Why the runtime of a format cannot be asked on this machine, or None."""
-    from hybridize.export.formats.granite import OLDEST
-
-    if form == "gguf":
-        return None if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed"
-    version = metadata.version("transformers")
-    if form == "granite" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"transformers {version} computes another function; {'.'.join(map(str, OLDEST))} or newer is needed"
-    return None
-
-
 @torch.no_grad()
 def reference(path: Path, tokenizer: Any, device: torch.device) -> Reference:
     """Greedy continuations of PROMPTS by the checkpoint at `path`, one prompt at a time."""
@@ -98,34 +88,20 @@ def reference(path: Path, tokenizer: Any, device: torch.device) -> Reference:
     return Reference(prompts, sequences, logits)
 
 
-def ask_transformers(path: Path, wanted: Reference, device: torch.device) -> Verdict:
-    """The stock class that config.json names, in this process."""
-    model: Any = load_model(path, device, torch.float32)
-    logits, made = answers(model, wanted.prompts, wanted.sequences, NEW_TOKENS)
-    return judge(_transformers(type(model).__name__), wanted, logits, made, BOUND, exact=True)
-
-
-def ask_own_code(path: Path, wanted: Reference, device: torch.device) -> Verdict:
-    """The code beside the weights, in a process that has not imported ours."""
-    told = {"model": str(path), "prompts": wanted.prompts, "sequences": wanted.sequences, "device": str(device)}
-    found, metadata_ = _asked("hybridize.export.ask", told, f"transformers {metadata.version('transformers')}", "not exported")
-    assert metadata_["module"].startswith("transformers_modules"), metadata_
-    logits, made = _parts(found, len(wanted.prompts))
-    return judge(_transformers(metadata_["class"]), wanted, logits, made, BOUND, exact=True)
-
-
 class RuntimeCrash(WorkError):
-    """A foreign runtime died, hung or said nothing that can be read: what it would compute is not known."""
+    """A foreign runtime died, hung or said nothing that can be read: what it would compute is not
+    known."""
 
 
-def _asked(module: str, told: dict[str, Any], runtime: str, else_: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a module of ours that drives a foreign runtime answers, in a process of its own: tensors and their metadata.
+def ask_process(module: str, request: dict[str, Any], runtime: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a module of ours that drives a foreign runtime answers, in a process of its own: tensors
+    and their metadata.
 
-    WorkError where it says what is wrong (ending with `else_`), RuntimeCrash where it cannot.
+    WorkError where it says what is wrong, RuntimeCrash where it cannot.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.safetensors"
-        given = json.dumps(told | {"answer": str(answer), "new_tokens": NEW_TOKENS})
+        given = json.dumps(request | {"answer": str(answer), "new_tokens": NEW_TOKENS})
         environment = {**os.environ, "HF_MODULES_CACHE": folder}
         try:
             done = subprocess.run(
@@ -139,7 +115,7 @@ def _asked(module: str, told: dict[str, Any], runtime: str, else_: str) -> tuple
             raise RuntimeCrash(f"{runtime} died of {name} on this CPU ({_cpu()})")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise WorkError(f"the export does not load in {runtime} ({last}); {else_}")
+            raise WorkError(f"the export does not load in {runtime} ({last}); not exported")
         try:
             with safe_open(answer, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -147,14 +123,16 @@ def _asked(module: str, told: dict[str, Any], runtime: str, else_: str) -> tuple
             raise RuntimeCrash(f"{runtime} ended without an answer that can be read ({first_line(error)})") from error
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package, in words."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "of no known version"
 
 
-def _parts(found: dict[str, Tensor], count: int) -> tuple[list[Tensor], list[list[int]]]:
+def parts_of(found: dict[str, Tensor], count: int) -> tuple[list[Tensor], list[list[int]]]:
+    """Logits and greedy tokens of `count` prompts, out of the tensors of an answer."""
     return [found[f"logits.{i}"] for i in range(count)], [found[f"made.{i}"].tolist() for i in range(count)]
 
 
@@ -167,29 +145,17 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _transformers(kind: str) -> str:
+def transformers_name(kind: str) -> str:
+    """The runtime's name in a verdict. kind: the class that it loaded."""
     return f"transformers {metadata.version('transformers')} ({kind})"
 
 
-def ask_llama_cpp(file: Path, wanted: Reference, outtype: str) -> Verdict:
-    """As above through llama-cpp-python; tokens of PROMPTS as well."""
-    name = f"llama.cpp (llama-cpp-python {_version('llama-cpp-python')})"
-    told = {"model": str(file), "texts": PROMPTS, "prompts": wanted.prompts, "sequences": wanted.sequences}
-    found, _ = _asked("hybridize.export.ask_llama", told, name, "not exported")
-    for i, (text, prompt) in enumerate(zip(PROMPTS, wanted.prompts, strict=True)):
-        ours = found[f"tokens.{i}"].tolist()
-        if ours != prompt:
-            raise WorkError(
-                f"llama.cpp splits {text!r} into other tokens ({ours[:8]} ...) than the tokenizer ({prompt[:8]} ...)"
-            )
-    logits, made = _parts(found, len(wanted.prompts))
-    return judge(name, wanted, logits, made, BOUNDS[outtype], exact=outtype == "f32")
-
-
 def judge(runtime: str, wanted: Reference, logits: list[Tensor], made: list[list[int]], share: float, exact: bool) -> Verdict:
-    """Compares; WorkError when a logit differs by more than `share` of the largest, or `exact` and a token does.
+    """Compares; WorkError when a logit differs by more than `share` of the largest, or `exact` and
+    a token does.
 
-    A continuation may part from the reference only at a tie: where the two tokens' logits are closer than twice that.
+    A continuation may part from the reference only at a tie: where the two tokens' logits are
+    closer than twice that.
     """
     scale = max(float(part.abs().max()) for part in wanted.logits)
     if not all(bool(torch.isfinite(part).all()) for part in logits):

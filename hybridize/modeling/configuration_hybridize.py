@@ -1,4 +1,5 @@
-"""The configuration of a hybrid: the teacher's own keys, which layers are Mamba (`layer_types`), and the mixer's shape."""
+"""The configuration of a hybrid: the teacher's own keys, which layers are Mamba (`layer_types`),
+and the mixer's shape."""
 
 from __future__ import annotations
 
@@ -7,17 +8,19 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 MIXER_LAYER = "linear_attention"  # transformers' name for a layer whose cache is a convolution window and a state
-# what the config's `mixer` has, beside its kind's own keys, where the teacher's attention has it: biases of in_proj and
-# out_proj, RMSNorm of B and C as {over: head|all, offset: what is added to the weight}
+# what the config's `mixer` has, beside its kind's own keys, where the teacher's attention has it:
+# biases of in_proj and out_proj, RMSNorm of B and C as {over: head|all, offset: what is added to
+# the weight}
 CARRIED_KEYS = ("in_bias", "out_bias", "norm_bc")
 
 
 class HybridConfig(PreTrainedConfig):
     """Every key of the teacher's config, plus the layout.
 
-    base_model_type: the teacher's `model_type`. layer_types: one entry a layer, `linear_attention` for a mixer, the
-    teacher's own kind otherwise. mixer: {kind, and the shape keys of that kind}, or None while no layer is converted.
-    Raises ValueError when the layout and the mixer contradict each other; the kind itself is checked by the model.
+    base_model_type: the teacher's `model_type`. layer_types: one entry a layer, `linear_attention`
+    for a mixer, the teacher's own kind otherwise. mixer: {kind, and the shape keys of that kind},
+    or None while no layer is converted. Raises ValueError when the layout and the mixer contradict
+    each other; the kind itself is checked by the model.
     """
 
     model_type = "hybridize"
@@ -29,7 +32,8 @@ class HybridConfig(PreTrainedConfig):
         mixer: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The family's own class fills in its defaults and reads legacy spellings (rope_theta, rope_scaling).
+        # The family's own class fills in its defaults and reads legacy spellings (rope_theta,
+        # rope_scaling).
         kinds = layer_types
         attention = kwargs.pop("attn_implementation", None)
         own = {key: value for key, value in kwargs.items() if key not in ("model_type", "transformers_version")}
@@ -72,11 +76,13 @@ class HybridConfig(PreTrainedConfig):
         return [i for i, kind in enumerate(self.layer_types) if kind == MIXER_LAYER]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All keys: a value that equals Llama's default may differ from the default of this config's own family."""
+        """All keys: a value that equals Llama's default may differ from the default of this
+        config's own family."""
         return self.to_dict()
 
 
 def hybrid_config(raw: dict[str, Any]) -> HybridConfig:
-    """The hybrid view of a checkpoint's config, whether it is a plain teacher's or already a hybrid's."""
+    """The hybrid view of a checkpoint's config, whether it is a plain teacher's or already a
+    hybrid's."""
     keys = {key: value for key, value in raw.items() if key not in ("model_type", "base_model_type", "auto_map")}
     return HybridConfig(base_model_type=raw.get("base_model_type", raw["model_type"]), **keys)

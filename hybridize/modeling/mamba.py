@@ -1,7 +1,8 @@
-"""The Mamba-1 mixer in M1's grouped form (2504.10449, section 3), a drop-in for a `self_attn` module.
+"""The Mamba-1 mixer in M1's grouped form (2504.10449, section 3), a drop-in for a `self_attn`
+module.
 
-Shapes: B batch, T time, D hidden, I inner = query heads * head_dim, X = key/value heads * head_dim, N state size,
-R rank of dt, G = I / N groups.
+Shapes: B batch, T time, D hidden, I inner = query heads * head_dim, X = key/value heads * head_dim,
+N state size, R rank of dt, G = I / N groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .scan import selective_scan
 
 @register_mixer
 class MambaMixer(Mixer):
-    """in_proj rows, in order: z (I), x (X), B (X), C (I), dt (R); x and B are expanded from key/value to query heads."""
+    """in_proj rows, in order: z (I), x (X), B (X), C (I), dt (R); x and B are expanded from
+    key/value to query heads."""
 
     kind = "mamba"
     sizes = ("d_inner", "d_state", "d_conv", "dt_rank")
@@ -57,11 +59,12 @@ class MambaMixer(Mixer):
         cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, D]; attention_mask [B, T] bool, False at padding; seq_idx [B, T] int, a document's number.
+        """hidden_states [B, T, D]; attention_mask [B, T] bool, False at padding; seq_idx [B, T]
+        int, a document's number.
 
-        cache: a transformers cache whose layer `layer_idx` is a linear-attention layer; read and updated in place. Before 5.24
-        it is called past_key_values.
-        Returns ([B, T, D], None), the second in place of attention weights.
+        cache: a transformers cache whose layer `layer_idx` is a linear-attention layer; read and
+        updated in place. Before 5.24 it is called past_key_values. Returns ([B, T, D], None), the
+        second in place of attention weights.
         """
         if hidden_states.dtype == torch.float16:
             raise ValueError("a mamba mixer's output is not normalised and overflows float16; use bfloat16 or float32")
@@ -84,12 +87,14 @@ class MambaMixer(Mixer):
         return z, self._expand(x), self._expand(self.B_norm(B)), self.C_norm(C), self.dt_proj(dt)
 
     def scan(self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, **told: Any) -> tuple[Tensor, Tensor]:
-        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see selective_scan."""
+        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see
+        selective_scan."""
         groups = (2, (-1, self.d_state))
         return selective_scan(
             x, dt, -torch.exp(self.A_log.float()), B.unflatten(*groups), C.unflatten(*groups), self.D, self.dt_bias, **told
         )
 
     def _expand(self, t: Tensor) -> Tensor:
-        """[B, T, X] -> [B, T, I]: each unit (a head, or M1's chunk of N) stands once for every query head that shares it."""
+        """[B, T, X] -> [B, T, I]: each unit (a head, or M1's chunk of N) stands once for every
+        query head that shares it."""
         return t.unflatten(-1, (-1, 1, self.unit)).expand(-1, -1, -1, self.repeats, -1).flatten(2)

@@ -1,5 +1,6 @@
-"""The Mamba-2 mixer (2405.21060), to the letter the layer that GraniteMoeHybridForCausalLM has, so that stock runtimes serve
-it (hybridize's docs/concepts/architecture.md). Key and value heads are expanded to query heads in the weights: every head is its own group.
+"""The Mamba-2 mixer (2405.21060), to the letter the layer that GraniteMoeHybridForCausalLM has, so
+that stock runtimes serve it (hybridize's docs/concepts/architecture.md). Key and value heads are
+expanded to query heads in the weights: every head is its own group.
 
 Shapes: B batch, T time, D hidden, H heads, P head size = N state size, I = H * P.
 """
@@ -30,7 +31,8 @@ class GatedRMSNorm(nn.Module):
 
 @register_mixer
 class Mamba2Mixer(Mixer):
-    """in_proj rows, in order: z (I), x (I), B (I), C (I), dt (H); convolution and SiLU over x, B and C; gate, then norm."""
+    """in_proj rows, in order: z (I), x (I), B (I), C (I), dt (H); convolution and SiLU over x, B
+    and C; gate, then norm."""
 
     kind = "mamba2"
     sizes = ("d_inner", "d_state", "d_conv")
@@ -86,7 +88,8 @@ class Mamba2Mixer(Mixer):
         return z, xBC, dt
 
     def scan(self, xBC: Tensor, dt: Tensor, **told: Any) -> tuple[Tensor, Tensor]:
-        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see ssd_scan."""
+        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see
+        ssd_scan."""
         x, B, C = (t.unflatten(-1, (-1, self.head)) for t in xBC.split(self.inner, dim=-1))
         y, last = ssd_scan(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, self.dt_bias, **told)
         return y.flatten(2), last

@@ -1,6 +1,8 @@
-"""What every mixer shares: starting values, parameters that stay float32, and the convolution with its cache.
+"""What every mixer shares: starting values, parameters that stay float32, and the convolution with
+its cache.
 
-Knows nothing of the layers around a mixer. Shapes: B batch, T time, I inner = query heads * head_dim, K taps.
+Knows nothing of the layers around a mixer. Shapes: B batch, T time, I inner = query heads *
+head_dim, K taps.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ FLOAT32 = ("A_log", "D", "dt_bias")  # parameters that stay float32 under every 
 def initial(name: str, shape: tuple[int, ...], fan_in: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """The starting value of a mixer parameter, float32 on the CPU.
 
-    A = -(1..N) a channel (Mamba) or uniform in -[1, 16] a head (Mamba-2, 2405.21060), D = 1, dt bias = the inverse softplus
-    of log-uniform [1e-3, 1e-1] (2312.00752, section 3.6), norm 1; everything else is uniform in +-fan_in^-1/2, torch's
-    default for linear and convolution; fan_in is the last dimension unless given.
+    A = -(1..N) a channel (Mamba) or uniform in -[1, 16] a head (Mamba-2, 2405.21060), D = 1, dt
+    bias = the inverse softplus of log-uniform [1e-3, 1e-1] (2312.00752, section 3.6), norm 1;
+    everything else is uniform in +-fan_in^-1/2, torch's default for linear and convolution; fan_in
+    is the last dimension unless given.
     """
     if name == "A_log":
         if len(shape) == 1:
@@ -43,7 +46,8 @@ def inverse_softplus(step: Tensor) -> Tensor:
 
 
 class VectorNorm(nn.Module):
-    """RMSNorm of B or C as the teacher's attention has of keys or queries: over each head, or over all of them together."""
+    """RMSNorm of B or C as the teacher's attention has of keys or queries: over each head, or over
+    all of them together."""
 
     def __init__(self, size: int, eps: float, offset: float) -> None:
         super().__init__()
@@ -57,13 +61,14 @@ class VectorNorm(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass is made from (config, layer index) and has `in_proj`, `conv1d` and `out_proj`, the
-    forward pass of a transformers attention layer, and `state_shape`.
+    """Base of all mixers. A subclass is made from (config, layer index) and has `in_proj`, `conv1d`
+    and `out_proj`, the forward pass of a transformers attention layer, and `state_shape`.
 
-    kind: its name in the config. sizes: the keys of the config's `mixer` that are whole numbers above 0; choices: those that
-    are one of several words. The flags say what its kernels can do: fits_float16, whether no value exceeds float16;
-    deterministic, whether its CUDA kernels add in a fixed order; graphs_documents, whether a CUDA graph can hold a step on
-    packed documents; tunes, whether its kernels try their configurations at first use, for minutes.
+    kind: its name in the config. sizes: the keys of the config's `mixer` that are whole numbers
+    above 0; choices: those that are one of several words. The flags say what its kernels can do:
+    fits_float16, whether no value exceeds float16; deterministic, whether its CUDA kernels add in a
+    fixed order; graphs_documents, whether a CUDA graph can hold a step on packed documents; tunes,
+    whether its kernels try their configurations at first use, for minutes.
     """
 
     kind: ClassVar[str]
@@ -92,7 +97,8 @@ class Mixer(nn.Module):
                 raise ValueError(f"the config's `mixer` has {key} {shape[key]!r}, which is not {' or '.join(words)}")
 
     def _add_norms(self, shape: dict[str, Any], head: int, keys: int, queries: int, eps: float) -> None:
-        """B_norm and C_norm where the config has `norm_bc`, else nothing; keys, queries: channels of B and C."""
+        """B_norm and C_norm where the config has `norm_bc`, else nothing; keys, queries: channels
+        of B and C."""
         given = shape.get("norm_bc")
         sizes = (head, head) if given and given["over"] == "head" else (keys, queries)
         made = [VectorNorm(size, eps, given["offset"]) if given else nn.Identity() for size in sizes]
@@ -111,7 +117,8 @@ class Mixer(nn.Module):
                 parameter.copy_(value - offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mixer:
-        """Moves with the module, but never changes the type of A_log, D and dt bias: bf16 loses small steps and decays."""
+        """Moves with the module, but never changes the type of A_log, D and dt bias: bf16 loses
+        small steps and decays."""
         kept = {name: p.data for name, p in self._parameters.items() if p is not None and name in FLOAT32}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -121,7 +128,8 @@ class Mixer(nn.Module):
         return self
 
     def _convolve(self, x: Tensor, attention_mask: Tensor | None, cache: Any, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
-        """[B, T, channels] -> the same after convolution and SiLU, and the state that a cached prefix left, if any.
+        """[B, T, channels] -> the same after convolution and SiLU, and the state that a cached
+        prefix left, if any.
 
         Continues from and updates the window in `cache`; padding enters as zeros.
         """
@@ -150,8 +158,9 @@ class Mixer(nn.Module):
         return self.conv1d.weight.shape[0] * self.conv1d.kernel_size[0] * dtype.itemsize + 4 * math.prod(self.state_shape)
 
     def _steps(self, cache: Any, x: Tensor) -> bool:
-        """Whether x [B, T, channels] is one more token for a cache whose states may be moved on in place, as it says itself.
-        transformers' caches may not: what is to be rolled back keeps its past."""
+        """Whether x [B, T, channels] is one more token for a cache whose states may be moved on in
+        place, as it says itself. transformers' caches may not: what is to be rolled back keeps its
+        past."""
         return cache is not None and x.shape[1] == 1 and getattr(cache.layers[self.layer_idx], "inplace", False)
 
     def _store(self, cache: Any, state: Tensor) -> None:
@@ -164,13 +173,15 @@ MIXERS: dict[str, type[Mixer]] = {}  # kind, as the config has it, to class
 
 
 def register_mixer(mixer: Kind) -> Kind:
-    """A class decorator: models whose config has `mixer.kind` = the class's `kind` are built with it."""
+    """A class decorator: models whose config has `mixer.kind` = the class's `kind` are built with
+    it."""
     MIXERS[mixer.kind] = mixer
     return mixer
 
 
 def mixer_class(shape: dict[str, Any]) -> type[Mixer]:
-    """The class of a config's `mixer`. ValueError where nothing imported defines its kind, or where it is incomplete."""
+    """The class of a config's `mixer`. ValueError where nothing imported defines its kind, or where
+    it is incomplete."""
     kind = shape["kind"]
     if kind not in MIXERS:
         raise ValueError(

@@ -1,7 +1,8 @@
 """The hybrid causal LM: a teacher's own layers, some with a mixer in place of attention.
 
-The backbone's forward is ours, because mixers need what attention layers never see: the 2-D padding mask, the packing
-boundaries, and a position count that does not come from a key/value cache. Knows nothing of training or files.
+The backbone's forward is ours, because mixers need what attention layers never see: the 2-D padding
+mask, the packing boundaries, and a position count that does not come from a key/value cache. Knows
+nothing of training or files.
 """
 
 from __future__ import annotations
@@ -54,13 +55,14 @@ def _hybrid_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: int) -> nn.Module:
-    """A layer of the teacher's own class, norms, MLP and residuals as they are, whose `self_attn` is a mixer."""
+    """A layer of the teacher's own class, norms, MLP and residuals as they are, whose `self_attn`
+    is a mixer."""
     return _hybrid_class(layer_class)(config, index)  # type: ignore[arg-type]
 
 
 class HybridCache(DynamicCache):
-    """The cache of a hybrid, in which masks find the first window and the first full attention: transformers before 5.23 takes
-    a mixer's place for either."""
+    """The cache of a hybrid, in which masks find the first window and the first full attention:
+    transformers before 5.23 takes a mixer's place for either."""
 
     @property
     def is_sliding(self) -> list[bool | None]:
@@ -68,7 +70,8 @@ class HybridCache(DynamicCache):
 
 
 class StateCache(DynamicCache):
-    """The cache of a layout without any attention, which transformers' own cannot count the tokens of."""
+    """The cache of a layout without any attention, which transformers' own cannot count the tokens
+    of."""
 
     hybrid_seen_tokens = 0
     is_compileable = False
@@ -78,15 +81,17 @@ class StateCache(DynamicCache):
 
 
 def new_cache(config: HybridConfig) -> DynamicCache:
-    """An empty cache that fits the layout: keys and values for attention layers, window and state for mixers."""
+    """An empty cache that fits the layout: keys and values for attention layers, window and state
+    for mixers."""
     stateful = set(config.layer_types) == {MIXER_LAYER}
     return StateCache(config=config) if stateful else HybridCache(config=config)
 
 
 @functools.cache
 def _loaded_as(family: str, model_class: Any) -> Any:
-    """The class itself, or, for a family whose tensors have other names on the disk than in memory (mixtures of experts), one
-    of its own, since transformers looks by a class's name for how to translate them."""
+    """The class itself, or, for a family whose tensors have other names on the disk than in memory
+    (mixtures of experts), one of its own, since transformers looks by a class's name for how to
+    translate them."""
     mapping = get_checkpoint_conversion_mapping(family)
     if not mapping or model_class.__name__.startswith(f"{family}_"):
         return model_class
@@ -128,7 +133,8 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # by the family's own rule, which also fills buffers that no checkpoint holds; it wants an instance of its class
+        # by the family's own rule, which also fills buffers that no checkpoint holds; it wants an
+        # instance of its class
         family = self._family.__new__(self._family)
         nn.Module.__init__(family)
         family.config = self.config
@@ -138,17 +144,20 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 
 class HybridModel(HybridPreTrainedModel):
-    """Embedding, layers, final norm. Weights keep the teacher's names; a converted layer has `mixer.*`, no `self_attn.*`.
+    """Embedding, layers, final norm. Weights keep the teacher's names; a converted layer has
+    `mixer.*`, no `self_attn.*`.
 
-    The family is one whose backbone is embedding, layers and norm, with nothing in between that this file does not do.
+    The family is one whose backbone is embedding, layers and norm, with nothing in between that
+    this file does not do.
     """
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         if config.mixer is not None:
             mixer_class(config.mixer)
-        # The family's parts are built on our config, which has all of its keys, so that one attention setting rules all; they
-        # are not told of mixers, which no family's rotary tables know.
+        # The family's parts are built on our config, which has all of its keys, so that one
+        # attention setting rules all; they are not told of mixers, which no family's rotary tables
+        # know.
         kinds = config.layer_types
         config.layer_types = ["full_attention" if kind == MIXER_LAYER else kind for kind in kinds]
         teacher = self._family(config)
@@ -176,11 +185,12 @@ class HybridModel(HybridPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T]; cache: by either of its names.
+        """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T]; cache:
+        by either of its names.
 
-        Without a mask and a cache, positions that restart mark packed documents (transformers' convention): attention,
-        convolution and state then stay within each. cu_seq_lens_q says that they do restart, which nobody then has to look up.
-        Returns last_hidden_state [B, T, D].
+        Without a mask and a cache, positions that restart mark packed documents (transformers'
+        convention): attention, convolution and state then stay within each. cu_seq_lens_q says that
+        they do restart, which nobody then has to look up. Returns last_hidden_state [B, T, D].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -229,10 +239,11 @@ class HybridModel(HybridPreTrainedModel):
         kinds: Iterable[str] = (),
         **kwargs: Any,
     ) -> dict[str, dict[str, Any]]:
-        """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its mask, packing boundaries.
+        """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its
+        mask, packing boundaries.
 
-        packed: whether positions may restart. kinds: more than the model has; a mixer's is always there, since any layer may
-        become one.
+        packed: whether positions may restart. kinds: more than the model has; a mixer's is always
+        there, since any layer may become one.
         """
         length = hidden.shape[1]
         rotary = None if self.rotary_by_kind else self.rotary_emb(hidden, position_ids=position_ids)
@@ -279,7 +290,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As in any transformers causal LM: logits [B, T or logits_to_keep, vocabulary]; labels -100 are left out."""
+        """As in any transformers causal LM: logits [B, T or logits_to_keep, vocabulary]; labels
+        -100 are left out."""
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             cache=past_key_values if cache is None else cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
@@ -306,12 +318,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap) (Gemma 2, 2408.00118, section 2); the logits themselves without a cap."""
+    """cap * tanh(logits / cap) (Gemma 2, 2408.00118, section 2); the logits themselves without a
+    cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The last `length` columns of a 2-D mask as bool, or None where nothing is padded (or a step decodes one token)."""
+    """The last `length` columns of a 2-D mask as bool, or None where nothing is padded (or a step
+    decodes one token)."""
     if attention_mask is None or attention_mask.ndim != 2 or length == 1:
         return None
     mask = attention_mask[:, -length:].bool()
@@ -319,8 +333,8 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def document_index(position_ids: Tensor, hidden: Tensor, known: bool = False) -> Tensor | None:
-    """[B, T] number of the packed document each token belongs to, or None where no position restarts, unless it is known
-    that some do."""
+    """[B, T] number of the packed document each token belongs to, or None where no position
+    restarts, unless it is known that some do."""
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not known and not bool(breaks.any()):
         return None

@@ -1,9 +1,10 @@
 """The selective scan and the causal convolution, each with two engines behind one function.
 
-`kernel` is mamba-ssm / causal-conv1d on a CUDA device, `torch` is plain PyTorch made for a few CPU cores. `engine_for` is
-the only place that chooses. Knows nothing of models, checkpoints or configs.
+`kernel` is mamba-ssm / causal-conv1d on a CUDA device, `torch` is plain PyTorch made for a few CPU
+cores. `engine_for` is the only place that chooses. Knows nothing of models, checkpoints or configs.
 
-Shape legend: B batch, T time, I inner channels, N state size, G groups of B/C (channel i reads group i // (I / G)), K taps.
+Shape legend: B batch, T time, I inner channels, N state size, G groups of B/C (channel i reads
+group i // (I / G)), K taps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _NEVER, _ALWAYS = -1e4, 1e6  # pre-softplus steps that leave a state untouched /
 
 @functools.cache
 def missing_on_cuda(*modules: str) -> str | None:
-    """Why code that runs on CUDA and needs these modules cannot be used here, in a few words, or None when it can."""
+    """Why code that runs on CUDA and needs these modules cannot be used here, in a few words, or
+    None when it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
@@ -48,8 +50,9 @@ def engine_for(device: torch.device) -> str:
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, engine: str | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU.
 
-    x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps never cross into another.
-    Returns [B, T, I] in x's dtype. What precedes x counts as zeros: prepend the cached inputs to continue a sequence.
+    x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps never
+    cross into another. Returns [B, T, I] in x's dtype. What precedes x counts as zeros: prepend the
+    cached inputs to continue a sequence.
     """
     if (engine or engine_for(x.device)) == "kernel" and x.shape[2] % 8 == 0:
         from causal_conv1d import causal_conv1d_fn
@@ -73,7 +76,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 @torch.compiler.disable
 def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor, engine: str | None = None) -> Tensor:
-    """`causal_conv` of one more step, x [B, I] -> [B, I]; window [B, I, K], the last K inputs, is moved on in place."""
+    """`causal_conv` of one more step, x [B, I] -> [B, I]; window [B, I, K], the last K inputs, is
+    moved on in place."""
     given, x = x.dtype, x.to(window.dtype)
     if (engine or engine_for(x.device)) == "kernel" and weight.shape[1] in (2, 3, 4):
         from causal_conv1d import causal_conv1d_update
@@ -100,12 +104,13 @@ def selective_scan(
     engine: str | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(delta A) h_{t-1} + delta B x, y = C h + D x with delta = softplus(dt + dt_bias) (Mamba, 2312.00752, alg. 2).
+    """h_t = exp(delta A) h_{t-1} + delta B x, y = C h + D x with delta = softplus(dt + dt_bias)
+    (Mamba, 2312.00752, alg. 2).
 
-    x, dt [B, T, I]; A [I, N] negative, D, dt_bias [I], all float32; B, C [B, T, G, N].
-    keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new document).
-    state [B, I, N] float32: what a cached prefix left. Returns y [B, T, I] in x's dtype and the last state, float32, which
-    may be `state` itself where `inplace` allows it.
+    x, dt [B, T, I]; A [I, N] negative, D, dt_bias [I], all float32; B, C [B, T, G, N]. keep [B, T]
+    bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new
+    document). state [B, I, N] float32: what a cached prefix left. Returns y [B, T, I] in x's dtype
+    and the last state, float32, which may be `state` itself where `inplace` allows it.
     """
     engine = engine or engine_for(x.device)
     with torch.autocast(x.device.type, enabled=False):
@@ -138,7 +143,8 @@ def _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset):  # type: ignore[no-un
         dt = dt.masked_fill(~keep.unsqueeze(-1), _NEVER)
     back = None
     if reset is not None and bool(reset[:, 1:].any()):
-        # The kernel knows no boundaries: one extra step before each, with x = 0 and a huge delta, erases the state.
+        # The kernel knows no boundaries: one extra step before each, with x = 0 and a huge delta,
+        # erases the state.
         source, back = _gaps(reset)
         gap = (source < 0).unsqueeze(-1)
         rows = source.clamp(min=0) + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
@@ -165,9 +171,11 @@ def _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset):  # type: ignore[no-un
 
 
 def _gaps(reset: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each step of the spread sequence comes from (-1: a gap), and where each original step went.
+    """Where each step of the spread sequence comes from (-1: a gap), and where each original step
+    went.
 
-    Gaps stand before every reset but one at t = 0; shorter rows are filled up with gaps in front, where there is no state yet.
+    Gaps stand before every reset but one at t = 0; shorter rows are filled up with gaps in front,
+    where there is no state yet.
     """
     batch, length = reset.shape
     before = torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:]], 1).cumsum(1)
@@ -178,11 +186,13 @@ def _gaps(reset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The recurrence over chunks of CHUNK steps, states as [t, B, N, I], so that each step is one contiguous multiply-add.
+    """The recurrence over chunks of CHUNK steps, states as [t, B, N, I], so that each step is one
+    contiguous multiply-add.
 
-    Backward walks each chunk in reverse. Small calls keep all decays and states for it; larger ones keep the states at chunk
-    starts and run each chunk again, so that memory does not grow with T x N. Inside, everything is time first, I is split
-    into [G, P], and A is transposed and in units of log 2, because exp2 takes half the time of exp.
+    Backward walks each chunk in reverse. Small calls keep all decays and states for it; larger ones
+    keep the states at chunk starts and run each chunk again, so that memory does not grow with T x
+    N. Inside, everything is time first, I is split into [G, P], and A is transposed and in units of
+    log 2, because exp2 takes half the time of exp.
     """
 
     @staticmethod
@@ -237,7 +247,8 @@ def _chunk(begin, *tensors):  # type: ignore[no-untyped-def]
 
 
 class _Work:
-    """Decays [CHUNK, B, N, I] and states [CHUNK + 1, B, N, I], reused because fresh pages cost as much as the arithmetic."""
+    """Decays [CHUNK, B, N, I] and states [CHUNK + 1, B, N, I], reused because fresh pages cost as
+    much as the arithmetic."""
 
     def __init__(self, x: Tensor, A2: Tensor, groups: int) -> None:
         steps, self.groups = min(CHUNK, x.shape[1]), groups
@@ -254,7 +265,8 @@ class _Work:
         return t.transpose(2, 3).unsqueeze(-1)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        """left (states or inner) times right (inner or outer) into `out`; returned as [t, B, N, G, P]."""
+        """left (states or inner) times right (inner or outer) into `out`; returned as [t, B, N, G,
+        P]."""
         return torch.mul(left if left.ndim == 5 else self.inner(left), right, out=self.inner(out))
 
     def run(self, x, delta, B, reset, A2, h):  # type: ignore[no-untyped-def]

@@ -1,8 +1,11 @@
-"""The Mamba-2 scan (state space duality, 2405.21060) and its gated norm, each with two engines behind one function.
+"""The Mamba-2 scan (state space duality, 2405.21060) and its gated norm, each with two engines
+behind one function.
 
-`kernel` is mamba-ssm's Triton code on a CUDA device, `torch` is matrix products over chunks. Knows nothing of models.
+`kernel` is mamba-ssm's Triton code on a CUDA device, `torch` is matrix products over chunks. Knows
+nothing of models.
 
-Shape legend: B batch, T time, H heads (each its own group of B and C), P head size, N state size, L steps of a chunk.
+Shape legend: B batch, T time, H heads (each its own group of B and C), P head size, N state size, L
+steps of a chunk.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ def ssd_scan(
     engine: str | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt + dt_bias), one A, D and delta a head.
+    """h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt + dt_bias),
+    one A, D and delta a head.
 
     x [B, T, H, P]; dt [B, T, H]; A [H] negative, D, dt_bias [H], all float32; B, C [B, T, H, N].
-    keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new document).
-    state [B, H, P, N] float32: what a cached prefix left. Returns y [B, T, H, P] in x's dtype and the last state, float32,
-    which may be `state` itself where `inplace` allows it.
+    keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it
+    first (a new document). state [B, H, P, N] float32: what a cached prefix left. Returns y [B, T,
+    H, P] in x's dtype and the last state, float32, which may be `state` itself where `inplace`
+    allows it.
     """
     kernel = (engine or engine_for(x.device)) == "kernel"
     with torch.autocast(x.device.type, enabled=False):
@@ -73,10 +78,11 @@ def ssd_scan(
 
 
 def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
-    """Within a chunk every pair of steps by matrix products, between chunks the states in turn (2405.21060, section 6).
+    """Within a chunk every pair of steps by matrix products, between chunks the states in turn
+    (2405.21060, section 6).
 
-    Time is filled up with steps of delta = 0, which change nothing. Decay exponents are summed in float64: they are
-    differences of sums that grow with the chunk.
+    Time is filled up with steps of delta = 0, which change nothing. Decay exponents are summed in
+    float64: they are differences of sums that grow with the chunk.
     """
     batch, length, heads, width = x.shape
     size = min(CHUNK, length)
@@ -113,7 +119,8 @@ def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
 
 @torch.compiler.disable
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, engine: str | None = None) -> Tensor:
-    """RMSNorm over each `group` channels of y * silu(z), times `weight` [I], in float32; y, z [B, T, I] -> y's dtype."""
+    """RMSNorm over each `group` channels of y * silu(z), times `weight` [I], in float32; y, z [B,
+    T, I] -> y's dtype."""
     if (engine or engine_for(y.device)) == "kernel":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 

@@ -1,7 +1,7 @@
 """What of transformers these files use beside its documented classes.
 
-Tried on transformers 5.17.0 to 5.24.0. This folder is exported as it is and runs without hybridize, so it stands apart from
-`hybridize/compat/`, which holds the same for everything else.
+Tried on transformers 5.17.0 to 5.24.0. This folder is exported as it is and runs without hybridize,
+so it stands apart from `hybridize/compat/`, which holds the same for everything else.
 """
 
 import inspect

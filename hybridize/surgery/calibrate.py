@@ -1,7 +1,9 @@
-"""Closed forms for a new mixer's free parameters, from what the attention layer does on a few thousand tokens.
+"""Closed forms for a new mixer's free parameters, from what the attention layer does on a few
+thousand tokens.
 
-Each is fitted on one layer's inputs and outputs; the teacher's q, k and v rows are never touched. Which kind of mixer is set
-by which of them stands in `surgery/mixers/`. W windows, T tokens, D hidden size, I inner width, H heads.
+Each is fitted on one layer's inputs and outputs; the teacher's q, k and v rows are never touched.
+Which kind of mixer is set by which of them stands in `surgery/mixers/`. W windows, T tokens, D
+hidden size, I inner width, H heads.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ RIDGE_Z, RIDGE_OUT = 1e-3, 1e-2  # of the mean diagonal
 
 
 def ridge(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """W [out, in] that minimises |inputs W^T - targets|^2 + strength * mean diagonal of the Gram matrix * |W|^2.
+    """W [out, in] that minimises |inputs W^T - targets|^2 + strength * mean diagonal of the Gram
+    matrix * |W|^2.
 
     inputs [W, T, in], targets [W, T, out]; solved in float64.
     """
@@ -53,7 +56,8 @@ def _captured(mixer: nn.Module, part: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def open_gate(rows: Tensor, inputs: Tensor) -> None:
-    """Sets in_proj's rows of z [I, D], in place, so that z is near GATE on every token: ridge regression of a constant."""
+    """Sets in_proj's rows of z [I, D], in place, so that z is near GATE on every token: ridge
+    regression of a constant."""
     rows.copy_(ridge(inputs, torch.full_like(inputs[..., :1], GATE), RIDGE_Z).expand_as(rows))
 
 
@@ -65,20 +69,24 @@ def pass_through(conv: Any) -> None:
 
 
 def decays(distance: Tensor) -> Tensor:
-    """[H] attention distances in tokens -> how many nats of its state each head forgets a step, at most one."""
+    """[H] attention distances in tokens -> how many nats of its state each head forgets a step, at
+    most one."""
     return (NEARER / distance.clamp(min=1.0)).clamp(max=1.0)
 
 
 def channel_ratio(mixer: Mixer, observed: LayerObservation) -> Tensor:
-    """[I]: what each channel before out_proj must be multiplied by to have the RMS of the attention heads' output."""
+    """[I]: what each channel before out_proj must be multiplied by to have the RMS of the attention
+    heads' output."""
     made, wanted = features(mixer, observed.inputs), observed.heads
     return (wanted.square().mean((0, 1)) / made.square().mean((0, 1)).clamp(min=1e-20)).sqrt()
 
 
 def fit_output(out_proj: nn.Linear, made: Tensor, observed: LayerObservation, o_proj: Tensor) -> None:
-    """out_proj by ridge regression of the attention's output, less the drift of the mixers below, on what it gets [W, T, I].
+    """out_proj by ridge regression of the attention's output, less the drift of the mixers below,
+    on what it gets [W, T, I].
 
-    First the best multiple of what it is, then the regression of what that leaves. o_proj [D, I]: the attention's weight.
+    First the best multiple of what it is, then the regression of what that leaves. o_proj [D, I]:
+    the attention's weight.
     """
     wanted = observed.heads @ o_proj.to(made.device, torch.float32).t() - DRIFT_SHARE * observed.drift
     start = made @ out_proj.weight.t()
@@ -88,7 +96,8 @@ def fit_output(out_proj: nn.Linear, made: Tensor, observed: LayerObservation, o_
 
 
 def set_skip(mixer: Any, probe: nn.Module, seen: LayerObservation) -> None:
-    """D of each head: the share of x itself in the least-squares fit of the head's output by state and x, if positive.
+    """D of each head: the share of x itself in the least-squares fit of the head's output by state
+    and x, if positive.
 
     probe: the module of the mixer that gets state and D x summed.
     """

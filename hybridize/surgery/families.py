@@ -1,4 +1,5 @@
-"""The families of teachers that can be converted. One row each: what no tensor and no key of a config says about them."""
+"""The families of teachers that can be converted. One row each: what no tensor and no key of a
+config says about them."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ FAMILIES: dict[str, FamilySpec] = {}
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """A family by its `model_type` in transformers. Its backbone is embedding, layers and norm; its attention layers have
-    `self_attn` with q_proj, k_proj and v_proj (or qkv_proj) and o_proj, and RMSNorms.
+    """A family by its `model_type` in transformers. Its backbone is embedding, layers and norm; its
+    attention layers have `self_attn` with q_proj, k_proj and v_proj (or qkv_proj) and o_proj, and
+    RMSNorms.
 
-    qk_norm: RMSNorm of queries and keys. output_norm: a norm on the output of attention. sandwich: norms before and after
-    attention and MLP. norm_offset: norms multiply by this plus their weight. scaled_embeddings: by hidden_size^1/2, in code.
-    stock_block: attention layers and norms are those that GraniteMoeHybridForCausalLM has (see export/formats/granite.py).
+    qk_norm: RMSNorm of queries and keys. output_norm: a norm on the output of attention. sandwich:
+    norms before and after attention and MLP. norm_offset: norms multiply by this plus their weight.
+    scaled_embeddings: by hidden_size^1/2, in code. stock_block: attention layers and norms are
+    those that GraniteMoeHybridForCausalLM has (see export/formats/granite.py).
     """
 
     family: str
@@ -27,7 +30,8 @@ class FamilySpec:
 
 
 def register_family(spec: FamilySpec) -> FamilySpec:
-    """From here on teachers of this family are accepted. Its classes must be known to transformers' Auto classes."""
+    """From here on teachers of this family are accepted. Its classes must be known to transformers'
+    Auto classes."""
     FAMILIES[spec.family] = spec
     return spec
 

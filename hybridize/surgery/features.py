@@ -1,5 +1,6 @@
-"""What a teacher's attention has beside the plain one, and what becomes of each: read from the family's own module and from the
-contract that surgery goes by, for reports and for the table in docs/families.md."""
+"""What a teacher's attention has beside the plain one, and what becomes of each: read from the
+family's own module and from the contract that surgery goes by, for reports and for the table in
+docs/families.md."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.modeling import hybrid_config
 from hybridize.surgery.teacher import read_teacher
 
-# keys of configs for what lies outside the attention and stays as it is: how to say it, and what it is when absent
+# keys of configs for what lies outside the attention and stays as it is: how to say it, and what it
+# is when absent
 BACKBONE = {
     "embedding_multiplier": ("scaled embeddings", 1.0),
     "residual_multiplier": ("scaled residual branches", 1.0),
@@ -20,7 +22,8 @@ BACKBONE = {
 
 
 def features(reader: CheckpointReader) -> dict[str, str]:
-    """Feature to fate, in reading order. InputError as `read_teacher`, which refuses whatever has no place here."""
+    """Feature to fate, in reading order. InputError as `read_teacher`, which refuses whatever has
+    no place here."""
     teacher, config = read_teacher(reader), hybrid_config(reader.config)
     has, found = teacher.tensors, dict[str, str]()
     if teacher.inner != teacher.hidden:

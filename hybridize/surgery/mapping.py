@@ -1,8 +1,10 @@
-"""Surgery as data: each tensor of a new mixer is a list of row blocks, copied from a teacher tensor or drawn by a rule.
+"""Surgery as data: each tensor of a new mixer is a list of row blocks, copied from a teacher tensor
+or drawn by a rule.
 
-The mapping is Mamba-in-Llama's (2408.15237, section 3): v -> x, k -> B, q -> C, o -> out_proj, their biases with them, and the
-normalisation of keys and queries as that of B and C. An attention scale other than head_dim^-1/2 is folded into C. RoPE,
-windows, the softmax and its soft cap have no counterpart in a mixer and end here.
+The mapping is Mamba-in-Llama's (2408.15237, section 3): v -> x, k -> B, q -> C, o -> out_proj,
+their biases with them, and the normalisation of keys and queries as that of B and C. An attention
+scale other than head_dim^-1/2 is folded into C. RoPE, windows, the softmax and its soft cap have no
+counterpart in a mixer and end here.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from hybridize.surgery.teacher import Teacher
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a teacher's tensor, all of them or `rows` from `begin` on; times `scale`, as a norm's weight beside `offset`."""
+    """Rows of a teacher's tensor, all of them or `rows` from `begin` on; times `scale`, as a norm's
+    weight beside `offset`."""
 
     name: str
     begin: int = 0
@@ -45,8 +48,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows: those of `source` (whole; or, where `head` is given, each `head` of them as often in a row as gives
-    `count`), or drawn by the mixer's rule when there is no source."""
+    """`count` rows: those of `source` (whole; or, where `head` is given, each `head` of them as
+    often in a row as gives `count`), or drawn by the mixer's rule when there is no source."""
 
     label: str
     count: int
@@ -68,7 +71,8 @@ class Target:
         return self.name.split(".mixer.")[1]
 
     def describe(self, fitted: bool = False) -> str:
-        """One line for people: where each block of rows comes from. `fitted`: calibration will look at it."""
+        """One line for people: where each block of rows comes from. `fitted`: calibration will look
+        at it."""
         begin, blocks = 0, []
         for part in self.parts:
             rows = f"{begin}:{begin + part.count}"
@@ -82,7 +86,8 @@ class Target:
 
 
 def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", scale: float = 1.0) -> Source | None:
-    """Where the rows of `part`, one of q k v o, are in the teacher; None where it has no such tensor (a bias)."""
+    """Where the rows of `part`, one of q k v o, are in the teacher; None where it has no such
+    tensor (a bias)."""
     base = f"model.layers.{layer}.self_attn."
     if f"{part}_proj.{what}" in teacher.tensors:
         return Source(f"{base}{part}_proj.{what}", scale=scale)
@@ -93,7 +98,8 @@ def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", sca
 
 
 def build(target: Target, source: Callable[[str], Tensor], seed: int, draw: Callable[..., Tensor] = initial) -> Tensor:
-    """The tensor that `target` describes, in its sources' type, or float32 without any; each draw is seeded by its own name.
+    """The tensor that `target` describes, in its sources' type, or float32 without any; each draw
+    is seeded by its own name.
 
     draw: the rule for rows without a source, see modeling.initial.
     """
@@ -116,5 +122,6 @@ def build(target: Target, source: Callable[[str], Tensor], seed: int, draw: Call
 
 
 def stored(target: Target, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in the type that a checkpoint of `dtype` keeps it in: float32 where the mixer insists."""
+    """`value` in the type that a checkpoint of `dtype` keeps it in: float32 where the mixer
+    insists."""
     return value.to(torch.float32 if target.parameter in FLOAT32 else dtype)

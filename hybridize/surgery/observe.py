@@ -1,5 +1,6 @@
-"""What a checkpoint's attention layers do on real text, found by running it layer by layer: memory is one layer's weights and
-the hidden states, whatever the model's size. Calibration reads from it."""
+"""What a checkpoint's attention layers do on real text, found by running it layer by layer: memory
+is one layer's weights and the hidden states, whatever the model's size. Calibration reads from it.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from hybridize.runtime.loading import without_storage
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """One attention layer on [W, T] tokens. inputs [W, T, D]: what its mixer will read; heads [W, T, I]: the attention heads'
-    outputs before o_proj; drift [W, T, D]: what the mixer's output would have to be less by, to undo what those below did;
-    distance [H]: how many tokens back each head looks on average, the first token, where idle heads look, left out;
-    attention: the layer's own module."""
+    """One attention layer on [W, T] tokens. inputs [W, T, D]: what its mixer will read; heads [W,
+    T, I]: the attention heads' outputs before o_proj; drift [W, T, D]: what the mixer's output
+    would have to be less by, to undo what those below did; distance [H]: how many tokens back each
+    head looks on average, the first token, where idle heads look, left out; attention: the layer's
+    own module."""
 
     attention: Any
     inputs: Tensor
@@ -30,10 +32,11 @@ class LayerObservation:
 
 
 class Observer:
-    """Walks up a checkpoint with `ids` [W, T], in float32: `see` a layer, then `convert` it or leave it.
+    """Walks up a checkpoint with `ids` [W, T], in float32: `see` a layer, then `convert` it or
+    leave it.
 
-    Two residual streams go side by side, the model's own and that of the model with the mixers given so far, so that each
-    mixer is fitted on the inputs that it will get.
+    Two residual streams go side by side, the model's own and that of the model with the mixers
+    given so far, so that each mixer is fitted on the inputs that it will get.
     """
 
     def __init__(self, source: CheckpointReader, donor: CheckpointReader, ids: Tensor, device: torch.device) -> None:
@@ -55,7 +58,8 @@ class Observer:
 
     @torch.no_grad()
     def see(self, index: int) -> LayerObservation:
-        """Goes up to layer `index`, which has the donor's attention. Layers are seen from below upwards."""
+        """Goes up to layer `index`, which has the donor's attention. Layers are seen from below
+        upwards."""
         if self.open is not None:
             self.convert(None)
         while self.index < index:
@@ -66,7 +70,8 @@ class Observer:
             after = self._run(layer, kind, self.hidden)
         before: Any = getattr(layer, "input_layernorm", nn.Identity())  # some families normalise behind the attention only
         inputs = [before(window) for window in self.student]
-        # what the attention's output is multiplied by; where it is normalised, no output can take the drift back
+        # what the attention's output is multiplied by; where it is normalised, no output can take
+        # the drift back
         share = 0.0 if hasattr(layer, "post_feedforward_layernorm") else 1 / getattr(layer, "residual_multiplier", 1.0)
         drift = [(ours - theirs) * share for ours, theirs in zip(self.student, self.hidden, strict=True)]
         self.open = layer, after
@@ -97,7 +102,8 @@ class Observer:
         return [layer(window, position_ids=self.positions, **self.told[kind]) for window in hidden]
 
     def _take(self, attention: CheckpointReader) -> nn.Module:
-        """The next layer with its weights, those of self_attn from `attention`; the model keeps no hold on them."""
+        """The next layer with its weights, those of self_attn from `attention`; the model keeps no
+        hold on them."""
         layer, prefix = self.layers[self.index], f"model.layers.{self.index}."
         self.layers[self.index] = nn.Identity()
         state = {

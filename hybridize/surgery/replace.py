@@ -25,7 +25,8 @@ from hybridize.surgery.teacher import Teacher
 
 @dataclass(frozen=True)
 class MixerSettings:
-    """Kind and shape of new mixers. None: as the checkpoint's other mixers have it, else the default (see MixerKind.shape)."""
+    """Kind and shape of new mixers. None: as the checkpoint's other mixers have it, else the
+    default (see MixerKind.shape)."""
 
     kind: str | None = None
     d_state: int | None = None
@@ -36,7 +37,8 @@ class MixerSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to calibrate on, ids [W, T]; which parts of new mixers to set from it; where to run; a name for the text."""
+    """Text to calibrate on, ids [W, T]; which parts of new mixers to set from it; where to run; a
+    name for the text."""
 
     ids: Tensor
     parts: frozenset[str]
@@ -44,7 +46,8 @@ class Calibration:
     data: str
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps; `hash` is of the token ids, whatever file and template they came from."""
+        """What the manifest keeps; `hash` is of the token ids, whatever file and template they came
+        from."""
         digest = hashlib.sha256(self.ids.cpu().numpy().tobytes()).hexdigest()
         known = {part: None for kind in KINDS.values() for part in kind.parts}  # in the order in which they are set
         parts = [part for part in known if part in self.parts]
@@ -69,7 +72,8 @@ class Surgery:
 
 
 def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surgery:
-    """Raises InputError when the settings contradict the mixers that are there, or do not fit the teacher."""
+    """Raises InputError when the settings contradict the mixers that are there, or do not fit the
+    teacher."""
     layers = sorted(layers)
     asked = {key: value for key, value in asdict(settings).items() if value is not None}
     if teacher.mixer is not None:
@@ -115,7 +119,8 @@ def starting_values(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(layer, its new mixer's parameters by name) for each layer of the plan, in order.
 
-    together: the layers are converted all at once, and each is calibrated above those below; else each is the only one.
+    together: the layers are converted all at once, and each is calibrated above those below; else
+    each is the only one.
     """
     if calibration is not None:
         config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
@@ -140,7 +145,8 @@ def hybrid_tensors(
     source: CheckpointReader, surgery: Surgery, donor: CheckpointReader, seed: int, calibration: Calibration | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """All tensors of the result: untouched ones as they are, mixers built from `donor`'s attention weights."""
+    """All tensors of the result: untouched ones as they are, mixers built from `donor`'s attention
+    weights."""
     gone = tuple(f"model.layers.{layer}.self_attn." for layer in surgery.layers)
     for name in source.names:
         if not name.startswith(gone):
@@ -166,8 +172,9 @@ def replace(
     progress: Callable[[str], None] = lambda _: None,
     check: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the manifest; check: looks at the
-    finished directory before it becomes the output, and raises what speaks against that."""
+    """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the
+    manifest; check: looks at the finished directory before it becomes the output, and raises what
+    speaks against that."""
     settings = settings | {"calibration": None if calibration is None else calibration.settings()}
     origin = "mil" if calibration is None else "calibrated"
     with AtomicDirectory(output, overwrite) as path:

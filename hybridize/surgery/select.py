@@ -31,8 +31,8 @@ def needed(teacher: Teacher, layers: int) -> int:
 def lowest(teacher: Teacher, scores: Scores, count: int, inherited: bool = False) -> list[int]:
     """The `count` attention layers with the lowest scores; ties go to the lower index.
 
-    inherited: the scores are an ancestor's, and may also cover layers that have become Mamba layers since. InputError where
-    they do not cover the attention layers.
+    inherited: the scores are an ancestor's, and may also cover layers that have become Mamba layers
+    since. InputError where they do not cover the attention layers.
     """
     scored, wanted = {s.layer for s in scores.layers}, set(teacher.attention_layers)
     if scored != wanted and not (inherited and scored - wanted <= set(teacher.mixer_layers) and wanted <= scored):

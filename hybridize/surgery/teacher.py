@@ -1,4 +1,5 @@
-"""The teacher contract: what surgery must know of a checkpoint, read from its config and tensors, or a refusal by name."""
+"""The teacher contract: what surgery must know of a checkpoint, read from its config and tensors,
+or a refusal by name."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Teacher:
-    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer as in its (hybrid) config.
+    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer as in its (hybrid)
+    config.
 
-    tensors: what an attention layer's `self_attn` has, name to shape. scale: the attention scale times head_dim^1/2, 1 in most
-    families. norm_bc: the normalisation of queries and keys as a mixer's config has it, None where there is none.
+    tensors: what an attention layer's `self_attn` has, name to shape. scale: the attention scale
+    times head_dim^1/2, 1 in most families. norm_bc: the normalisation of queries and keys as a
+    mixer's config has it, None where there is none.
     """
 
     family: str
@@ -101,8 +104,9 @@ def family_of(config: dict[str, Any], where: str) -> str:
 
 
 def check_whole(reader: CheckpointReader) -> None:
-    """InputError naming the file and the tensor unless the weights are those of a model of this config: none missing, which
-    transformers would draw at random, none left over, each of the right shape and of a type to compute with."""
+    """InputError naming the file and the tensor unless the weights are those of a model of this
+    config: none missing, which transformers would draw at random, none left over, each of the right
+    shape and of a type to compute with."""
     where, family = reader.path / "config.json", family_of(reader.config, str(reader.path))
     there = {int(layer[1]) for name in reader.names if (layer := _LAYER.match(name))}
     count = reader.config.get("num_hidden_layers", len(there))

@@ -1,8 +1,9 @@
-"""The proof that surgery lost nothing: what new mixers, as they lie on disk, make of real inputs, against what the teacher's
-own attention code makes of them, and the fate of every tensor.
+"""The proof that surgery lost nothing: what new mixers, as they lie on disk, make of real inputs,
+against what the teacher's own attention code makes of them, and the fate of every tensor.
 
-The teacher's side runs the family's own module with an attention function of ours and without rotation, so that queries, keys
-and values arrive here with whatever biases, norms and scales the family applies; nothing of the mapping is used.
+The teacher's side runs the family's own module with an attention function of ours and without
+rotation, so that queries, keys and values arrive here with whatever biases, norms and scales the
+family applies; nothing of the mapping is used.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ NAME = "hybridize_linear"
 
 @dataclass(frozen=True)
 class Proof:
-    """The worst deviation over all layers, relative to the teacher's largest value: of x, B and C from v, k and q, head by
-    head, and of the mixer without decay, convolution and gate (`linear`) from causal linear attention."""
+    """The worst deviation over all layers, relative to the teacher's largest value: of x, B and C
+    from v, k and q, head by head, and of the mixer without decay, convolution and gate (`linear`)
+    from causal linear attention."""
 
     layers: list[int]
     tokens: int
@@ -41,9 +43,11 @@ def prove(
     source: CheckpointReader, donor: CheckpointReader, result: CheckpointReader, surgery: Surgery, teacher: Teacher,
     ids: Tensor, device: torch.device, calibrated: frozenset[str] = frozenset(),
 ) -> Proof:  # fmt: skip
-    """Raises WorkError naming the layer, or the tensor, and what deviates. ids [W, T]: tokens, text where there is some.
+    """Raises WorkError naming the layer, or the tensor, and what deviates. ids [W, T]: tokens, text
+    where there is some.
 
-    calibrated: parts of mixers that were set anew; out_proj is held against o_proj bit for bit unless one of them is its.
+    calibrated: parts of mixers that were set anew; out_proj is held against o_proj bit for bit
+    unless one of them is its.
     """
     assert surgery.mixer is not None
     config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
@@ -79,7 +83,8 @@ def prove(
 
 
 def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], states: int, scale: float) -> dict[str, float]:
-    """ours: x, B, C and the linear form, all [W, T, I]; theirs: q, k, v [W, T, H, P], q without its scale. states: N."""
+    """ours: x, B, C and the linear form, all [W, T, I]; theirs: q, k, v [W, T, H, P], q without its
+    scale. states: N."""
     q, k, v = (t.double() for t in theirs)
     runs = lambda t: t.unflatten(-1, (-1, states))  # noqa: E731
     meets = torch.einsum("wthcn,wshcn->whcts", runs(q), runs(k)).tril() * scale
@@ -90,7 +95,8 @@ def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], states: int, s
 
 
 def _listen(attention: Any, inputs: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """q, k, v [W, T, H, P] as the family's own code hands them to its attention function, without rotation."""
+    """q, k, v [W, T, H, P] as the family's own code hands them to its attention function, without
+    rotation."""
     heard: list[tuple[Tensor, ...]] = []
 
     def listen(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -109,7 +115,8 @@ def _listen(attention: Any, inputs: Tensor, rotary: tuple[Tensor, Tensor]) -> tu
 
 
 def fates(source: CheckpointReader, surgery: Surgery, donor: CheckpointReader) -> dict[str, str]:
-    """What became of every tensor of the source, and where mixers take the donor's from. WorkError if one has no fate."""
+    """What became of every tensor of the source, and where mixers take the donor's from. WorkError
+    if one has no fate."""
     into: dict[str, list[str]] = {}
     for targets in surgery.targets.values():
         for target in targets:

@@ -1,8 +1,9 @@
-"""The `gguf` format: a Mamba-2 hybrid for llama.cpp, as its architecture `granitehybrid`, through the `gguf` package.
+"""The `gguf` format: a Mamba-2 hybrid for llama.cpp, as its architecture `granitehybrid`, through
+the `gguf` package.
 
-What differs from the `granite` format: mixers are padded to twice the hidden size, which llama.cpp insists on; q and k are
-permuted to interleaved RoPE; `rope.scaling.finetuned` is the switch that turns RoPE on; a layer is recurrent where its
-number of key/value heads is 0; ssm_a is -exp(A_log).
+What differs from the `granite` format: mixers are padded to twice the hidden size, which llama.cpp
+insists on; q and k are permuted to interleaved RoPE; `rope.scaling.finetuned` is the switch that
+turns RoPE on; a layer is recurrent where its number of key/value heads is 0; ssm_a is -exp(A_log).
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
+from hybridize.checkpoint.atomic import write_json
+from hybridize.checkpoint.manifest import MANIFEST, Manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, WorkError
+from hybridize.export.formats.base import Format
 from hybridize.export.formats.granite import MIXER, Embedding, embed
+from hybridize.export.verify import BOUND, PROMPTS, Reference, Verdict, ask_process, judge, parts_of, version_of
 from hybridize.modeling import MIXER_LAYER
 from hybridize.runtime.loading import load_tokenizer
 
-OUTTYPES = ("f32", "f16", "q8_0")
+# How far a logit may be off, as a share of the largest. The last two catch another model, and do
+# not judge rounding.
+BOUNDS = {"f32": BOUND, "f16": 2e-2, "q8_0": 0.5}
 EXPAND = 2
 QUANT_BLOCK = 32
 STATIC_ROPE = ("default", "linear", "llama3")  # frequencies that do not depend on the length, and no scaling of attention
@@ -42,22 +49,9 @@ NAMES = {
 }  # fmt: skip
 
 
-def check_gguf(source: CheckpointReader, name: str, outtype: str) -> Embedding:
-    """InputError where the model, its tokenizer or the setting cannot become a GGUF file, or the package is missing."""
-    if outtype not in OUTTYPES:
-        raise InputError(f"--outtype {outtype} is unknown; use {', '.join(OUTTYPES)}")
-    embedding = embed(source, name, "gguf", EXPAND)
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("--format gguf needs the package gguf: pip install 'hybridize[gguf]'")
-    rope = embedding.config.rope_parameters.get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        raise InputError(f"{name} has RoPE of type {rope!r}, which the gguf format does not carry over; use --format granite")
-    read_vocabulary(source, name)
-    return embedding
-
-
 def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE with a splitter that llama.cpp knows, and its name there as `pre`; or InputError."""
+    """tokenizer.json of a byte-level BPE with a splitter that llama.cpp knows, and its name there
+    as `pre`; or InputError."""
     path = source.path / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{name} has no tokenizer.json, which the gguf format is made from; use --format granite")
@@ -78,7 +72,8 @@ def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
 
 
 def _splitter(found: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer.json normalises, splits and merges, or None where every detail does not agree."""
+    """llama.cpp's name for how a tokenizer.json normalises, splits and merges, or None where every
+    detail does not agree."""
     splitter = found["pre_tokenizer"] or {}
     steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
     kinds, last = [step.get("type") for step in steps], steps[-1]
@@ -99,7 +94,8 @@ def _splitter(found: dict[str, Any]) -> str | None:
 
 
 def write_gguf(source: CheckpointReader, embedding: Embedding, file: Path, name: str, outtype: str) -> None:
-    """Streams the model into `file`, tensor by tensor. Matrices are of `outtype`, everything else is float32."""
+    """Streams the model into `file`, tensor by tensor. Matrices are of `outtype`, everything else
+    is float32."""
     import gguf
 
     writer = gguf.GGUFWriter(file, "granitehybrid")
@@ -237,7 +233,8 @@ def _add_settings(writer: Any, embedding: Embedding, name: str, outtype: str) ->
 
 
 def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
-    """Tokens in the order of their ids, merges, special tokens and the chat template, as tokenizer.json has them."""
+    """Tokens in the order of their ids, merges, special tokens and the chat template, as
+    tokenizer.json has them."""
     import gguf
 
     found, tokenizer = read_vocabulary(source, name), load_tokenizer(source.path)
@@ -266,3 +263,67 @@ def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
         writer.add_chat_template(
             named if isinstance(named, str) else [{"name": name, "template": text} for name, text in named.items()]
         )
+
+
+USE = """    llama-cli -m FILE -cnv
+
+```python
+from llama_cpp import Llama
+model = Llama("FILE", n_ctx=4096)
+model.create_chat_completion([{"role": "user", "content": "What is 17 times 23?"}], temperature=0)
+```
+
+Of llama.cpp's architecture `granitehybrid`."""
+
+
+class GgufFormat(Format):
+    """For llama.cpp."""
+
+    name = "gguf"
+    outtypes = ("f16", "f32", "q8_0")
+
+    def check(self, source: CheckpointReader, name: str) -> Embedding:
+        """As in Format; also where the package gguf is missing."""
+        embedding = embed(source, name, self.name, EXPAND)
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("--format gguf needs the package gguf: pip install 'hybridize[gguf]'")
+        rope = embedding.config.rope_parameters.get("rope_type", "default")
+        if rope not in STATIC_ROPE:
+            raise InputError(
+                f"{name} has RoPE of type {rope!r}, which the gguf format does not carry over; use --format granite"
+            )
+        read_vocabulary(source, name)
+        return embedding
+
+    def write(
+        self, source: CheckpointReader, plan: Embedding, path: Path, name: str, lineage: Manifest, outtype: str | None
+    ) -> Path:
+        """As in Format: one file, and the manifest beside it."""
+        assert outtype is not None
+        made = path / f"{source.path.resolve().name}-{outtype.upper()}.gguf"
+        write_gguf(source, plan, made, name, outtype)
+        write_json(path / MANIFEST, lineage.to_json())
+        return made
+
+    def use(self, plan: Embedding, made: Path) -> str:
+        """As in Format."""
+        return USE.replace("FILE", made.name)
+
+    def missing(self) -> str | None:
+        """As in Format."""
+        return None if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed"
+
+    def ask(self, made: Path, wanted: Reference, device: torch.device, outtype: str | None) -> Verdict:
+        """As in Format, through llama-cpp-python; the tokens of PROMPTS as well."""
+        assert outtype is not None
+        name = f"llama.cpp (llama-cpp-python {version_of('llama-cpp-python')})"
+        request = {"model": str(made), "texts": PROMPTS, "prompts": wanted.prompts, "sequences": wanted.sequences}
+        found, _ = ask_process("hybridize.export.ask_llama", request, name)
+        for i, (text, prompt) in enumerate(zip(PROMPTS, wanted.prompts, strict=True)):
+            ours = found[f"tokens.{i}"].tolist()
+            if ours != prompt:
+                raise WorkError(
+                    f"llama.cpp splits {text!r} into other tokens ({ours[:8]} ...) than the tokenizer ({prompt[:8]} ...)"
+                )
+        logits, tokens = parts_of(found, len(wanted.prompts))
+        return judge(name, wanted, logits, tokens, BOUNDS[outtype], exact=outtype == "f32")

@@ -1,15 +1,17 @@
-"""The `granite` format: a Mamba-2 hybrid as GraniteMoeHybridForCausalLM, which transformers and vLLM have as it is.
+"""The `granite` format: a Mamba-2 hybrid as GraniteMoeHybridForCausalLM, which transformers and
+vLLM have as it is.
 
-A Llama-shaped model is a special case of that class: no experts, all multipliers 1 (but a Granite's own), the attention scale
-and RoPE written out.
-The only thing that may not fit is the mixers' width, which the class wants as an integer times the hidden size: heads of zeros
-fill it up. A head of zeros gives zero after its own norm group, so the function stays the same.
+A Llama-shaped model is a special case of that class: no experts, all multipliers 1 (but a Granite's
+own), the attention scale and RoPE written out. The only thing that may not fit is the mixers'
+width, which the class wants as an integer times the hidden size: heads of zeros fill it up. A head
+of zeros gives zero after its own norm group, so the function stays the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from hybridize.checkpoint.manifest import Manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError
-from hybridize.export.formats.hf import check_hf
+from hybridize.export.ask import answers
+from hybridize.export.formats.base import Format, check_hybrid
+from hybridize.export.verify import BOUND, NEW_TOKENS, Reference, Verdict, judge, transformers_name
 from hybridize.modeling import MIXER_LAYER, HybridConfig, hybrid_config
+from hybridize.runtime.loading import load_model
 from hybridize.surgery.families import FAMILIES
 
 OLDEST = (5, 23)  # transformers before this computes another function where n_groups > 1
@@ -38,7 +43,8 @@ MIXER = tuple(
 
 @dataclass(frozen=True)
 class Embedding:
-    """How a hybrid sits in the stock class. `width` = expand * hidden is the mixers' d_inner there, `inner` what they have."""
+    """How a hybrid sits in the stock class. `width` = expand * hidden is the mixers' d_inner there,
+    `inner` what they have."""
 
     config: HybridConfig
     head: int
@@ -72,7 +78,8 @@ class Embedding:
         return found | {"logits_scaling": float(getattr(self.config, "logits_scaling", 1.0))}
 
     def pad(self, parameter: str, value: Tensor) -> Tensor:
-        """A mixer's parameter (in_proj.weight ...) with heads of zeros added at the end of each block."""
+        """A mixer's parameter (in_proj.weight ...) with heads of zeros added at the end of each
+        block."""
         wide, each = (self.inner, self.width), (self.inner // self.head, self.heads)
         if parameter == "out_proj.weight":
             return F.pad(value, (0, self.width - self.inner))
@@ -84,10 +91,11 @@ class Embedding:
 
 
 def embed(source: CheckpointReader, name: str, form: str, expand: int | None = None) -> Embedding:
-    """Checks that the stock class can be this model exactly, or raises InputError that says what stands in the way and which
-    format works. expand: what it must be, else the least that fits. form: the format asked for."""
+    """Checks that the stock class can be this model exactly, or raises InputError that says what
+    stands in the way and which format works. expand: what it must be, else the least that fits.
+    form: the format asked for."""
     instead = f"--format {form} cannot say it exactly; use --format hf"
-    check_hf(source, name)
+    check_hybrid(source, name)
     config = hybrid_config(source.config)
     if not config.mixer_layers:
         raise InputError(f"{name} has no Mamba layer; replace comes before export")
@@ -175,10 +183,59 @@ def granite_tensors(source: CheckpointReader, embedding: Embedding, biased: bool
                 yield base + name, weight.new_zeros(len(weight))
 
 
-def write_granite(source: CheckpointReader, embedding: Embedding, path: Path, manifest: Manifest) -> None:
-    """Weights in shards, config, tokenizer and chat template into the directory `path`."""
-    biased = any(".self_attn." in name and name.endswith(".bias") for name in source.names)
-    writer = CheckpointWriter(path)
-    for name, tensor in granite_tensors(source, embedding, biased):
-        writer.add(name, tensor)
-    writer.close(granite_config(embedding, source.config, biased), manifest, carry_from=source.path)
+VLLM = "    vllm serve THIS_DIRECTORY\n"
+USE = (
+    """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
+```
+
+"""
+    + VLLM
+    + """
+Compared in float32; at dtype=bfloat16 transformers casts A_log, D and dt_bias with the rest, which hybridize never does.
+
+A GraniteMoeHybridForCausalLM: no code of its own. **transformers 5.23 or newer**: older versions load the same files without a
+warning and compute another function (they normalise over all channels where this model has one group a head)."""
+)
+
+NOT_VLLM = "Not for vLLM (0.32 and before): it takes head size = hidden size / heads and ignores this config's head_dim.\n"
+
+
+class GraniteFormat(Format):
+    """For stock transformers and vLLM."""
+
+    name = "granite"
+
+    def check(self, source: CheckpointReader, name: str) -> Embedding:
+        """As in Format."""
+        return embed(source, name, self.name)
+
+    def write(
+        self, source: CheckpointReader, plan: Embedding, path: Path, name: str, lineage: Manifest, outtype: str | None
+    ) -> Path:
+        """As in Format: weights in shards, config, tokenizer and chat template."""
+        biased = any(".self_attn." in tensor and tensor.endswith(".bias") for tensor in source.names)
+        writer = CheckpointWriter(path)
+        for tensor_name, tensor in granite_tensors(source, plan, biased):
+            writer.add(tensor_name, tensor)
+        writer.close(granite_config(plan, source.config, biased), lineage, carry_from=source.path)
+        return path
+
+    def use(self, plan: Embedding, made: Path) -> str:
+        """As in Format."""
+        return USE.replace(VLLM, NOT_VLLM) if plan.explicit_head else USE
+
+    def missing(self) -> str | None:
+        """As in Format."""
+        version = metadata.version("transformers")
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            return f"transformers {version} computes another function; {'.'.join(map(str, OLDEST))} or newer is needed"
+        return None
+
+    def ask(self, made: Path, wanted: Reference, device: torch.device, outtype: str | None) -> Verdict:
+        """As in Format: the stock class that config.json names, in this process."""
+        model: Any = load_model(made, device, torch.float32)
+        logits, tokens = answers(model, wanted.prompts, wanted.sequences, NEW_TOKENS)
+        return judge(transformers_name(type(model).__name__), wanted, logits, tokens, BOUND, exact=True)

@@ -1,4 +1,5 @@
-"""What surgery must know of a kind of mixer, and the registry of kinds. A kind subclasses `MixerKind` in a file of its own."""
+"""What surgery must know of a kind of mixer, and the registry of kinds. A kind subclasses
+`MixerKind` in a file of its own."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ KINDS: dict[str, MixerKind] = {}
 
 
 class MixerKind:
-    """How mixers of one kind come out of attention layers. Names and shapes are those of its class in hybridize.modeling.
+    """How mixers of one kind come out of attention layers. Names and shapes are those of its class
+    in hybridize.modeling.
 
-    kind: as in the class. parts: what `calibrate` can set, in the order in which it does. Only `targets` has no default here;
-    without `vectors` a conversion cannot be verified, and says so.
+    kind: as in the class. parts: what `calibrate` can set, in the order in which it does. Only
+    `targets` has no default here; without `vectors` a conversion cannot be verified, and says so.
     """
 
     kind: ClassVar[str]
@@ -33,7 +35,8 @@ class MixerKind:
         return MIXERS[self.kind]
 
     def shape(self, teacher: Teacher, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The config's `mixer` entry for this teacher. `asked` overrides the defaults. InputError where it does not fit."""
+        """The config's `mixer` entry for this teacher. `asked` overrides the defaults. InputError
+        where it does not fit."""
         for key in asked:
             if key not in (*self.mixer.sizes, *self.mixer.choices):
                 raise InputError(f"--{key.replace('_', '-')} has no use with --mixer {self.kind}")
@@ -47,14 +50,16 @@ class MixerKind:
         return {**shape, "d_state": shape.get("d_state", teacher.head_dim)}
 
     def targets(self, teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
-        """Every tensor of layer `layer`'s mixer, and the rows that it is made of. mixer: what `shape` returned."""
+        """Every tensor of layer `layer`'s mixer, and the rows that it is made of. mixer: what
+        `shape` returned."""
         raise NotImplementedError
 
     @torch.no_grad()
     def calibrate(
         self, config: HybridConfig, layer: int, plain: Mapping[str, Tensor], seen: LayerObservation, parts: frozenset[str]
     ) -> Mixer:
-        """The mixer that starts from the parameters `plain`, with `parts` of it set by what the attention does.
+        """The mixer that starts from the parameters `plain`, with `parts` of it set by what the
+        attention does.
 
         In float32, on the device of `seen`. config: the result's.
         """
@@ -79,20 +84,24 @@ class MixerKind:
         return type(self).vectors is not MixerKind.vectors
 
     def vectors(self, mixer: Any, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, B and C before the convolution, KV heads repeated per query head, and what the scan makes of them.
+        """x, B and C before the convolution, KV heads repeated per query head, and what the scan
+        makes of them.
 
-        All [W, T, I], of inputs [W, T, D]. The scan has steps of one and no decay, gate or skip. May change the mixer.
+        All [W, T, I], of inputs [W, T, D]. The scan has steps of one and no decay, gate or skip.
+        May change the mixer.
         """
         raise NotImplementedError
 
     def kept_bytes(self, mixer: dict[str, Any], inner: int, kv: int, plain: bool) -> float:
-        """Bytes that the mixer keeps of a token for backward, its input excluded: under bfloat16 autocast on a GPU, or,
-        if `plain`, in float32 on a CPU. inner, kv: heads x head size of queries, and of keys."""
+        """Bytes that the mixer keeps of a token for backward, its input excluded: under bfloat16
+        autocast on a GPU, or, if `plain`, in float32 on a CPU. inner, kv: heads x head size of
+        queries, and of keys."""
         return (4 if plain else 2) * 17 * inner
 
 
 def register_kind(kind: MixerKind) -> MixerKind:
-    """From here on `replace` can make mixers of this kind; its class must be registered with hybridize.modeling."""
+    """From here on `replace` can make mixers of this kind; its class must be registered with
+    hybridize.modeling."""
     KINDS[kind.kind] = kind
     return kind
 
@@ -105,10 +114,11 @@ def kind_of(name: str) -> MixerKind:
 
 
 def attention_rows(teacher: Teacher, layer: int, what: str, expanded: bool) -> dict[str, Rows]:
-    """The rows of in_proj that come from q (C), k (B) and v (x), those of the weight or of the bias.
+    """The rows of in_proj that come from q (C), k (B) and v (x), those of the weight or of the
+    bias.
 
-    An attention scale other than head_dim^-1/2 is folded into C, unless queries are normalised. expanded: KV heads are
-    repeated per query head.
+    An attention scale other than head_dim^-1/2 is folded into C, unless queries are normalised.
+    expanded: KV heads are repeated per query head.
     """
     scale = teacher.scale if teacher.norm_bc is None else 1.0
     of = {part: source_of(teacher, layer, part, what, scale if part == "q" else 1.0) for part in "qkv"}
@@ -131,7 +141,8 @@ def output_targets(teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[
 
 
 def norm_targets(teacher: Teacher, layer: int, expanded: bool) -> list[Target]:
-    """B_norm and C_norm, which are the norms of keys and queries; none where the attention has none."""
+    """B_norm and C_norm, which are the norms of keys and queries; none where the attention has
+    none."""
     if teacher.norm_bc is None:
         return []
     attention, offset = f"model.layers.{layer}.self_attn.", teacher.norm_bc["offset"]

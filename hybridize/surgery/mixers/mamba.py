@@ -10,7 +10,6 @@ from hybridize.errors import InputError
 from hybridize.modeling import inverse_softplus
 from hybridize.surgery.calibrate import STEP
 from hybridize.surgery.mapping import Rows, Target
-from hybridize.surgery.mixers.base import register_kind
 from hybridize.surgery.mixers.selective import SelectiveKind
 from hybridize.surgery.teacher import Teacher
 
@@ -46,7 +45,8 @@ class MambaKind(SelectiveKind):
         return [Target(f"{base}.{name}", shape, (Rows("all", inner),)) for name, shape in shapes.items()]
 
     def set_decay(self, mixer: Any, forget: Tensor) -> None:
-        """As in SelectiveKind: steps of STEP where that is enough, longer ones where a state must forget faster."""
+        """As in SelectiveKind: steps of STEP where that is enough, longer ones where a state must
+        forget faster."""
         channels = mixer.inner // len(forget)
         mixer.dt_proj.weight.zero_()
         mixer.dt_bias.copy_(inverse_softplus(forget.clamp(max=STEP)).repeat_interleave(channels))
@@ -68,7 +68,8 @@ class MambaKind(SelectiveKind):
         return bool({"scale", "out"} & parts)
 
     def can_verify(self, mixer: dict[str, Any]) -> bool:
-        """Not where heads are expanded by chunk, which pairs other parts of heads than the attention does."""
+        """Not where heads are expanded by chunk, which pairs other parts of heads than the
+        attention does."""
         return bool(mixer["expand"] == "head")
 
     def projected(self, mixer: Any, inputs: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
@@ -80,8 +81,6 @@ class MambaKind(SelectiveKind):
         """As in MixerKind."""
         if plain:
             return 4 * (14 * inner + 2 * kv + mixer["dt_rank"])
-        # in_proj's output; expanded x, conv in and out; dt in, out; x, dt, B, C as the kernel has them; y, z, gate, product
+        # in_proj's output; expanded x, conv in and out; dt in, out; x, dt, B, C as the kernel has
+        # them; y, z, gate, product
         return 2 * (2 * inner + 2 * kv + mixer["dt_rank"] + (3 + 2 + 4 + 5) * inner)
-
-
-register_kind(MambaKind())

@@ -12,13 +12,13 @@ from hybridize.modeling import FLOAT32, inverse_softplus
 from hybridize.modeling.ssd import CHUNK
 from hybridize.surgery.calibrate import STEP
 from hybridize.surgery.mapping import Rows, Target
-from hybridize.surgery.mixers.base import register_kind
 from hybridize.surgery.mixers.selective import SelectiveKind
 from hybridize.surgery.teacher import Teacher
 
 
 class Mamba2Kind(SelectiveKind):
-    """Rows of keys and values are repeated per query head, since stock runtimes know no grouped values."""
+    """Rows of keys and values are repeated per query head, since stock runtimes know no grouped
+    values."""
 
     kind = "mamba2"
     expanded = True
@@ -65,8 +65,6 @@ class Mamba2Kind(SelectiveKind):
         heads = inner // mixer["d_state"]
         if plain:  # beside convolution and norm: products of pairs of steps in a chunk, three times, and a state a chunk
             return 4 * (33 * inner + inner * mixer["d_state"] // CHUNK + 3 * heads * CHUNK)
-        # in_proj's output; the convolution's input and output; x, B, C side by side; y, z and the normed product; step sizes
+        # in_proj's output; the convolution's input and output; x, B, C side by side; y, z and the
+        # normed product; step sizes
         return 2 * (4 + 3 + 3 + 3 + 4) * inner + 12 * heads
-
-
-register_kind(Mamba2Kind())

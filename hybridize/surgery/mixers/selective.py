@@ -1,4 +1,5 @@
-"""What the two Mamba kinds share: in_proj's rows [z, x, B, C, dt], the convolution, calibration and the linear form."""
+"""What the two Mamba kinds share: in_proj's rows [z, x, B, C, dt], the convolution, calibration and
+the linear form."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from hybridize.surgery.teacher import Teacher
 class SelectiveKind(MixerKind):
     """A Mamba mixer. expanded: in_proj holds keys and values repeated per query head.
 
-    Parts: z, the gate open on every token; conv, the identity times a small tap; decay, step sizes and decays by each head's
-    attention distance, and the skip D by regression; scale, channels with the RMS of the attention heads; out, out_proj by
-    ridge regression of the attention's output.
+    Parts: z, the gate open on every token; conv, the identity times a small tap; decay, step sizes
+    and decays by each head's attention distance, and the skip D by regression; scale, channels with
+    the RMS of the attention heads; out, out_proj by ridge regression of the attention's output.
     """
 
     parts = ("z", "conv", "decay", "scale", "out")
@@ -72,7 +73,8 @@ class SelectiveKind(MixerKind):
             fit_output(mixer.out_proj, features(mixer, seen.inputs), seen, plain["out_proj.weight"])
 
     def set_decay(self, mixer: Any, forget: Tensor) -> None:
-        """Step sizes and decays so that head h forgets `forget` [H] nats of its state at each token."""
+        """Step sizes and decays so that head h forgets `forget` [H] nats of its state at each
+        token."""
         raise NotImplementedError
 
     def probe(self, mixer: Any) -> nn.Module:
