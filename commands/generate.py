@@ -76,7 +76,7 @@ def command(
     where, compute = pick_compute(device, dtype)
     if samples > 1 and speaker.generation.sampling.temperature == 0:
         raise InputError("--samples needs answers that differ: --temperature above 0")
-    rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "--prompts", check_prompt)
+    rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "prompts", check_prompt)
     where_of = rows.where if prompts is not None else lambda _: "the prompt"
     read = _read(speaker.encoder, rows, where_of)
     longest = max(map(len, read))

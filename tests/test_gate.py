@@ -373,7 +373,7 @@ def test_junit_is_what_a_service_reads(tmp_path: Path) -> None:
     message = case.find("failure").get("message")
     assert "0.1000" in message
     assert "interval" in message
-    assert "--max-drop allows 0.5" in message
+    assert "a drop of at most 0.5 is allowed" in message
     json.dumps(message)
 
 

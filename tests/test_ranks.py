@@ -304,11 +304,11 @@ def test_torchrun_on_the_command_line(tmp_path: Path, traces: Path, cli: Runner)
 
 
 def test_rows_are_shared_evenly_or_not_at_all() -> None:
-    assert [Ranks(rank, 4).share(8, "--batch-size") for rank in range(4)] == [
+    assert [Ranks(rank, 4).share(8, "batch_size") for rank in range(4)] == [
         slice(0, 2),
         slice(2, 4),
         slice(4, 6),
         slice(6, 8),
     ]
     with pytest.raises(InputError, match="--batch-size 6 cannot be split evenly over 4 processes"):
-        Ranks(0, 4).share(6, "--batch-size")
+        Ranks(0, 4).share(6, "batch_size")

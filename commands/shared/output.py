@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from hybridize.errors import InputError, WorkError, first_line
+from hybridize.errors import InputError, WorkError, first_line, with_settings
 
 from .interrupts import interruptible
 
@@ -91,10 +91,10 @@ class Lines:
         self._last = self._progressed = -EVERY
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A line of its own; settings that the library names are shown as flags."""
         with self._lock:
             self.end()
-            self._write(text + "\n")
+            self._write(with_settings(text, flag_of) + "\n")
 
     def progress(self, text: str, last: bool = False) -> None:
         with self._lock:
@@ -165,6 +165,13 @@ class Lines:
 LINES = Lines()
 
 
+def flag_of(name: str) -> str:
+    """The flag of a parameter, `calibrate=False` being that of a switch turned off."""
+    odd = {"form": "--format", "license_": "--license", "output": "-o"}
+    name, off, _ = name.partition("=False")
+    return odd.get(name, f"--{'no-' if off else ''}{name.replace('_', '-')}")
+
+
 def guarded(function: F) -> F:
     """Maps what goes wrong to one sentence on stderr and an exit code; HYBRIDIZE_DEBUG=1 shows the traceback."""
 
@@ -178,9 +185,9 @@ def guarded(function: F) -> F:
         except KeyboardInterrupt:
             _fail("interrupted", EXIT_INTERRUPTED)
         except InputError as error:
-            _fail(str(error), EXIT_INPUT)
+            _fail(f"{error}", EXIT_INPUT)
         except WorkError as error:
-            _fail(str(error), EXIT_FAILED)
+            _fail(f"{error}", EXIT_FAILED)
         except MemoryError:
             _fail(f"out of memory; {LESS_MEMORY}", EXIT_FAILED)
         except OSError as error:

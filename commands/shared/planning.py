@@ -18,7 +18,7 @@ def check_run(settings: Any, source: Any, ranks: Any) -> None:
     """InputError when the run cannot be of these layers or on so many ranks, whatever the device."""
     from hybridize.modeling import mixer_class
 
-    ranks.share(settings.batch_size, "--batch-size")
+    ranks.share(settings.batch_size, "batch_size")
     settings.sharded(ranks.size)
     mixer = source.config.get("mixer")
     if settings.cuda_graph and settings.mask != "none" and mixer and not mixer_class(mixer).graphs_documents:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.generation.cache import sequence_bytes
 from hybridize.generation.decoder import Decoder, can_capture
 from hybridize.modeling import FLOAT32, HybridConfig, HybridForCausalLM, new_cache
@@ -42,7 +42,9 @@ class BenchSettings:
     def __post_init__(self) -> None:
         sizes = [*self.contexts, *self.batches, self.steps, self.repeats, *(n for pair in self.generations for n in pair)]
         if min(sizes, default=0) < 1:
-            raise InputError("contexts, batches, generations, --steps and --repeats are numbers of at least 1")
+            raise InputError(
+                f"contexts, batches, generations, {setting('steps')} and {setting('repeats')} are numbers of at least 1"
+            )
 
 
 def bandwidth(device: torch.device) -> float:

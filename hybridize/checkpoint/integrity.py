@@ -27,7 +27,7 @@ from hybridize.checkpoint.reader import (
     fingerprint,
     same_bytes,
 )
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 SAFETENSORS, TEMPLATES = ".safetensors", "additional_chat_templates/*.jinja"
 MOST_HEADER = 100 << 20  # what safetensors itself reads at most
@@ -123,7 +123,7 @@ def verify(path: Path, deep: bool = False, progress: Progress = lambda *_: None)
 def _parent(path: Path, manifest: dict[str, Any]) -> CheckpointReader:
     where = manifest["parent"]["path"]
     if not (path / where).is_dir():
-        raise InputError(f"{path}: its parent {where} is not on this disk, and --deep needs it")
+        raise InputError(f"{path}: its parent {where} is not on this disk, and {setting('deep')} needs it")
     return CheckpointReader(path / where)
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 
 def part_of(path: Path) -> Path:
@@ -27,7 +27,9 @@ def check_journal(path: Path, resume: bool, overwrite: bool) -> bool:
             sum(1 for _, line in zip(range(2), lines, strict=False) if line.endswith(b"\n")) > 1
         )  # settings alone are no loss
     if begun and not (resume or overwrite):
-        raise InputError(f"{path} is an unfinished run; --resume goes on with it, --overwrite starts anew")
+        raise InputError(
+            f"{path} is an unfinished run; {setting('resume')} goes on with it, {setting('overwrite')} starts anew"
+        )
     return begun
 
 
@@ -60,13 +62,13 @@ class Journal:
                 before = found["settings"] if number == 0 else settings
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{self.path}:{number + 1} is no line of an unfinished run; --overwrite starts anew"
+                    f"{self.path}:{number + 1} is no line of an unfinished run; {setting('overwrite')} starts anew"
                 ) from error
             if before != settings and overwrite:
                 return 0
             if before != settings:
                 other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
-                raise InputError(f"{self.path} was begun with another {', '.join(other)}; --overwrite starts anew")
+                raise InputError(f"{self.path} was begun with another {', '.join(other)}; {setting('overwrite')} starts anew")
             self.lines += [found] if number else []
             kept += len(line)
         return kept

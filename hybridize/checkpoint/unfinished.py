@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint.json_files import read_json
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 SETTINGS = "settings.json"
 
@@ -24,9 +24,11 @@ def check_unfinished(run: Path, settings: dict[str, Any], resume: bool, overwrit
         return
     if resume:
         for name, before, now in _changed(read_json(run / SETTINGS), settings):
-            raise InputError(f"--resume: {name} was {before!r}, now it is {now!r}")
+            raise InputError(f"{setting('resume')}: {name} was {before!r}, now it is {now!r}")
     elif not overwrite:
-        raise InputError(f"{run} holds an unfinished run; continue it with --resume, or start over with --overwrite")
+        raise InputError(
+            f"{run} holds an unfinished run; continue it with {setting('resume')}, or start over with {setting('overwrite')}"
+        )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

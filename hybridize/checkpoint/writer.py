@@ -14,7 +14,7 @@ from hybridize.checkpoint.atomic import write_json
 from hybridize.checkpoint.integrity import seal
 from hybridize.checkpoint.manifest import MANIFEST, Manifest
 from hybridize.checkpoint.reader import INDEX, CheckpointReader, Fingerprint, carry, fingerprint
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 SHARD_BYTES = 2 * 10**9
 OURS = ("config.json", MANIFEST, "model.safetensors", INDEX)  # one of these makes a directory a checkpoint
@@ -32,11 +32,11 @@ def check_output(output: Path, overwrite: bool, *sources: Path, replaceable: tup
     if whole == Path.cwd():
         raise InputError(f"{output} is the current directory; name a directory in it")
     if (output.exists() or output.is_symlink()) and not overwrite:
-        raise InputError(f"{output} exists; give another -o or --overwrite")
+        raise InputError(f"{output} exists; give another {setting('output')} or {setting('overwrite')}")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; the output is a directory")
     if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in (*OURS, *replaceable)):
-        raise InputError(f"{output} is a directory but no checkpoint; --overwrite does not replace it")
+        raise InputError(f"{output} is a directory but no checkpoint; {setting('overwrite')} does not replace it")
     check_writable(output)
 
 

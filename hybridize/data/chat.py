@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridize.data.forms import REASONING, Conversation, Message
-from hybridize.errors import InputError, first_line
+from hybridize.errors import InputError, first_line, setting
 
 PROBE = "Qx7probeZ4"  # stands for an answer's text, to see what the template writes around it
 _OPENED = re.compile(r"<([\w:.-]*(?:think|thought|reason)[\w:.-]*)>\s*\Z", re.IGNORECASE)  # as <think>, at a prompt's end
@@ -203,7 +203,7 @@ class ChatTemplate:
 
     def _render(self, conversation: Conversation, messages: Sequence[Message], where: str, prompt: bool = False) -> str:
         if self.template is None:
-            raise InputError(f"{where} is a chat, but the tokenizer has no chat template; give --chat-template FILE")
+            raise InputError(f"{where} is a chat, but the tokenizer has no chat template; give {setting('chat_template')} FILE")
         source = self._source(conversation)
         if not source:
             raise InputError(f"{where}: the tokenizer has templates {', '.join(self.template)} but none is called 'default'")

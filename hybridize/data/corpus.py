@@ -112,7 +112,7 @@ def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int |
     sources = read_mixture(data, limit)
     if eval_data is not None:
         same = eval_data == data
-        heldout = Rows.joined([rows for rows, _ in (sources if same else read_mixture(eval_data, flag="--eval-data"))])
+        heldout = Rows.joined([rows for rows, _ in (sources if same else read_mixture(eval_data, what="eval_data"))])
         checked = [heldout] if same else [*(rows for rows, _ in sources), heldout]
     else:
         counts = [min(HELDOUT_ROWS // len(sources), len(rows) // 20) if hold_out else 0 for rows, _ in sources]

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridize.data.chat import ChatTemplate, Turn
 from hybridize.data.forms import Conversation, Pair, Plain, read_form, read_question
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 MASKS = ("assistant", "none")
 REMEMBERED = 50_000_000  # tokens, five bytes each: rows are checked before training, which then need not tokenise them again
@@ -50,7 +50,7 @@ class Encoder:
         self, tokenizer: Any, mask: str, chat_template: str | dict[str, str] | None = None, vocabulary: int | None = None
     ) -> None:
         if mask not in MASKS:
-            raise InputError(f"--mask {mask} is unknown; use {' or '.join(MASKS)}")
+            raise InputError(f"{setting('mask')} {mask} is unknown; use {' or '.join(MASKS)}")
         self.tokenizer, self.mask, self.vocabulary = tokenizer, mask, vocabulary
         self.chat = ChatTemplate(tokenizer, chat_template)
         self.template = self.chat.template

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridize.data.files import KNOWN, Labelled, Table, open_rows
 from hybridize.data.forms import check_row
-from hybridize.errors import InputError, first_line
+from hybridize.errors import InputError, first_line, setting
 from hybridize.parsing import named_numbers
 
 Row = dict[str, Any]
@@ -69,30 +69,28 @@ class _Chain(Sequence[Row]):
         return self._parts[which], index - self._ends[which]
 
 
-def find_data(flag: str | None, teacher: Path | None) -> str:
-    """What `--data` means when omitted: $HYBRIDIZE_DATA, ./traces.jsonl, then the teacher's own traces.jsonl."""
-    candidates = [flag, os.environ.get("HYBRIDIZE_DATA"), "traces.jsonl" if Path("traces.jsonl").is_file() else None]
+def find_data(data: str | None, teacher: Path | None) -> str:
+    """`data`, or what it is when omitted: $HYBRIDIZE_DATA, ./traces.jsonl, then the teacher's own traces.jsonl."""
+    candidates = [data, os.environ.get("HYBRIDIZE_DATA"), "traces.jsonl" if Path("traces.jsonl").is_file() else None]
     if teacher is not None and (teacher / "traces.jsonl").is_file():
         candidates.append(str(teacher / "traces.jsonl"))
     found = next((c for c in candidates if c), None)
     if found is None:
-        raise InputError("no data: give --data FILE, set HYBRIDIZE_DATA, or put a traces.jsonl into this folder")
+        raise InputError(f"no data: give {setting('data')} FILE, set HYBRIDIZE_DATA, or put a traces.jsonl into this folder")
     return found
 
 
-def read_mixture(spec: str, limit: int | None = None, flag: str = "--data") -> list[tuple[Rows, float]]:
+def read_mixture(spec: str, limit: int | None = None, what: str = "data") -> list[tuple[Rows, float]]:
     """The sources of SPEC, or of SPEC=WEIGHT,SPEC=WEIGHT,..., each with its share of the tokens, 1 unless given; see read_rows.
 
-    limit: rows of each; flag: what a message calls SPEC.
+    limit: rows of each; what: the setting that SPEC is.
     """
     if Path(spec).expanduser().is_file() or not set(spec) & set(",="):
-        return [(read_rows(spec, limit, flag), 1.0)]
-    return [(read_rows(name, limit, flag), weight) for name, weight in named_numbers(spec, flag, 1.0)]
+        return [(read_rows(spec, limit, what), 1.0)]
+    return [(read_rows(name, limit, what), weight) for name, weight in named_numbers(spec, what, 1.0)]
 
 
-def read_rows(
-    spec: str, limit: int | None = None, flag: str = "--data", check: Callable[[Any, str], None] | None = None
-) -> Rows:
+def read_rows(spec: str, limit: int | None = None, what: str = "data", check: Callable[[Any, str], None] | None = None) -> Rows:
     """Rows of a local file (see files.open_rows), or of a hub data set: its `train` split, or ID:SPLIT.
 
     check: what a row must be [default: check_row]. Raises InputError naming file and line when
@@ -102,9 +100,9 @@ def read_rows(
     if path.is_file():
         rows = Rows(str(path), *open_rows(path))
     elif spec.startswith((".", "/", "~")) or path.suffix in KNOWN:
-        raise InputError(f"{flag} {spec} does not exist")
+        raise InputError(f"{setting(what)} {spec} does not exist")
     else:
-        rows = _read_hub(spec, flag)
+        rows = _read_hub(spec, what)
     if limit is not None:
         rows = rows.part(0, min(limit, len(rows)))
     if not len(rows):
@@ -114,11 +112,13 @@ def read_rows(
     return rows
 
 
-def _read_hub(spec: str, flag: str) -> Rows:
+def _read_hub(spec: str, what: str) -> Rows:
     from datasets import load_dataset
 
     name, _, split = spec.partition(":")
     try:
         return Rows(spec, Table(load_dataset(name, split=split or "train")), "row ")
     except Exception as error:  # datasets raises many kinds, all meaning: not to be had
-        raise InputError(f"{flag} {spec} is no local file, and the hub did not give it: {first_line(error)}") from error
+        raise InputError(
+            f"{setting(what)} {spec} is no local file, and the hub did not give it: {first_line(error)}"
+        ) from error

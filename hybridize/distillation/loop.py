@@ -28,7 +28,7 @@ from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, can_graph
 from hybridize.distillation.watch import Rising, model_flops, peak_flops
 from hybridize.distillation.watchdog import first_bad
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.runtime.device import be_deterministic, compile_layers
 from hybridize.runtime.distributed import Ranks, reshard, shard
 from hybridize.runtime.offload import offload
@@ -63,7 +63,7 @@ class Training:
         """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
-        self.rows = self.ranks.share(settings.batch_size, "--batch-size")
+        self.rows = self.ranks.share(settings.batch_size, "batch_size")
         self.sharded = settings.sharded(self.ranks.size)
         if settings.deterministic:
             be_deterministic()
@@ -80,7 +80,7 @@ class Training:
             for model in models:
                 use_packed_attention(model)
         if settings.cuda_graph and not can_graph(*models):
-            raise InputError("--cuda-graph needs CUDA and SDPA attention without a window")
+            raise InputError(f"{setting('cuda_graph')} needs CUDA and SDPA attention without a window")
         flops = model_flops(student, teacher)
         root = Student(student, loss, dtype)
         narrow = dtype if dtype != torch.float32 else None
@@ -253,8 +253,8 @@ class Training:
                 if self.sharded:
                     self.run.note_room(self._room, micro // 2)
                     raise WorkError(
-                        f"out of GPU memory with {micro} sequences at once; --resume goes on from the last saved state with "
-                        f"{micro // 2} (torchrun --max-restarts 4 by itself)"
+                        f"out of GPU memory with {micro} sequences at once; {setting('resume')} goes on from the last "
+                        f"saved state with {micro // 2} (torchrun --max-restarts 4 by itself)"
                     ) from error
             if self.sharded or not self.ranks.found("full" if value is None else ""):
                 assert value is not None
@@ -265,7 +265,7 @@ class Training:
             if micro == 1:
                 self.agreed = True
                 raise WorkError(
-                    "out of GPU memory with one sequence at once on one of the ranks; --dry-run says what is needed"
+                    f"out of GPU memory with one sequence at once on one of the ranks; {setting('dry_run')} says what is needed"
                 )
             if self.ranks.main:
                 self.run.note_room(self._room, micro // 2)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridize.errors import InputError, first_line
+from hybridize.errors import InputError, first_line, setting
 from hybridize.modeling import soft_capped
 from hybridize.parsing import named_numbers
 from hybridize.runtime.device import keep_compiled_apart
@@ -69,14 +69,14 @@ class Loss:
     def parse(cls, text: str, temperature: float = 1.0) -> Loss:
         """`reverse-kl`, or `reverse-kl=.9,ce=.1`. InputError on an unknown name or a weight that is
         not positive."""
-        weights = named_numbers(text, "--loss", 1.0)
+        weights = named_numbers(text, "loss", 1.0)
         for name, _ in weights:
             if name not in (*DIVERGENCES, "ce"):
-                raise InputError(f"--loss {name!r} is unknown; use {', '.join([*DIVERGENCES, 'ce'])}")
+                raise InputError(f"{setting('loss')} {name!r} is unknown; use {', '.join([*DIVERGENCES, 'ce'])}")
         if len({name for name, _ in weights}) != len(weights):
-            raise InputError(f"--loss {text!r} names a loss twice")
+            raise InputError(f"{setting('loss')} {text!r} names a loss twice")
         if not 0 < temperature < float("inf"):
-            raise InputError(f"--temperature {temperature} must be positive")
+            raise InputError(f"{setting('temperature')} {temperature} must be positive")
         return cls(tuple(weights), temperature)
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybridize.distillation.settings import DistillSettings
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.runtime.distributed import Ranks, local, small
 
 
@@ -16,7 +16,7 @@ def choose_trained(student: nn.Module, settings: DistillSettings) -> None:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
     if not any(p.requires_grad for p in student.parameters()):
-        raise InputError(f"--train {settings.train}: no parameter of the checkpoint has such a name")
+        raise InputError(f"{setting('train')} {settings.train}: no parameter of the checkpoint has such a name")
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.AdamW:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from hybridize.distillation.schedule import SCHEDULES
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.parsing import named_numbers, parse_indices
 
 STAGES = ("distill", "align")
@@ -22,7 +22,7 @@ def check_positive(settings: Any, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value > 0:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
+            raise InputError(f"{setting(name)} {value} must be positive")
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,34 @@ class DistillSettings:
         )
         for name in naturals:
             if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+                raise InputError(f"{setting(name)} {getattr(self, name)} must not be negative")
         if self.stage not in STAGES:
-            raise InputError(f"--stage {self.stage} is unknown; use {' or '.join(STAGES)}")
+            raise InputError(f"{setting('stage')} {self.stage} is unknown; use {' or '.join(STAGES)}")
         if self.schedule not in SCHEDULES:
-            raise InputError(f"--schedule {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
+            raise InputError(f"{setting('schedule')} {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
-            raise InputError("--stop-when-flat looks at the held-out measures; give --eval-every")
+            raise InputError(f"{setting('stop_when_flat')} looks at the held-out measures; give {setting('eval_every')}")
         if self.cuda_graph and (self.stage != "distill" or self.gradient_checkpointing or self.checkpoint_layers):
-            raise InputError("--cuda-graph needs --stage distill and no gradient checkpointing")
+            raise InputError(f"{setting('cuda_graph')} needs {setting('stage')} distill and no gradient checkpointing")
         if self.cuda_graph and self.offload_teacher:
-            raise InputError("--cuda-graph cannot hold a teacher that comes and goes: leave out --offload-teacher")
+            raise InputError(
+                f"{setting('cuda_graph')} cannot hold a teacher that comes and goes: leave out {setting('offload_teacher')}"
+            )
         if self.compile and self.stage != "distill":
-            raise InputError("--compile needs --stage distill: alignment runs no whole layer of the student")
+            raise InputError(
+                f"{setting('compile')} needs {setting('stage')} distill: alignment runs no whole layer of the student"
+            )
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
-            raise InputError("--checkpoint-merge takes the mean of saved states; give --save-every, and --keep-last that many")
+            raise InputError(
+                f"{setting('checkpoint_merge')} takes the mean of saved states; "
+                f"give {setting('save_every')}, and {setting('keep_last')} that many"
+            )
         self.recomputed(None)
         self.rates()
         if self.seq_len < 2:
-            raise InputError("--seq-len must be at least 2")
+            raise InputError(f"{setting('seq_len')} must be at least 2")
         if self.tokens is None and self.steps is None:
-            raise InputError("say how long: --tokens or --steps")
+            raise InputError(f"say how long: {setting('tokens')} or {setting('steps')}")
 
     def decisive(self) -> dict[str, Any]:
         """What decides the result: a run that goes on must have the same."""
@@ -124,14 +131,14 @@ class DistillSettings:
         None it is not known how many there are."""
         if not self.checkpoint_layers:
             return set(range(layers or 0)) if self.gradient_checkpointing else set()
-        chosen = set(parse_indices(self.checkpoint_layers, "--checkpoint-layers"))
+        chosen = set(parse_indices(self.checkpoint_layers, "checkpoint_layers"))
         if layers is not None and max(chosen) >= layers:
-            raise InputError(f"--checkpoint-layers {self.checkpoint_layers}: the model has layers 0 to {layers - 1}")
+            raise InputError(f"{setting('checkpoint_layers')} {self.checkpoint_layers}: the model has layers 0 to {layers - 1}")
         return chosen
 
     def rates(self) -> list[tuple[str, float]]:
         """`lr_groups` as patterns and rates."""
-        return named_numbers(self.lr_groups, "--lr-groups") if self.lr_groups else []
+        return named_numbers(self.lr_groups, "lr_groups") if self.lr_groups else []
 
     def rate_of(self, name: str) -> float:
         """The peak rate of a parameter."""
@@ -151,7 +158,9 @@ class DistillSettings:
         """Whether so many ranks split weights between them. InputError where they cannot."""
         split = self.shard and ranks > 1
         if split and self.cuda_graph:
-            raise InputError("--cuda-graph cannot hold weights that are split over processes: give --no-shard too")
+            raise InputError(
+                f"{setting('cuda_graph')} cannot hold weights that are split over processes: give {setting('shard', False)} too"
+            )
         return split
 
     @property

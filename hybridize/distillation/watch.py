@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362, "B200": 2250, "RTX 4090": 165}
@@ -57,7 +57,7 @@ def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
         if hidden > low:
             share = start + (value - start) * min(1.0, math.log(hidden / low) / math.log(size / low))
         low, start = size, value
-    return share * peak, f"{share:.0%} of the peak of {name}, which takes --compile and --cuda-graph"
+    return share * peak, f"{share:.0%} of the peak of {name}, with compiled layers and a CUDA graph"
 
 
 def _product_speed() -> float:
@@ -138,11 +138,11 @@ class Trackers:
 
 def _module(name: str) -> Any:
     if name not in TRACKERS:
-        raise InputError(f"--track {name} is unknown; use {', '.join(TRACKERS)}")
+        raise InputError(f"{setting('track')} {name} is unknown; use {', '.join(TRACKERS)}")
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
-        raise InputError(f"--track {name}: pip install {name} first ({error})") from error
+        raise InputError(f"{setting('track')} {name}: pip install {name} first ({error})") from error
 
 
 def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], output: Path) -> None:

@@ -28,7 +28,7 @@ from hybridize.compat.lm_eval import (
     postprocess_generated_text,
 )
 from hybridize.data.encode import unknown_token
-from hybridize.errors import WorkError
+from hybridize.errors import WorkError, setting
 from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.generation.settings import FOLLOWED, TOP_K, Generation, ends_of, settings_of
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
@@ -238,7 +238,7 @@ def _finite(_: Any, scores: torch.Tensor) -> torch.Tensor:
 
 def _broken(request: Any, what: str, count: int = 1) -> str:
     among = f" or one of the {count - 1} after it" if count > 1 else ""
-    return f"task {request.task_name}, document {request.doc_id}{among}: {what}; try --dtype float32"
+    return f"task {request.task_name}, document {request.doc_id}{among}: {what}; try {setting('dtype')} float32"
 
 
 def last_boxed(text: str) -> str | None:

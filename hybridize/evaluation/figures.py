@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 
 TOLERANCE = 1e-9  # within which two figures are equal: what rounding can do to a mean of scores
 
@@ -20,7 +20,9 @@ def figures_of(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
     figures = {}
     for key, value in _values(found["results"][task]).items():
         if not math.isfinite(value):
-            raise WorkError(f"task {task}: {key} is {value}; the model's answers are not finite (try --dtype float32)")
+            raise WorkError(
+                f"task {task}: {key} is {value}; the model's answers are not finite (try {setting('dtype')} float32)"
+            )
         rows = document_scores(found["samples"][task], key)
         scores = [row["score"] for row in rows] if rows else None
         figures[key] = {"value": value, "higher_is_better": better.get(key.split(",")[0]) is not False, "scores": scores}
@@ -75,7 +77,7 @@ def held(figures: Mapping[str, dict[str, Any]], samples: int = 1, name: str | No
     if name is not None:
         chosen = matching(figures, name)
         if not chosen:
-            raise InputError(f"--metric {where}={name}: the task has {'; '.join(figures)}")
+            raise InputError(f"{setting('metric')} {where}={name}: the task has {'; '.join(figures)}")
         return chosen
     voted = [key for key in figures if samples > 1 and key.endswith(f"maj@{samples}")]
     return [key for key in voted or figures if accuracy_like(figures[key])] or [main_figure(figures, samples)]

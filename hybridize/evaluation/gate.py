@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hybridize.checkpoint.atomic import write_text_atomic
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.evaluation.figures import TOLERANCE, held, is_mean
 from hybridize.evaluation.intervals import Paired, holm
 from hybridize.evaluation.results import check_comparable, figures_in, tasks_in_groups
@@ -40,14 +40,16 @@ class Rule:
         if self.max_drop is None:
             if self.confidence is not None or self.strict or self.allow_inconclusive:
                 given = "strict" if self.strict else "confidence" if self.confidence is not None else "allow-inconclusive"
-                raise InputError(f"--{given} needs a --max-drop to hold the drop against")
+                raise InputError(f"{setting(given)} needs a {setting('max_drop')} to hold the drop against")
             return
         if not math.isfinite(self.max_drop):
-            raise InputError(f"--max-drop {self.max_drop} must be a number")
+            raise InputError(f"{setting('max_drop')} {self.max_drop} must be a number")
         if self.confidence is not None and not 0.5 <= self.confidence < 1:
-            raise InputError(f"--confidence {self.confidence} must be at least 0.5 and less than 1")
+            raise InputError(f"{setting('confidence')} {self.confidence} must be at least 0.5 and less than 1")
         if self.strict and self.confidence is not None:
-            raise InputError("--strict and --confidence contradict each other: one fails unless sure, the other if sure")
+            raise InputError(
+                f"{setting('strict')} and {setting('confidence')} contradict each other: one fails unless sure, the other if sure"
+            )
 
     @property
     def level(self) -> float:
@@ -189,7 +191,7 @@ def compare(
                 for key in held(figures_in(candidate["tasks"][task]), samples, chosen.pop(task, None), task)
             ]
     if chosen:
-        raise InputError(f"--metric names {next(iter(chosen))!r}, which is no task or group that was asked for")
+        raise InputError(f"{setting('metric')} names {next(iter(chosen))!r}, which is no task or group that was asked for")
     return drops
 
 
@@ -208,7 +210,7 @@ def _group_drops(
     )
     own = [key for key in keys if key in told["figures"]]
     if not own:
-        raise InputError(f"group {group} has no aggregate of {', '.join(keys)}; name its tasks in --tasks instead")
+        raise InputError(f"group {group} has no aggregate of {', '.join(keys)}; name its tasks in {setting('tasks')} instead")
     for key in own:
         ours, theirs = told["figures"][key], baseline.get("groups", {}).get(group, {}).get("figures", {}).get(key)
         if theirs is None:
@@ -297,7 +299,8 @@ def write_junit(
         case = ET.SubElement(suite, "testcase", classname=name, name=f"{title}{limited}")
         text = verdict.drop.describe(rule.level)
         if failed:
-            reason = f"cannot tell: {verdict.why}" if verdict.outcome == UNKNOWN else f"--max-drop allows {rule.max_drop}"
+            allowed = f"a drop of at most {rule.max_drop} is allowed"
+            reason = f"cannot tell: {verdict.why}" if verdict.outcome == UNKNOWN else allowed
             ET.SubElement(case, "failure", message=f"{text}; {reason}")
         elif verdict.outcome == UNKNOWN:
             ET.SubElement(case, "skipped", message=f"cannot tell: {verdict.why}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hybridize.errors import InputError, WorkError, first_line
+from hybridize.errors import InputError, WorkError, first_line, setting
 from hybridize.evaluation.figures import matching
 from hybridize.evaluation.recall import GROUP, LENGTHS, recall_group
 
@@ -47,23 +47,25 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise InputError(f"--samples {self.samples} must be at least 1")
+            raise InputError(f"{setting('samples')} {self.samples} must be at least 1")
         if self.samples > 1 and "do_sample=true" not in (self.gen_kwargs or "").lower().replace(" ", ""):
-            raise InputError("--samples needs answers that differ: --gen-kwargs do_sample=true,temperature=0.6")
+            raise InputError(
+                f"{setting('samples')} needs answers that differ: {setting('gen_kwargs')} do_sample=true,temperature=0.6"
+            )
         if self.think_end == "":
-            raise InputError("--think-end is empty")
+            raise InputError(f"{setting('think_end')} is empty")
         if not self.tasks:
-            raise InputError("--tasks is empty")
+            raise InputError(f"{setting('tasks')} is empty")
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))):
-            raise InputError(f"--limit {self.limit} must be a whole number of documents, or a share of them below 1")
+            raise InputError(f"{setting('limit')} {self.limit} must be a whole number of documents, or a share of them below 1")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size} must be at least 1")
+            raise InputError(f"{setting('batch_size')} {self.batch_size} must be at least 1")
         if self.recall_lengths is not None and GROUP not in self.tasks:
-            raise InputError(f"--recall-lengths has no use without --tasks {GROUP}")
+            raise InputError(f"{setting('recall_lengths')} has no use without {setting('tasks')} {GROUP}")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise InputError(f"--num-fewshot {self.num_fewshot} must not be negative")
+            raise InputError(f"{setting('num_fewshot')} {self.num_fewshot} must not be negative")
         if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise InputError(f"--include-path {self.include_path} is not a directory")
+            raise InputError(f"{setting('include_path')} {self.include_path} is not a directory")
 
     def to_json(self) -> dict[str, Any]:
         """What two results must share to be compared."""
@@ -80,7 +82,7 @@ def parse_limit(text: str | None) -> float | None:
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError as error:
-        raise InputError(f"--limit {text} is no number of documents, nor a share of them") from error
+        raise InputError(f"{setting('limit')} {text} is no number of documents, nor a share of them") from error
 
 
 def parse_batch_size(text: str) -> int | str:
@@ -89,7 +91,7 @@ def parse_batch_size(text: str) -> int | str:
         return int(text)
     if re.fullmatch(r"auto(:\d+)?", text):
         return text
-    raise InputError(f"--batch-size {text} is no number, nor auto or auto:N")
+    raise InputError(f"{setting('batch_size')} {text} is no number, nor auto or auto:N")
 
 
 def task_names(text: str) -> tuple[str, ...]:
@@ -102,7 +104,7 @@ def check_think_end(tokenizer: Any, text: str | None) -> None:
     if text is not None and text not in tokenizer.decode(
         tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True
     ):
-        raise InputError(f"--think-end {text}: the tokenizer does not show it in what is written (a special token?)")
+        raise InputError(f"{setting('think_end')} {text}: the tokenizer does not show it in what is written (a special token?)")
 
 
 def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
@@ -121,10 +123,10 @@ def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
         try:
             manager = TaskManager(include_path=settings.include_path, include_defaults=defaults)
         except Exception as error:  # a broken YAML raises whatever its loader raises
-            raise InputError(f"--include-path {settings.include_path}: {error}") from error
+            raise InputError(f"{setting('include_path')} {settings.include_path}: {error}") from error
         unknown = [task for task in unknown if task not in set(manager.all_tasks)]
     if unknown:
-        raise InputError(f"lm-eval knows no task {unknown[0]!r}; a task of your own needs --include-path DIR")
+        raise InputError(f"lm-eval knows no task {unknown[0]!r}; a task of your own needs {setting('include_path')} DIR")
     return manager if GROUP not in settings.tasks else _with_recall(manager, settings, tokenizer)
 
 
@@ -154,7 +156,9 @@ def check_code(manager: Any, settings: EvalSettings, confirmed: bool) -> None:
     marks so, or whose judge starts processes or executes text."""
     for name, task in _loaded(manager, settings).items():
         if not confirmed and (getattr(task, "UNSAFE_CODE", False) or _RUNS.search(_source_of_judge(task))):
-            raise InputError(f"task {name} runs the code that the model writes; --confirm-run-unsafe-code if you want that")
+            raise InputError(
+                f"task {name} runs the code that the model writes; {setting('confirm_run_unsafe_code')} if you want that"
+            )
 
 
 def _source_of_judge(task: Any) -> str:
@@ -174,10 +178,10 @@ def check_metrics(manager: Any, settings: EvalSettings, chosen: Mapping[str, str
         tasks = [loaded["tasks"][name]] if name in loaded["tasks"] else []
         tasks += loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else []
         if not tasks:
-            raise InputError(f"--metric names {name!r}, which is no task or group of --tasks")
+            raise InputError(f"{setting('metric')} names {name!r}, which is no task or group of {setting('tasks')}")
         figures = {f"{one},{filter_.name}": None for task in tasks for one in task.aggregation() for filter_ in task._filters}
         if not matching(figures, metric):
-            raise InputError(f"--metric {name}={metric}: the task has {'; '.join(figures)}")
+            raise InputError(f"{setting('metric')} {name}={metric}: the task has {'; '.join(figures)}")
 
 
 def check_choices(manager: Any, settings: EvalSettings) -> None:
@@ -262,18 +266,18 @@ def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for sample in samples:
         if isinstance(sample["filtered_resps"][0], str):
-            raise InputError("--metric margin needs a multiple-choice task; this one generates text")
+            raise InputError(f"{setting('metric')} margin needs a multiple-choice task; this one generates text")
         values = [float(answer[0]) for answer in sample["filtered_resps"]]
         if len({arguments[1] for arguments in sample["arguments"]}) < len(
             values
         ):  # the choice is in the context, as in winogrande
-            raise InputError("--metric margin needs a multiple-choice task whose answers differ")
+            raise InputError(f"{setting('metric')} margin needs a multiple-choice task whose answers differ")
         target = sample["target"]
         if isinstance(target, str) and not target.isdecimal():
             choices = [arguments[1].strip() for arguments in sample["arguments"]]
             target = choices.index(target.strip()) if target.strip() in choices else None
         if target is None or len(values) < 2 or int(target) >= len(values):
-            raise InputError("--metric margin needs a multiple-choice task with one right answer")
+            raise InputError(f"{setting('metric')} margin needs a multiple-choice task with one right answer")
         right = values.pop(int(target))
         found.append({"doc": sample["doc_id"], "hash": sample["doc_hash"], "score": right - max(values)})
     return found

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 GROUP = "recall"
 LENGTHS = (1024, 4096)
@@ -82,9 +82,11 @@ def parse_lengths(text: str | None) -> tuple[int, ...]:
     try:
         found = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError as error:
-        raise InputError(f"--recall-lengths {text}: numbers of tokens with commas between, as 1024,4096,16384") from error
+        raise InputError(
+            f"{setting('recall_lengths')} {text}: numbers of tokens with commas between, as 1024,4096,16384"
+        ) from error
     if found[0] < SHORTEST:
-        raise InputError(f"--recall-lengths {text}: at least {SHORTEST} tokens each")
+        raise InputError(f"{setting('recall_lengths')} {text}: at least {SHORTEST} tokens each")
     return found
 
 

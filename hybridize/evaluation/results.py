@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import libraries
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.evaluation.figures import chance_of, document_scores, figures_of, group_figures, main_figure
 from hybridize.evaluation.harness import EvalSettings
 
@@ -120,7 +120,9 @@ def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, basel
             raise InputError(f"the baseline was evaluated with {key} {theirs!r}, the candidate with {ours!r}: not comparable")
     kinds = [side.get("dtype") if isinstance(side, dict) else None for side in (ran, baseline.get("ran"))]
     if None not in kinds and kinds[0] != kinds[1]:
-        raise InputError(f"the baseline was evaluated in {kinds[1]}, the candidate in {kinds[0]}: not comparable; see --dtype")
+        raise InputError(
+            f"the baseline was evaluated in {kinds[1]}, the candidate in {kinds[0]}: not comparable; see {setting('dtype')}"
+        )
 
 
 def reusable(path: Path, checkpoint: str, settings: dict[str, Any], ran: dict[str, Any]) -> dict[str, Any] | None:

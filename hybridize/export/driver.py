@@ -14,7 +14,7 @@ from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.integrity import seal_again
 from hybridize.checkpoint.manifest import descend, read_manifest
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.export.card import model_card
 from hybridize.export.formats import Format, format_of
 from hybridize.export.origin import read_origin
@@ -55,17 +55,17 @@ def check_export(source: CheckpointReader, name: str, settings: ExportSettings) 
     exactly that, naming what stands in the way; no weight is loaded."""
     form = format_of(settings.form)
     if settings.outtype is not None and not form.outtypes:
-        raise InputError(f"--outtype has no use with --format {form.name}")
+        raise InputError(f"{setting('outtype')} has no use with {setting('form')} {form.name}")
     if settings.outtype is not None and settings.outtype not in form.outtypes:
-        raise InputError(f"--outtype {settings.outtype} is unknown; use {', '.join(form.outtypes)}")
+        raise InputError(f"{setting('outtype')} {settings.outtype} is unknown; use {', '.join(form.outtypes)}")
     plan, missing = form.check(source, name), form.missing()
     if settings.insist and missing is not None:
-        raise InputError(f"--verify: {missing}")
+        raise InputError(f"{setting('verify')}: {missing}")
     if settings.verify and missing is None:
         try:
             load_tokenizer(source.path)
         except InputError as error:
-            raise InputError(f"{error}, and prompts need one; --no-verify does without") from error
+            raise InputError(f"{error}, and prompts need one; {setting('verify', False)} does without") from error
     return form, plan
 
 
@@ -86,7 +86,7 @@ def export(
     origin = read_origin(source, manifest, settings.base_model, settings.license)
     outtype = settings.outtype or next(iter(form.outtypes), None)
     lineage = descend(source, name, output, "export", {"format": form.name, "outtype": settings.outtype}, 0)
-    verdict, missing, crashed = None, form.missing() if settings.verify else "not asked for (--no-verify)", False
+    verdict, missing, crashed = None, form.missing() if settings.verify else "not asked for", False
     with AtomicDirectory(output, overwrite) as path:
         report("writing")
         made = form.write(source, plan, path, name, lineage, outtype)

@@ -11,7 +11,7 @@ from typing import Any
 from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import root_of
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
@@ -52,7 +52,7 @@ def read_origin(
     base_model, license_: what the user says, which wins. InputError where base_model is no hub id.
     """
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
-        raise InputError(f"--base-model {base_model} is no hub id, as meta-llama/Llama-3.1-8B")
+        raise InputError(f"{setting('base_model')} {base_model} is no hub id, as meta-llama/Llama-3.1-8B")
     said = [str(part.get("path", "")) for part in (manifest or {}).get("data", ())]
     names = list(dict.fromkeys(name if _HUB_ID.fullmatch(name) else Path(name).name for name in said if name))
     teacher = root_of(source.path)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hybridize.errors import InputError, WorkError, first_line
+from hybridize.errors import InputError, WorkError, first_line, setting
 
 
 def _api() -> Any:
@@ -24,11 +24,13 @@ def check_push(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"--push-to-hub {repo} is no name of a repository: {first_line(error)}") from error
+        raise InputError(f"{setting('push_to_hub')} {repo} is no name of a repository: {first_line(error)}") from error
     try:
         _api().whoami()
     except Exception as error:  # no token, a wrong one, no network: each its own kind
-        raise InputError(f"--push-to-hub {repo}: the hub does not know you ({first_line(error)}); hf auth login") from error
+        raise InputError(
+            f"{setting('push_to_hub')} {repo}: the hub does not know you ({first_line(error)}); hf auth login"
+        ) from error
 
 
 def push(folder: Path, repo: str, private: bool) -> str:

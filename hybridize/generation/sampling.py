@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise InputError(f"--temperature {self.temperature} must not be negative")
+            raise InputError(f"{setting('temperature')} {self.temperature} must not be negative")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise InputError("--top-k is at least 0, --top-p above 0 and at most 1, --min-p from 0 to 1")
+            raise InputError(
+                f"{setting('top_k')} is at least 0, {setting('top_p')} above 0 and at most 1, {setting('min_p')} from 0 to 1"
+            )
 
 
 def distribution(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hybridize.checkpoint.journal import Journal, part_of
 from hybridize.checkpoint.writer import check_writable
 from hybridize.data.encode import Encoder, decoded
 from hybridize.data.forms import CONTEXT, Conversation, Pair, read_question
-from hybridize.errors import InputError, first_line
+from hybridize.errors import InputError, first_line, setting
 from hybridize.generation.writing import Written
 
 
@@ -67,13 +67,15 @@ class Traces:
             raise InputError(f"{path} is a directory; it names a file")
         part = part_of(path)
         if path.exists() and not overwrite and not (resume and part.exists()):  # both: killed just before the end
-            raise InputError(f"{path} exists; give another -o or --overwrite")
+            raise InputError(f"{path} exists; give another {setting('output')} or {setting('overwrite')}")
         check_writable(path)
         self.journal = Journal(part, settings, resume, overwrite)
         try:
             self.lines = {(int(line["row"]), int(line["sample"])): line for line in self.journal.lines}
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.journal.path} is not an unfinished run of generate; --overwrite starts anew") from error
+            raise InputError(
+                f"{self.journal.path} is not an unfinished run of generate; {setting('overwrite')} starts anew"
+            ) from error
 
     def add(self, key: tuple[int, int], line: dict[str, Any]) -> None:
         self.lines[key] = {**line, "row": key[0], "sample": key[1]}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 
 T = TypeVar("T")
 CGROUP = Path("/sys/fs/cgroup")  # of Linux, version 2, as a container sees its own
@@ -26,9 +26,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name} is not a device; use auto, cpu or cuda") from error
+        raise InputError(f"{setting('device')} {name} is not a device; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees no CUDA device on this machine")
+        raise InputError(f"{setting('device')} {name}: torch {torch.__version__} sees no CUDA device on this machine")
     return device
 
 
@@ -44,11 +44,11 @@ def be_deterministic() -> None:
 def pick_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
     """`auto` computes in bfloat16 on CUDA and float32 elsewhere. `training` refuses float16, whose gradients underflow."""
     if training and name == "float16":
-        raise InputError("--dtype float16 loses small gradients; train with bfloat16 or float32")
+        raise InputError(f"{setting('dtype')} float16 loses small gradients; train with bfloat16 or float32")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise InputError(f"--dtype {name} is unknown; use auto, {', '.join(DTYPES)}")
+        raise InputError(f"{setting('dtype')} {name} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

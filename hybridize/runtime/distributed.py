@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from hybridize.checkpoint.experts import holds, read_parameter
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.modeling import FLOAT32
 
 PATIENCE = timedelta(days=7)  # a checkpoint of 140 GB is not written in ten minutes
@@ -79,7 +79,7 @@ class Ranks:
     def share(self, rows: int, what: str) -> slice:
         """This rank's part of `rows` sequences. InputError unless all parts are equal, since ranks work in step."""
         if rows % self.size:
-            raise InputError(f"{what} {rows} cannot be split evenly over {self.size} processes")
+            raise InputError(f"{setting(what)} {rows} cannot be split evenly over {self.size} processes")
         part = rows // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 

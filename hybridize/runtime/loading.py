@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError, first_line
+from hybridize.errors import InputError, first_line, setting
 from hybridize.modeling import HybridForCausalLM, hybrid_config, mixer_class
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,7 +32,9 @@ def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
     """What loading must be told of a model with this config; InputError where it cannot be had in `dtype`."""
     shape = getattr(config, "mixer", None)
     if dtype == torch.float16 and shape is not None and not mixer_class(shape).fits_float16:
-        raise InputError(f"{path} has {shape['kind']} mixers, whose output overflows float16; use --dtype bfloat16 or float32")
+        raise InputError(
+            f"{path} has {shape['kind']} mixers, whose output overflows float16; use {setting('dtype')} bfloat16 or float32"
+        )
     # which transformers before 5.23 drops under sdpa
     return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybridize.checkpoint.scores import LayerScore
 from hybridize.data.packing import Batch
 from hybridize.distillation.losses import divergence
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.evaluation.figures import document_scores, figures_of, main_figure
 from hybridize.evaluation.harness import EvalSettings, evaluate, margins
 from hybridize.modeling import HybridForCausalLM
@@ -48,9 +48,9 @@ class LooSettings:
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise InputError(f"--metric {self.metric} is unknown; use {', '.join(METRICS)}")
+            raise InputError(f"{setting('metric')} {self.metric} is unknown; use {', '.join(METRICS)}")
         if self.ablate not in ABLATIONS:
-            raise InputError(f"--ablate {self.ablate} is unknown; use {' or '.join(ABLATIONS)}")
+            raise InputError(f"{setting('ablate')} {self.ablate} is unknown; use {' or '.join(ABLATIONS)}")
 
 
 class _Silence(nn.Module):
@@ -96,7 +96,7 @@ def answers(
                     for variant, answer in enumerate(zip(sums, greedy, strict=True)):
                         if not math.isfinite(answer[0]):
                             which = "the model" if variant == 0 else f"the model without layer {layers[variant - 1]}"
-                            raise WorkError(f"{which}: a log-likelihood is {answer[0]}; try --dtype float32")
+                            raise WorkError(f"{which}: a log-likelihood is {answer[0]}; try {setting('dtype')} float32")
                         found[variant][number] = answer
                 done += 1
             progress(done, len(texts))
@@ -160,7 +160,7 @@ def _drops(layers: Sequence[int], found: Sequence[dict[str, Any]], metric: str) 
 def _finite(scores: list[LayerScore]) -> list[LayerScore]:
     for score in scores:
         if not math.isfinite(score.score):
-            raise WorkError(f"layer {score.layer}: the score is {score.score}; try --dtype float32")
+            raise WorkError(f"layer {score.layer}: the score is {score.score}; try {setting('dtype')} float32")
     return scores
 
 

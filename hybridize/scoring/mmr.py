@@ -22,7 +22,7 @@ from hybridize.distillation.plan import PROCESS, kept_bytes
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings, check_positive
 from hybridize.distillation.step import Accumulator, Student
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
 from hybridize.runtime.distributed import Ranks
 from hybridize.runtime.forward import output_weight
@@ -53,7 +53,7 @@ class MmrSettings:
     def __post_init__(self) -> None:
         check_positive(self, ("steps", "batch_size", "seq_len", "lr_mixer", "repeats"))
         if self.train not in TRAINED:
-            raise InputError(f"--train {self.train} is unknown; use {' or '.join(TRAINED)}")
+            raise InputError(f"{setting('train')} {self.train} is unknown; use {' or '.join(TRAINED)}")
 
     def as_distill(self) -> DistillSettings:
         """The same run in the trainer's terms, for data and optimizer."""
@@ -148,7 +148,7 @@ def measure(
             found[layer] = [run[-LAST:, column].double() for run in all_losses]
     for layer, tails in found.items():
         if not all(bool(torch.isfinite(tail).all()) for tail in tails):
-            raise WorkError(f"layer {layer}: the loss is not finite; try a lower --lr-mixer")
+            raise WorkError(f"layer {layer}: the loss is not finite; try a lower {setting('lr_mixer')}")
     order = sorted(found)
     measured = [torch.stack([found[layer][repeat] for layer in order], 1) for repeat in range(settings.repeats)]
     return scored(order, [(run, torch.ones(len(run), dtype=torch.float64)) for run in measured], seeds=settings.repeats > 1)

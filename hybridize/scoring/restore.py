@@ -22,7 +22,7 @@ from hybridize.distillation.optimize import clip_gradients, make_optimizer, upda
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings, check_positive
 from hybridize.distillation.step import Student
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
 from hybridize.scoring.candidates import converted
 from hybridize.scoring.loo import kl_changes
@@ -42,7 +42,7 @@ class RestoreSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise InputError(f"--steps {self.steps} must not be negative")
+            raise InputError(f"{setting('steps')} {self.steps} must not be negative")
         check_positive(self, ("batch_size", "seq_len", "lr_mixer"))
 
     def as_distill(self) -> DistillSettings:
@@ -91,7 +91,7 @@ def restore(
         optimizer.zero_grad()
         progress(step + 1, settings.steps)
     if not bool(torch.isfinite(value)):
-        raise WorkError("the alignment's loss is not finite; try a lower --lr-mixer")
+        raise WorkError(f"the alignment's loss is not finite; try a lower {setting('lr_mixer')}")
     said = f", aligned to a relative error of {float(value):.3f}" if settings.steps else ""
     note(f"{len(originals)} attention layers converted{said}")
     student.eval()

@@ -15,7 +15,7 @@ from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.manifest import descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.modeling import CARRIED_KEYS, MIXER_LAYER, HybridConfig, hybrid_config
 from hybridize.surgery.mapping import Target, build, stored
 from hybridize.surgery.mixers import DEFAULT_MIXER, KINDS, MixerKind, kind_of
@@ -79,9 +79,9 @@ def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surger
     if teacher.mixer is not None:
         for key, value in asked.items():
             if teacher.mixer.get(key) != value:
-                flag = "mixer" if key == "kind" else key.replace("_", "-")
+                asked_for = setting("mixer" if key == "kind" else key)
                 has = teacher.mixer.get(key, "none")
-                raise InputError(f"--{flag} {value}: the checkpoint's mixers have {has}, and all must agree")
+                raise InputError(f"{asked_for} {value}: the checkpoint's mixers have {has}, and all must agree")
         mixer: dict[str, Any] | None = teacher.mixer
         carried = {key: teacher.mixer[key] for key in CARRIED_KEYS if teacher.mixer.get(key)}
         if carried != teacher.carried and layers:
@@ -137,7 +137,9 @@ def starting_values(
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
                 _ = source.hash, donor.hash  # which name the tensor, if it is the weights
-                raise WorkError(f"layer {layer}: {name} is not finite, though all weights are; --no-calibrate, or other text")
+                raise WorkError(
+                    f"layer {layer}: {name} is not finite, though all weights are; {setting('calibrate', False)}, or other text"
+                )
         yield layer, values
 
 

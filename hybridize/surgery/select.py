@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybridize.checkpoint.scores import LayerScore, Scores
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.surgery.teacher import Teacher
 
 
@@ -22,9 +22,9 @@ def needed(teacher: Teacher, layers: int) -> int:
     """How many layers are still to be converted so that the result has `layers` Mamba layers."""
     total, done = len(teacher.layer_types), len(teacher.mixer_layers)
     if layers > total:
-        raise InputError(f"--layers {layers}: the model has only {total} layers")
+        raise InputError(f"{setting('layers')} {layers}: the model has only {total} layers")
     if layers < done:
-        raise InputError(f"--layers {layers}: {done} layers are Mamba already, and replace never turns one back")
+        raise InputError(f"{setting('layers')} {layers}: {done} layers are Mamba already, and replace never turns one back")
     return layers - done
 
 

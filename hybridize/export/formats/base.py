@@ -10,7 +10,7 @@ import torch
 
 from hybridize.checkpoint.manifest import Manifest
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.export.verify import Reference, Verdict
 
 FORMATS: dict[str, Format] = {}
@@ -59,7 +59,7 @@ def register_format(form: Format) -> Format:
 def format_of(name: str) -> Format:
     """InputError for a format that nobody has registered."""
     if name not in FORMATS:
-        raise InputError(f"--format {name} is unknown; use {', '.join(FORMATS)}")
+        raise InputError(f"{setting('form')} {name} is unknown; use {', '.join(FORMATS)}")
     return FORMATS[name]
 
 

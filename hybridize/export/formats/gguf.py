@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from hybridize.checkpoint.atomic import write_json
 from hybridize.checkpoint.manifest import MANIFEST, Manifest
 from hybridize.checkpoint.reader import CheckpointReader
-from hybridize.errors import InputError, WorkError
+from hybridize.errors import InputError, WorkError, setting
 from hybridize.export.formats.base import Format
 from hybridize.export.formats.granite import MIXER, Embedding, embed
 from hybridize.export.verify import BOUND, PROMPTS, Reference, Verdict, ask_process, judge, parts_of, version_of
@@ -54,7 +54,7 @@ def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
     as `pre`; or InputError."""
     path = source.path / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{name} has no tokenizer.json, which the gguf format is made from; use --format granite")
+        raise InputError(f"{name} has no tokenizer.json, which the gguf format is made from; use {setting('form')} granite")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         pre = _splitter(found)
@@ -64,7 +64,7 @@ def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
     if pre is None:
         raise InputError(
             f"{name}: tokenizer.json is no byte-level BPE that splits text as GPT-2, SmolLM, Llama 3 or Qwen 2 do, "
-            "the ones that --format gguf knows; use --format granite"
+            f"the ones that {setting('form')} gguf knows; use {setting('form')} granite"
         )
     if max(ids) >= source.config["vocab_size"]:
         raise InputError(f"{name}: tokenizer.json has a token {max(ids)}, but the model only {source.config['vocab_size']}")
@@ -115,7 +115,7 @@ def write_gguf(source: CheckpointReader, embedding: Embedding, file: Path, name:
     for target, _, make in planned:
         value = make().float()
         if not bool(torch.isfinite(value.half() if kinds[target].name == "F16" else value).all()):
-            raise WorkError(f"{target} has values that {kinds[target].name} cannot hold; use --outtype f32")
+            raise WorkError(f"{target} has values that {kinds[target].name} cannot hold; use {setting('outtype')} f32")
         writer.write_tensor_data(gguf.quants.quantize(value.contiguous().numpy(), kinds[target]))
     writer.close()
 
@@ -286,11 +286,11 @@ class GgufFormat(Format):
         """As in Format; also where the package gguf is missing."""
         embedding = embed(source, name, self.name, EXPAND)
         if importlib.util.find_spec("gguf") is None:
-            raise InputError("--format gguf needs the package gguf: pip install 'hybridize[gguf]'")
+            raise InputError(f"{setting('form')} gguf needs the package gguf: pip install 'hybridize[gguf]'")
         rope = embedding.config.rope_parameters.get("rope_type", "default")
         if rope not in STATIC_ROPE:
             raise InputError(
-                f"{name} has RoPE of type {rope!r}, which the gguf format does not carry over; use --format granite"
+                f"{name} has RoPE of type {rope!r}, which the gguf format does not carry over; use {setting('form')} granite"
             )
         read_vocabulary(source, name)
         return embedding

@@ -22,7 +22,7 @@ from torch import Tensor
 from hybridize.checkpoint.manifest import Manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.export.ask import answers
 from hybridize.export.formats.base import Format, check_hybrid
 from hybridize.export.verify import BOUND, NEW_TOKENS, Reference, Verdict, judge, transformers_name
@@ -94,7 +94,7 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
     """Checks that the stock class can be this model exactly, or raises InputError that says what
     stands in the way and which format works. expand: what it must be, else the least that fits.
     form: the format asked for."""
-    instead = f"--format {form} cannot say it exactly; use --format hf"
+    instead = f"{setting('form')} {form} cannot say it exactly; use {setting('form')} hf"
     check_hybrid(source, name)
     config = hybrid_config(source.config)
     if not config.mixer_layers:

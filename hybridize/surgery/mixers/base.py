@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.modeling import MIXERS, HybridConfig, Mixer
 from hybridize.surgery.mapping import Rows, Source, Target, source_of
 from hybridize.surgery.observe import LayerObservation
@@ -39,10 +39,10 @@ class MixerKind:
         where it does not fit."""
         for key in asked:
             if key not in (*self.mixer.sizes, *self.mixer.choices):
-                raise InputError(f"--{key.replace('_', '-')} has no use with --mixer {self.kind}")
+                raise InputError(f"{setting(key)} has no use with {setting('mixer')} {self.kind}")
         shape: dict[str, Any] = {"kind": self.kind, "d_inner": teacher.inner, "d_conv": 4} | dict(asked) | teacher.carried
         if not 2 <= shape["d_conv"] <= 4:
-            raise InputError(f"--d-conv {shape['d_conv']} is outside 2..4, which the kernels support")
+            raise InputError(f"{setting('d_conv')} {shape['d_conv']} is outside 2..4, which the kernels support")
         return self.completed(teacher, shape)
 
     def completed(self, teacher: Teacher, shape: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def register_kind(kind: MixerKind) -> MixerKind:
 def kind_of(name: str) -> MixerKind:
     """InputError for a kind that nobody has registered."""
     if name not in KINDS:
-        raise InputError(f"--mixer {name} is unknown; use {' or '.join(KINDS)}")
+        raise InputError(f"{setting('mixer')} {name} is unknown; use {' or '.join(KINDS)}")
     return KINDS[name]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hybridize.errors import InputError
+from hybridize.errors import InputError, setting
 from hybridize.modeling import inverse_softplus
 from hybridize.surgery.calibrate import STEP
 from hybridize.surgery.mapping import Rows, Target
@@ -25,11 +25,11 @@ class MambaKind(SelectiveKind):
         rank = -(-teacher.hidden // 16)
         shape = {"d_state": min(16, teacher.head_dim), "dt_rank": rank, "expand": "head", **shape}
         if shape["d_state"] < 1 or teacher.head_dim % shape["d_state"]:
-            raise InputError(f"--d-state {shape['d_state']} must divide the head dimension {teacher.head_dim}")
+            raise InputError(f"{setting('d_state')} {shape['d_state']} must divide the head dimension {teacher.head_dim}")
         if shape["expand"] not in self.mixer.choices["expand"]:
-            raise InputError(f"--expand is head or chunk, not {shape['expand']}")
+            raise InputError(f"{setting('expand')} is head or chunk, not {shape['expand']}")
         if shape["dt_rank"] < 1:
-            raise InputError(f"--dt-rank {shape['dt_rank']} must be positive")
+            raise InputError(f"{setting('dt_rank')} {shape['dt_rank']} must be positive")
         return shape
 
     def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:
