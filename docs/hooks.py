@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PLACEHOLDER = "<!-- usage and flags, from the command line -->"
 COMMANDS, PYTHON = "reference/commands", "reference/python"
 EXTENDING = "how-to/extending.md"
-DEFAULT = re.compile(r"\s*\[(?:default: )?([^\[\]]*)\]$")
+# what a help line says at its end in brackets: [default: 0; x>=0], [x>=0], [required]
+DEFAULT = re.compile(r"\s*\[(?:default: )?(?P<default>[^\[\]]*?)(?:(?:; )?(?P<range>x[<>]=?\S+|\d\S*<=?x\S*))?\]\.?$")
 
 
 def packages() -> list[str]:
@@ -53,7 +54,9 @@ def command_help(name: str) -> str:
             continue
         flag, text = record
         shown = DEFAULT.search(text)
-        meaning, default = (text[: shown.start()], shown[1]) if shown else (text, "")
+        meaning, default = (text[: shown.start()], shown["default"]) if shown else (text, "")
+        if shown and shown["range"]:
+            meaning += f" ({shown['range']})"
         rows.append(f"| `{flag}` | {_cell(meaning)} | {_cell(default)} |")
     usage = command.get_usage(context).removeprefix("Usage: ")
     return f"```text\n{usage}\n```\n\n{command.help}\n\n" + "\n".join(rows) + "\n"
@@ -78,7 +81,8 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds a page for each package, and for a command that has no page yet."""
+    """Adds the change log, a page for each package, and one for a command that has no page yet."""
+    files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
     for package in packages():
         files.append(File.generated(config, f"{PYTHON}/{package}.md", content=api_page(package)))
     for name in (name.replace("_", "-") for names in GROUPS.values() for name in names):
