@@ -17,11 +17,11 @@ HEAD = """# Supported families
 
 The table shows what `replace` makes of each family's attention. `python docs/families.py` writes it
 from the code that decides, on tiny random models of the real classes (`tests/families.py`). In all
-families `q_proj` becomes C, `k_proj` becomes B, `v_proj` becomes x and `o_proj` becomes `out_proj`, KV
-heads are repeated per query head, and RoPE is dropped. Another tensor in an attention layer, a family
-that is not listed, or RoPE of type longrope is refused by name before anything is written. All families
-pass the same tests: cached, padded, packed, with beam search, and with gradient checkpointing
-(`tests/test_families.py`).
+families `q_proj` becomes C, `k_proj` becomes B, `v_proj` becomes x and `o_proj` becomes `out_proj`,
+KV heads are repeated per query head, and RoPE is dropped. Another tensor in an attention layer, a
+family that is not listed, or RoPE of type longrope is refused by name before anything is written.
+All families pass the same tests: cached, padded, packed, with beam search, and with gradient
+checkpointing (`tests/test_families.py`).
 
 | teacher | feature -> what becomes of it |
 |---|---|
