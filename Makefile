@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile 
 
 VLLM := .venv-vllm
 
-.PHONY: demo test test-runtimes test-versions lint clean
+.PHONY: demo test test-runtimes test-versions lint docs clean
 
 $(BIN)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,7 +19,7 @@ demo: $(BIN)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/quickstart.sh demo-run
 
 # two processes of one thread each: the tests are many small models
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Stock transformers, vLLM and llama.cpp on exported models; MODEL=a converted checkpoint adds one of your own. llama-cpp-python
@@ -58,5 +58,13 @@ lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy hybridize commands
 
+# The site, in site/. A broken link or anchor, or a page that no menu leads to, fails. It builds without a network.
+docs: $(BIN)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(BIN)/.docs: $(BIN)/.ready
+	$(PIP) --no-build-isolation -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest demo-run
+	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest demo-run site

@@ -1,4 +1,4 @@
-"""Writes the table of chat templates in docs/data.md: what is learnt under each, by the code that decides.
+"""Writes the table of chat templates in docs/how-to/data.md: what is trained under each, by the code that decides.
 
 PYTHONPATH=. python docs/data.py [OUT]
 """
@@ -13,7 +13,7 @@ from tests.chat_templates import FAMILIES, Family
 from tests.test_chat_templates import byte_tokenizer, text_of
 
 BEGIN, END = "<!-- table of docs/data.py -->\n", "<!-- end of the table -->\n"
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parent / "how-to/data.md"
 CHAT = {
     "messages": [
         {"role": "user", "content": "U1"}, {"role": "assistant", "content": "<think>\nT1\n</think>\n\nA1"},
@@ -22,8 +22,8 @@ CHAT = {
 }  # fmt: skip
 
 
-def learnt(family: Family) -> tuple[list[str], int]:
-    """What is learnt of CHAT, answer by answer, and in how many sequences."""
+def trained(family: Family) -> tuple[list[str], int]:
+    """The trained text of CHAT, answer by answer, and in how many sequences."""
     tokenizer = byte_tokenizer(family)
     parts = Encoder(tokenizer, "assistant", family.template).encode(CHAT, "the chat").parts()
     found = []
@@ -41,13 +41,13 @@ def code(text: str) -> str:
 def table() -> str:
     rows = ["| template | the first answer | the second answer | sequences |", "|---|---|---|---|"]
     for family in FAMILIES:
-        answers, count = learnt(family)
+        answers, count = trained(family)
         rows.append(f"| {family.name} | {' | '.join(map(code, answers))} | {count} |")
     return "\n".join(rows) + "\n"
 
 
 def page() -> str:
-    """The page with its table made anew."""
+    """The page with a fresh table."""
     before, rest = PAGE.read_text().split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 

@@ -1,4 +1,4 @@
-"""Writes docs/families.md: every family, what its attention has, and what becomes of it, by the code that decides.
+"""Writes docs/reference/families.md: every family, what its attention has, and what becomes of it, by the code that decides.
 
 PYTHONPATH=. python docs/families.py [OUT]
 """
@@ -13,20 +13,21 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.surgery.features import features
 from tests.families import FAMILY, make_family
 
-HEAD = """# Families
+HEAD = """# Supported families
 
-What surgery makes of each family's attention, written by `python docs/families.py` from the code
-that decides, on tiny random models of the real classes ([tests/families.py](../tests/families.py)).
-Else `q_proj` becomes C, `k_proj` B, `v_proj` x and `o_proj` `out_proj`, key/value heads are
-repeated to query heads, and RoPE ends. Another tensor in an attention layer, a family that is not
-here, or RoPE of type longrope is refused by its name before anything is written. All of these pass
-the same tests: cached, padded, packed, in beams, with gradient checkpointing
-([tests/test_families.py](../tests/test_families.py)).
+The table shows what `replace` makes of each family's attention. `python docs/families.py` writes it
+from the code that decides, on tiny random models of the real classes (`tests/families.py`). In all
+families `q_proj` becomes C, `k_proj` becomes B, `v_proj` becomes x and `o_proj` becomes `out_proj`,
+KV heads are repeated per query head, and RoPE is dropped. Another tensor in an attention layer, a
+family that is not listed, or RoPE of type longrope is refused by name before anything is written.
+All families pass the same tests: cached, padded, packed, with beam search, and with gradient
+checkpointing (`tests/test_families.py`).
 
-| teacher | has -> becomes |
+| teacher | feature -> what becomes of it |
 |---|---|
 """
-EVERYWHERE = ("RoPE (default)", "query heads on")  # not worth a line of each family
+PAGE = Path(__file__).parent / "reference/families.md"
+EVERYWHERE = ("RoPE (default)", "query heads on")  # the same for all families, and said above the table
 
 
 def table() -> str:
@@ -41,4 +42,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".md")).write_text(table())
+    Path(sys.argv[1] if len(sys.argv) > 1 else PAGE).write_text(table())

@@ -1,8 +1,9 @@
-"""Tables in docs/ that the code writes are what it would write now."""
+"""What the documentation shows is what the code writes now. `make docs` itself holds the links between its pages."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -19,14 +20,16 @@ def script(name: str) -> ModuleType:
 
 
 def test_families() -> None:
-    assert (DOCS / "families.md").read_text() == script("families").table(), "run PYTHONPATH=. python docs/families.py"
+    assert (DOCS / "reference/families.md").read_text() == script("families").table(), (
+        "run PYTHONPATH=. python docs/families.py"
+    )
 
 
 def test_chat_templates() -> None:
-    assert (DOCS / "data.md").read_text() == script("data").page(), "run PYTHONPATH=. python docs/data.py"
+    assert (DOCS / "how-to/data.md").read_text() == script("data").page(), "run PYTHONPATH=. python docs/data.py"
 
 
-def test_the_readmes_conversion_is_a_recipe() -> None:
+def test_the_tutorials_staged_conversion_is_a_recipe() -> None:
     """It stands there as in docs/staged.yaml, and all of its steps are commands with flags that there are."""
     from hybridize.commands.run import _parsed
 
@@ -34,7 +37,7 @@ def test_the_readmes_conversion_is_a_recipe() -> None:
 
     file = DOCS / "staged.yaml"
     block = "steps:\n" + file.read_text().split("steps:\n", 1)[1]
-    assert "".join(f"    {line}\n" for line in block.splitlines()) in (DOCS.parent / "README.md").read_text()
+    assert f"```yaml\n{block}```\n" in (DOCS / "tutorial.md").read_text()
     steps = read_recipe(file)
     assert [step.command for step in steps] == [
         "score-loo", "replace", "distill", "score-mmr", "replace", "distill", "distill", "eval", "export",
@@ -43,3 +46,23 @@ def test_the_readmes_conversion_is_a_recipe() -> None:
     written = {str(params["output"]) for params in parsed if params.get("output") is not None}
     read = {str(params["checkpoint"]) for params in parsed}
     assert read <= written | {"teacher"}  # each step reads what one before it wrote
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    """It is no page of the site, whose links `make docs` checks."""
+    readme = DOCS.parent / "README.md"
+    text = readme.read_text()
+    assert len(text.splitlines()) <= 80
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert len(links) > 30
+    assert [link for link in links if "://" not in link and not (readme.parent / link).exists()] == []
+
+
+def test_the_picture_is_of_figures_in_the_results() -> None:
+    """docs/picture.py finds its two tables: the picture is drawn from figures that stand there alone."""
+    picture = script("picture")
+    divergences, speeds = picture.quality(), picture.speed()
+    assert list(divergences) == ["0", "2 M", "8 M"]
+    assert sorted(divergences.values(), reverse=True) == list(divergences.values())
+    assert list(speeds) == [1024, 4096, 16384]
+    assert all(times > 1 for times in speeds.values())

@@ -1,6 +1,6 @@
 """What a kill, a full disk, a directory that cannot be written to, inputs that vanish and a second writer leave behind.
 
-A few points each here; `python -m tests.reliability.kill` tries fifty a command, see docs/reliability.md.
+A few points each here; `python -m tests.reliability.kill` tries fifty a command, see docs/concepts/reliability.md.
 """
 
 from __future__ import annotations

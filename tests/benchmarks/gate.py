@@ -1,4 +1,4 @@
-"""Coverage of the gate's 95% intervals: the table in docs/eval.md.
+"""Coverage of the gate's 95% intervals: the table in docs/results.md.
 
     python -m tests.benchmarks.gate [--gates 4000]
 
