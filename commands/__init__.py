@@ -1,4 +1,5 @@
-"""The command line. One file per subcommand; none of them imports torch before its arguments are parsed."""
+"""The command line. One file per subcommand; none of them imports torch before its arguments are
+parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from hybridize import __version__
 from .shared.interrupts import interruptible
 from .shared.output import EXIT_INTERRUPTED
 
-# The groups of `hybridize --help`, in the order of use. A line is whole at 80 columns: at most 58 characters.
+# The groups of `hybridize --help`, in the order of use. A line is whole at 80 columns: at most 58
+# characters.
 GROUPS = {
     "Convert": {
         "score_loo": "Rank layers by what removing each alone costs.",
@@ -45,7 +47,8 @@ COMMANDS = tuple(name for group in GROUPS.values() for name in group)
 
 
 class _Grouped(typer.core.TyperGroup):
-    """The commands under the headings of GROUPS, in place of one list. Typer brings its own click, whose types are private."""
+    """The commands under the headings of GROUPS, in place of one list. Typer brings its own click,
+    whose types are private."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = max(map(len, COMMANDS))

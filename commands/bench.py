@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .shared import options as opt
-from .shared.models import open_checkpoint, refuse_ranks, result_file
+from .shared.bench_tables import show_bench
+from .shared.files import refuse_ranks, result_file
+from .shared.flags import expanded
 from .shared.output import Output, guarded
 
 if TYPE_CHECKING:
@@ -22,10 +24,12 @@ GIB = 2**30
 
 
 @guarded
+@expanded
 def command(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="The first is what others are held against.")
     ],
+    *,
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens before a step, separated by commas.")] = "1024,4096,16384",
     batches: Annotated[str, typer.Option("--batches", help="Sequences in a step, separated by commas.")] = "1,16,64",
     generations: Annotated[
@@ -41,15 +45,15 @@ def command(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    speech: opt.Speech,
 ) -> None:
-    """Reads checkpoints, teachers or hybrids; writes bench.json and bench.png into ./bench (or -o): how fast each is.
+    """Reads checkpoints, teachers or hybrids; writes bench.json and bench.png into ./bench (or -o):
+    how fast each is.
 
-    Prefill, time to the first token, and decoding steps over a grid of contexts and batches, through one captured step for
-    all, in one run, turn and turn about where they fit beside one another.
+    Prefill, time to the first token, and decoding steps over a grid of contexts and batches,
+    through one captured step for all, in one run, interleaved where they fit beside one another.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from dataclasses import asdict
 
     from hybridize.benchmark.grid import BenchSettings, bench
@@ -69,7 +73,9 @@ def command(
     names = _short(checkpoints)
     where, compute = pick_compute(device, dtype)
     quiet_transformers()
-    loaders = {name: _loader(given, random_weights, where, compute) for name, given in zip(names, checkpoints, strict=True)}
+    loaders = {
+        name: _loader(out, given, random_weights, where, compute) for name, given in zip(names, checkpoints, strict=True)
+    }
     found = bench(loaders, settings, where, None if memory is None else memory * GIB, out.progress)
     on = _machine(where)
     found = {
@@ -81,7 +87,7 @@ def command(
     draw(found, target / "bench.png")
     write_json_atomic(path, found)  # last: a run whose picture is not there yet may be started again
     out.progress(f"wrote {path}", last=True)
-    out.result({"bench": str(path), **found}, lambda: _show(out, path, found, names))
+    out.result({"bench": str(path), **found}, lambda: show_bench(out, path, found, names))
 
 
 def _numbers(flag: str, text: str, separator: str = ",") -> tuple[int, ...]:
@@ -104,15 +110,18 @@ def _short(checkpoints: list[str]) -> list[str]:
     return names
 
 
-def _loader(name: str, random_weights: bool, where: torch.device, compute: torch.dtype) -> Callable[[], HybridForCausalLM]:
+def _loader(
+    out: Output, name: str, random_weights: bool, where: torch.device, compute: torch.dtype
+) -> Callable[[], HybridForCausalLM]:
     """What loads it; whatever is wrong with its name or config is said now."""
     from hybridize.generation.decoder import check_decodable
+    from hybridize.inputs import open_checkpoint
     from hybridize.modeling import hybrid_config
     from hybridize.runtime.loading import load_hybrid
     from hybridize.surgery.teacher import family_of
 
     if not random_weights:
-        source = open_checkpoint(name)
+        source = open_checkpoint(name, notes=out)
         check_decodable(hybrid_config(source.config))
         return lambda: load_hybrid(source, where, compute)
     from hybridize.anatomy import config_of
@@ -129,54 +138,3 @@ def _machine(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _show(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> None:
-    from hybridize.benchmark.grid import break_even
-
-    base, checkpoints = found["checkpoints"][names[0]], found["checkpoints"]
-    how = "turn and turn about" if found["interleaved"] else "one after the other"
-    print(f"{found['machine']}, {found['settings']['dtype']}, {found['bandwidth'] / 1e12:.2f} TB/s; {how}")
-    for name in names:
-        print(f"  {name}: {checkpoints[name]['weight_bytes'] / GIB:.2f} GiB of weights")
-    rows = []
-    for name in names:
-        for entry in checkpoints[name]["prefill"]:
-            first = entry["first_token"]["ms"]
-            rows.append([name, str(entry["context"]), f"{first:.1f}", f"{entry['tokens_per_second']:,.0f}"])
-    if rows:
-        out.table(f"{path}: prefill", ["checkpoint", "context", "ms to the first token", "tokens a second"], rows)
-    rows = []
-    for name in names:
-        for entry, other in zip(checkpoints[name]["steps"], base["steps"], strict=True):
-            cell = [name, str(entry["context"]), str(entry["batch"])]
-            if entry["ms"] is None:
-                rows.append([*cell, "does not fit", "", "", "", f"{entry['wanted_bytes'] / GIB:.2f}", ""])
-                continue
-            times = "" if other["ms"] is None else f"{other['ms'] / entry['ms']:.2f}"
-            rows.append([
-                *cell, f"{entry['ms']:.2f}", f"{(entry['most_ms'] - entry['least_ms']) / 2 / entry['ms']:.0%}",
-                f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}",
-                f"{(entry['kv_bytes'] + entry['state_bytes']) / GIB:.2f}", times,
-            ])  # fmt: skip
-    if rows:
-        columns = ["checkpoint", "context", "batch", "ms a step", "+-", "tokens/s", "x bytes", "cache GiB", "times as fast"]
-        out.table("decoding; x bytes: of the time that a step's bytes alone take", columns, rows)
-    for name in names[1:]:
-        for batch in found["settings"]["batches"]:
-            at = break_even(checkpoints[name]["steps"], base["steps"], batch)
-            if found["settings"]["contexts"]:
-                told = "not faster at the longest" if at is None else f"faster from {at:,.0f} tokens on"
-                print(f"{name} against {names[0]}, batch {batch}: {told}")
-    rows = []
-    for name in names:
-        for entry, other in zip(checkpoints[name]["generations"], base["generations"], strict=True):
-            cell = [name, f"{entry['prompt']} -> {entry['new']}", str(entry["batch"])]
-            if not entry["batch"]:
-                rows.append([*cell, "does not fit", "", ""])
-                continue
-            times = f"{entry['tokens_per_second'] / other['tokens_per_second']:.2f}" if other["batch"] else ""
-            rows.append([*cell, f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}", times])
-    if rows:
-        columns = ["checkpoint", "tokens", "batch that fits", "tokens/s", "x bytes, middle", "times as fast"]
-        out.table("whole generations, from steps timed at six lengths", columns, rows)

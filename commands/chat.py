@@ -13,37 +13,34 @@ import typer
 from hybridize.errors import InputError
 
 from .shared import options as opt
-from .shared.models import refuse_ranks
+from .shared.files import refuse_ranks
+from .shared.flags import expanded
 from .shared.output import LINES, Output, guarded
-from .shared.speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
+from .shared.speaking import OFTEN, Sampling, Speaker, growing
 
 HELP = "/reset forgets the conversation, /system TEXT begins another with that system prompt, /quit ends (as does Ctrl-D)"
 NARROW = 80  # columns below which two answers stand one below the other
 
 
 @guarded
+@expanded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
+    *,
     versus: Annotated[
         str | None, typer.Option("--versus", help="Another checkpoint that answers the same, side by side: the teacher, say.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
-    max_new_tokens: MaxNewTokens = 1024,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    chat_template: opt.ChatTemplate = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
+    sampling: Sampling,
+    machine: opt.Machine,
     seed: opt.Seed = 0,
-    trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
 ) -> None:
-    """Reads a checkpoint, and questions from the terminal or stdin; prints its answers as they are written. Writes no file.
+    """Reads a checkpoint, and questions from the terminal or stdin; prints its answers as they are
+    written. Writes no file.
 
-    Each line is a question. /reset forgets the conversation, /system TEXT begins another with that system prompt, /quit or
-    Ctrl-D ends. Ctrl-C cuts an answer short, and ends at the prompt.
+    Each line is a question. /reset forgets the conversation, /system TEXT begins another with that
+    system prompt, /quit or Ctrl-D ends. Ctrl-C cuts an answer short, and ends at the prompt.
     """
     out = Output()
     from hybridize.runtime.device import pick_compute
@@ -51,11 +48,10 @@ def command(
 
     refuse_ranks("chat")
     quiet_transformers()
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    where, compute = pick_compute(device, dtype)
+    where, compute = pick_compute(machine.device, machine.dtype)
     names = [checkpoint] if versus is None else [checkpoint, versus]
     talks = [
-        Talk(Speaker(name, revision if name == checkpoint else None, chat_template, trust_remote_code, asked), system)
+        Talk(Speaker(name, revision if name == checkpoint else None, sampling, machine.trust_remote_code, out), system)
         for name in names
     ]
     for talk in talks:
@@ -67,6 +63,11 @@ def command(
     LINES.silent = True
     if sys.stdin.isatty():
         out.note(HELP)
+    _converse(out, talks, sampling.max_new_tokens, seed)
+
+
+def _converse(out: Output, talks: list[Talk], most: int, seed: int) -> None:
+    """Answers line after line, until there is none or somebody asks to end."""
     turn = 0
     while (line := _asked()) is not None:
         if line in ("/quit", "/exit"):
@@ -79,7 +80,7 @@ def command(
             out.note(HELP)
         elif line:
             turn += 1
-            _answer(out, talks, line, max_new_tokens, seed + turn)
+            _answer(out, talks, line, most, seed + turn)
 
 
 @dataclass
@@ -93,13 +94,15 @@ class Talk:
     speed: str = ""
 
     def prompt(self, question: str) -> list[int]:
-        """The conversation so far and a question, in tokens. InputError where the chat template refuses it."""
+        """The conversation so far and a question, in tokens. InputError where the chat template
+        refuses it."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*first, *self.messages, {"role": "user", "content": question}]
         return self.speaker.encoder.prompt({"messages": messages}, "the conversation")
 
     def ready(self, question: str, most: int) -> tuple[list[int], int]:
-        """What is read before the answer, and the tokens that it may have, at most `most`. InputError without any room."""
+        """What is read before the answer, and the tokens that it may have, at most `most`.
+        InputError without any room."""
         read = self.prompt(question)
         room = most if self.speaker.room is None else min(most, self.speaker.room - len(read))
         if room < 1:
@@ -107,7 +110,8 @@ class Talk:
         return read, room
 
     def answer(self, question: str, most: int, seed: int, add: Callable[[str], None]) -> None:
-        """Answers, piece by piece into `add`, and remembers both. InputError where the conversation leaves no room."""
+        """Answers, piece by piece into `add`, and remembers both. InputError where the conversation
+        leaves no room."""
         from hybridize.generation.writing import Wanted, write
 
         generation = self.speaker.generation
@@ -146,7 +150,8 @@ class Talk:
 
 
 def _restart(talks: list[Talk], system: str | None) -> None:
-    """Another conversation, with this system prompt, or the old one goes on where a chat template refuses that."""
+    """Another conversation, with this system prompt, or the old one goes on where a chat template
+    refuses that."""
     before = [(talk.system, talk.messages) for talk in talks]
     try:
         for talk in talks:

@@ -8,21 +8,25 @@ from typing import Annotated
 import typer
 
 from .shared import options as opt
-from .shared.output import Output, guarded
+from .shared.flags import expanded
+from .shared.output import guarded
 
 
 @guarded
+@expanded
 def command(
     folder: Annotated[Path, typer.Argument(help="Where to; the current folder when omitted.")] = Path(),
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    *,
+    speech: opt.Speech,
 ) -> None:
-    """Reads the package; writes FOLDER/teacher/ (a small reasoning model with its traces) and FOLDER/tasks/ (lm-eval tasks).
+    """Reads the package; writes FOLDER/teacher/ (a small reasoning model with its traces) and
+    FOLDER/tasks/ (lm-eval tasks).
 
-    A teacher of 2.5 MB that solves word problems step by step: enough to try every command on a laptop.
+    A teacher of 2.5 MB that solves word problems step by step: enough to try every command on a
+    laptop.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from hybridize.demo import write_demo
 
     paths = write_demo(folder, overwrite)

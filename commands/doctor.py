@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 
 from .shared import options as opt
-from .shared.output import EXIT_FAILED, LINES, Output, guarded
+from .shared.flags import expanded
+from .shared.output import EXIT_FAILED, LINES, guarded
 
 
 @guarded
-def command(device: opt.Device = "auto", as_json: opt.Json = False, quiet: opt.Quiet = False) -> None:
-    """Reads the machine; writes nothing: whether torch, GPU, kernels and libraries are there, fit together and compute right.
+@expanded
+def command(device: opt.Device = "auto", *, speech: opt.Speech) -> None:
+    """Reads the machine; writes nothing: whether torch, GPU, kernels and libraries are there, fit
+    together and compute right.
 
-    Exit 1 if something asked for does not work, each fault with the command that mends it. A GPU is asked for by --device cuda,
-    or by having one.
+    Exit 1 if something asked for does not work, each fault with the command that mends it. A GPU is
+    asked for by --device cuda, or by having one.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from dataclasses import asdict
 
     import typer

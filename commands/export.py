@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .shared import options as opt
-from .shared.models import open_checkpoint
+from .shared.flags import expanded
 from .shared.output import Output, guarded
+
+if TYPE_CHECKING:
+    from hybridize.export.driver import Exported
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says, and where the result is uploaded."""
+
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="The teacher's hub id, for the card [default: where it is known].")
+    ] = None
+    license_: Annotated[
+        str | None, typer.Option("--license", help="For the card, as apache-2.0 [default: the teacher's card's].")
+    ] = None
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: nobody else sees it.")] = False
 
 
 @guarded
+@expanded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
+    *,
     form: Annotated[
         str, typer.Option("--format", help="hf (transformers, any mixer), granite (transformers, vLLM), gguf (llama.cpp).")
     ] = "hf",
     outtype: Annotated[
-        str | None, typer.Option("--outtype", help="Matrices of a gguf: f32, f16 or q8_0 [default: f16].")
+        str | None, typer.Option("--outtype", help="Type of a gguf's matrices: f32, f16 or q8_0 [default: f16].")
     ] = None,
     verify: Annotated[
         bool | None,
@@ -28,55 +49,50 @@ def command(
             "--verify/--no-verify", help="Compare the result with the checkpoint in its runtime, or fail [default: if it can]."
         ),
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="The teacher's hub id, for the card [default: where it is known].")
-    ] = None,
-    license_: Annotated[
-        str | None, typer.Option("--license", help="For the card, as apache-2.0 [default: the teacher's card's].")
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: nobody else sees it.")] = False,
+    card: Card,
     output: opt.Output = None,
     device: opt.Device = "cpu",
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    speech: opt.Speech,
 ) -> None:
-    """Reads a hybrid; writes a directory (CHECKPOINT-FORMAT/ when -o is omitted) that its runtime loads without hybridize.
+    """Reads a hybrid; writes a directory (CHECKPOINT-FORMAT/ when -o is omitted) that its runtime
+    loads without hybridize.
 
-    hf: weights byte for byte, and the modeling code (trust_remote_code=True). granite: a GraniteMoeHybridForCausalLM for stock
-    transformers and vLLM. gguf: a file for llama.cpp. The last two take Mamba-2 mixers only. Each comes with tokenizer and a
-    model card, and is loaded and compared with the checkpoint before it appears.
+    hf: weights byte for byte, and the modeling code (trust_remote_code=True). granite: a
+    GraniteMoeHybridForCausalLM for stock transformers and vLLM. gguf: a file for llama.cpp. The
+    last two take Mamba-2 mixers only. Each comes with tokenizer and a model card, and is loaded and
+    compared with the checkpoint before it appears.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from hybridize.checkpoint.writer import check_output
-    from hybridize.errors import InputError
+    from hybridize.errors import InputError, setting
     from hybridize.export.driver import ExportSettings, export
     from hybridize.export.push import check_push, push
+    from hybridize.inputs import open_checkpoint
     from hybridize.runtime.device import pick_device
     from hybridize.runtime.loading import quiet_transformers
 
-    settings = ExportSettings(form, outtype, verify is not False, verify is True, base_model, license_)
-    if private and push_to_hub is None:
-        raise InputError("--private has no use without --push-to-hub")
-    source = open_checkpoint(checkpoint, revision)
+    settings = ExportSettings(form, outtype, verify is not False, verify is True, card.base_model, card.license_)
+    if card.private and card.push_to_hub is None:
+        raise InputError(f"{setting('private')} has no use without {setting('push_to_hub')}")
+    source = open_checkpoint(checkpoint, revision, notes=out)
     target = output or Path(f"{source.path.resolve().name}-{form}")
     check_output(target, overwrite, source.path)
-    if push_to_hub is not None:
-        check_push(push_to_hub)
+    if card.push_to_hub is not None:
+        check_push(card.push_to_hub)
     quiet_transformers()
     found = export(
         source, checkpoint, target, settings, overwrite=overwrite, device=pick_device(device), report=out.progress
     )  # fmt: skip
-
     address = None
-    if push_to_hub is not None:
-        out.progress(f"uploading to {push_to_hub}")
-        address = push(target, push_to_hub, private)
+    if card.push_to_hub is not None:
+        out.progress(f"uploading to {card.push_to_hub}")
+        address = push(target, card.push_to_hub, card.private)
+    _show(out, target, form, found, address)
 
+
+def _show(out: Output, target: Path, form: str, found: Exported, address: str | None) -> None:
     if found.crashed:
         out.warn(f"{target} is written but not verified: {found.unverified}")
 
@@ -88,5 +104,4 @@ def command(
 
     verdict = None if found.verdict is None else asdict(found.verdict)
     result = {"output": str(target), "format": form, "files": found.files, "verified": verdict, "unverified": found.unverified}
-    result["pushed"] = address
-    out.result(result, human)
+    out.result({**result, "pushed": address}, human)

@@ -15,9 +15,10 @@ from hybridize.checkpoint.journal import check_journal, part_of
 from hybridize.errors import InputError, WorkError
 
 from .shared import options as opt
-from .shared.models import check_weights, refuse_ranks
+from .shared.files import refuse_ranks
+from .shared.flags import expanded
 from .shared.output import LINES, Output, guarded
-from .shared.speaking import OFTEN, MaxNewTokens, MinP, Speaker, Temperature, TopK, TopP, growing
+from .shared.speaking import OFTEN, Sampling, Speaker, growing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,38 +32,33 @@ TRACES = Path("traces.jsonl")
 
 
 @guarded
+@expanded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
     prompt: Annotated[str | None, typer.Argument(help="One prompt, whose answer is printed.")] = None,
+    *,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="jsonl, parquet or hub id with `messages` or `prompt` in each row.")
     ] = None,
-    max_new_tokens: MaxNewTokens = 1024,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
+    sampling: Sampling,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences side by side, at most.")] = 64,
-    chat_template: opt.ChatTemplate = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences decoded at once, at most.")] = 64,
     limit: opt.Limit = None,
     output: opt.Output = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
+    machine: opt.Machine,
     seed: opt.Seed = 0,
-    trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint and prompts; writes traces.jsonl (or -o): the prompts with the model's answers, to be distilled on.
+    """Reads a checkpoint and prompts; writes traces.jsonl (or -o): the prompts with the model's
+    answers, to be distilled on.
 
-    With one prompt on the command line the answer is printed and nothing is written. Each answer depends on its prompt and the
-    seed alone; an interrupted run goes on with --resume.
+    With one prompt on the command line the answer is printed and nothing is written. Each answer
+    depends on its prompt and the seed alone; an interrupted run goes on with --resume.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     _check_asked(prompt, prompts, output or TRACES, resume, overwrite)
     from hybridize.data.forms import check_prompt
     from hybridize.data.rows import read_rows
@@ -71,28 +67,28 @@ def command(
 
     refuse_ranks("generate")
     quiet_transformers()
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    speaker = Speaker(checkpoint, revision, chat_template, trust_remote_code, asked)
-    where, compute = pick_compute(device, dtype)
+    speaker = Speaker(checkpoint, revision, sampling, machine.trust_remote_code, out)
+    where, compute = pick_compute(machine.device, machine.dtype)
     if samples > 1 and speaker.generation.sampling.temperature == 0:
         raise InputError("--samples needs answers that differ: --temperature above 0")
     rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "prompts", check_prompt)
     where_of = rows.where if prompts is not None else lambda _: "the prompt"
     read = _read(speaker.encoder, rows, where_of)
-    longest = max(map(len, read))
-    if speaker.room is not None and longest + max_new_tokens > speaker.room:
-        out.warn(
-            f"{longest} tokens of prompt and {max_new_tokens} new ones are more than the {speaker.room} "
-            "the checkpoint was made for"
-        )
-
+    _warn_of_room(out, speaker, read, sampling.max_new_tokens)
     keys = [(row, sample) for row in range(len(rows)) for sample in range(samples)]
-    answering = Answering(out, speaker, read, max_new_tokens, batch_size, seed, where, compute)
+    answering = Answering(out, speaker, read, sampling.max_new_tokens, batch_size, seed, where, compute)
     if prompts is None:
-        streams = not as_json and not quiet and samples == 1
+        streams = not speech.as_json and not speech.quiet and samples == 1
         _answer(out, answering, prompt, keys, streams)
     else:
         _write_traces(out, answering, keys, rows, where_of, output or TRACES, samples, resume, overwrite)
+
+
+def _warn_of_room(out: Output, speaker: Speaker, read: list[list[int]], new: int) -> None:
+    """Says so where prompts and answers are longer than the model was made for."""
+    longest = max(map(len, read))
+    if speaker.room is not None and longest + new > speaker.room:
+        out.warn(f"{longest} tokens of prompt and {new} new ones are more than the {speaker.room} the checkpoint was made for")
 
 
 @dataclass
@@ -109,7 +105,8 @@ class Answering:
     compute: torch.dtype
 
     def answers(self, keys: Sequence[tuple[int, int]], stop: Callable[..., bool], stride: int | None = None) -> Iterator[Any]:
-        """Answers to prompts by number and sample, as they are finished. WorkError where a logit is not finite."""
+        """Answers to prompts by number and sample, as they are finished. WorkError where a logit is
+        not finite."""
         from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 
         LINES.doing("loading the model")
@@ -154,10 +151,11 @@ def _write_traces(
 ) -> None:  # fmt: skip
     """Answers to all prompts into `path`, as they come and in the end in order."""
     from hybridize.generation.traces import Traces, trace_of
+    from hybridize.inputs import check_weights
     from hybridize.runtime.device import ran_on
 
     speaker = answering.speaker
-    check_weights(speaker.source)
+    check_weights(speaker.source, notes=out)
     decisive = {
         "checkpoint": speaker.source.hash, "prompts": hashlib.sha256(repr(answering.read).encode()).hexdigest(),
         "seed": answering.seed, "ends": sorted(speaker.generation.ends),
@@ -203,7 +201,8 @@ def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) ->
 
 
 def _read(encoder: Encoder, rows: Sequence[dict[str, Any]], where_of: Callable[[int], str]) -> list[list[int]]:
-    """Each row's prompt in tokens; InputError naming the first without any, or that cannot be written with an answer."""
+    """Each row's prompt in tokens; InputError naming the first without any, or that cannot be
+    written with an answer."""
     from hybridize.generation.traces import question_of
 
     read = [encoder.prompt(row, where_of(i)) for i, row in enumerate(rows)]

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybridize.checkpoint.manifest import MIXER_LAYER
+
 from .shared import options as opt
-from .shared.output import Output, guarded
+from .shared.flags import expanded
+from .shared.output import guarded
 from .shared.strip import draw_strip
 
 
 @guarded
+@expanded
 def command(
-    checkpoint: opt.Checkpoint = "./teacher", revision: opt.Revision = None, as_json: opt.Json = False, quiet: opt.Quiet = False
+    checkpoint: opt.Checkpoint = "./teacher",
+    revision: opt.Revision = None,
+    *,
+    speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint's config, manifest and scores; writes nothing: layout, parameters, memory, lineage, rankings.
+    """Reads a checkpoint's config, manifest and scores; writes nothing: layout, parameters, memory,
+    lineage, rankings.
 
     Works on a teacher and on a hub id, and never loads a weight.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from dataclasses import asdict
 
     from hybridize.anatomy import LONG, anatomy, config_of, lineage, rankings
@@ -29,7 +37,7 @@ def command(
     steps, scores = lineage(path), rankings(path, checkpoint)
 
     def human() -> None:
-        mixers = found.kinds.count("linear_attention")
+        mixers = found.kinds.count(MIXER_LAYER)
         kind = f", {found.mixer['kind']}" if found.mixer else ""
         print(f"{checkpoint}: {family}, {len(found.kinds)} layers, {mixers} Mamba{kind}")
         print(f"  {draw_strip(found.kinds)}")

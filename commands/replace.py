@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .shared import options as opt
-from .shared.models import calibration_for, found_data, open_checkpoint, teacher_of
+from .shared.flags import expanded
 from .shared.output import Output, guarded
 from .shared.strip import draw_strip
 
@@ -19,148 +20,294 @@ if TYPE_CHECKING:
     from hybridize.surgery.teacher import Teacher
 
 SMALL = 2 << 30  # bytes of weights up to which the result is verified unasked
-PROVE = (2, 128)  # rows and tokens
-ENOUGH = 8  # calibration tokens a dimension from which it was better than none, see docs/results.md
+ENOUGH = 8  # calibration tokens a dimension from which it was better than none for mamba, see docs/results.md
+CALIBRATION_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers to convert, and whose attention they start from."""
+
+    layers: Annotated[int | None, typer.Option("--layers", min=0, help="Mamba layers in the result, old and new.")] = None
+    indices: Annotated[str | None, typer.Option("--indices", help="Layers to convert, by index: 3,5-8.")] = None
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else restore, else loo].")
+    ] = None
+    init_from: Annotated[
+        str, typer.Option("--init-from", help="Whose attention weights: checkpoint (as they are now) or teacher.")
+    ] = "checkpoint"
+    teacher: opt.Teacher = None
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """The text that new mixers are calibrated on."""
+
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help="Text to calibrate on [default: as --data elsewhere, if there is any].")
+    ] = None
+    no_calibrate: opt.NoCalibrate = False
+    calibration_tokens: opt.CalibrationTokens = CALIBRATION_TOKENS
+    calibration_parts: Annotated[
+        str | None,
+        typer.Option("--calibration-parts", help="Some of z,conv,decay,scale,out [default: z,conv,decay,scale]."),
+    ] = None
+    chat_template: opt.ChatTemplate = None
+    device: opt.Device = "auto"
+    seed: opt.Seed = 0
+    trust_remote_code: opt.TrustRemoteCode = False
 
 
 @guarded
+@expanded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
-    layers: Annotated[int | None, typer.Option("--layers", min=0, help="Mamba layers in the result, old and new.")] = None,
-    indices: Annotated[str | None, typer.Option("--indices", help="Layers to convert, by index: 3,5-8.")] = None,
-    scores: Annotated[
-        Path | None, typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else restore, else loo].")
-    ] = None,
-    init_from: Annotated[
-        str, typer.Option("--init-from", help="Whose attention weights: checkpoint (as they are now) or teacher.")
-    ] = "checkpoint",
-    teacher: opt.Teacher = None,
-    mixer: opt.Mixer = None,
-    calibrate: Annotated[
-        str | None, typer.Option("--calibrate", help="Text to calibrate on [default: as --data elsewhere, if there is any].")
-    ] = None,
-    no_calibrate: opt.NoCalibrate = False,
-    calibration_tokens: opt.CalibrationTokens = opt.CALIBRATION_TOKENS,
-    calibration_parts: opt.CalibrationParts = opt.CALIBRATION_PARTS,
-    chat_template: opt.ChatTemplate = None,
-    d_state: opt.DState = None,
-    d_conv: opt.DConv = None,
-    dt_rank: opt.DtRank = None,
-    expand: opt.Expand = None,
+    *,
+    which: Layers,
+    mixers: opt.NewMixers,
+    calibrating: Calibrating,
     output: opt.Output = None,
-    device: opt.Device = "auto",
-    seed: opt.Seed = 0,
-    trust_remote_code: opt.TrustRemoteCode = False,
     revision: opt.Revision = None,
     overwrite: opt.Overwrite = False,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="Prove the result before it is kept [default: if it is below 2 GiB]."),
+        typer.Option("--verify/--no-verify", help="Verify the result before it is kept [default: if it is below 2 GiB]."),
     ] = None,
     dry_run: opt.DryRun = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint and its scores; writes a checkpoint (h{N}/ when -o is omitted) with attention layers replaced.
+    """Reads a checkpoint and its scores; writes a checkpoint (h{N}/ when -o is omitted) with
+    attention layers replaced.
 
-    New Mamba layers start from the attention's own weights (Mamba-in-Llama) and are calibrated on a little text, where there is
-    any. The layers with the lowest scores go first; layers that are Mamba already stay as they are, and everything else is
-    copied bit for bit.
+    New Mamba layers start from the attention's own weights (Mamba-in-Llama) and are calibrated on a
+    little text, where there is any. The layers with the lowest scores go first; layers that are
+    Mamba already stay as they are, and everything else is copied bit for bit.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
+    _check_early(checkpoint, which, calibrating)
+    from hybridize.checkpoint.writer import check_output
+
+    plan = _prepare(out, checkpoint, revision, which, mixers, calibrating, output, verify)
+    check_output(plan.target, overwrite or dry_run, plan.source.path, plan.donor.path)
+    summary = plan.summary()  # a tensor that would be lost shows here
+    if dry_run:
+        _show_plan(out, plan, summary)
+        return
+    proof = _convert(out, plan, calibrating, overwrite)
+    _show_result(out, plan, {**summary, "proof": proof})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, checked and about to start. which: as the command line has it; verifying:
+    whether the result is verified before it is kept."""
+
+    name: str
+    source: CheckpointReader
+    donor: CheckpointReader
+    contract: Teacher
+    surgery: Surgery
+    fit: Calibration | None
+    target: Path
+    which: Layers
+    verifying: bool
+
+    @property
+    def total(self) -> int:
+        """Mamba layers of the result."""
+        return len(self.contract.mixer_layers) + len(self.surgery.layers)
+
+    @property
+    def strip(self) -> str:
+        return draw_strip(self.contract.layer_types, self.surgery.layers)
+
+    def summary(self) -> dict[str, Any]:
+        """What --json says of it."""
+        from hybridize.surgery.features import features
+        from hybridize.surgery.verify import provenance
+
+        return {
+            "output": str(self.target), "converted": self.surgery.layers,
+            "mamba_layers": sorted([*self.surgery.layers, *self.contract.mixer_layers]),
+            "layers": len(self.contract.layer_types), "mixer": self.surgery.mixer, "init_from": self.which.init_from,
+            "calibration": None if self.fit is None else self.fit.settings(), "features": features(self.source),
+            "fates": provenance(self.source, self.surgery, self.donor),
+        }  # fmt: skip
+
+
+def _check_early(name: str, which: Layers, calibrating: Calibrating) -> None:
+    """InputError for flags that contradict each other, or a ranking that is not there; before torch
+    is imported."""
+    from hybridize.errors import InputError, setting
+    from hybridize.parsing import check_either
+
+    check_either("say which layers", f"{setting('layers')} N", which.layers, f"{setting('indices')} LIST", which.indices)
+    if which.init_from not in ("checkpoint", "teacher"):
+        raise InputError(f"{setting('init_from')} is checkpoint or teacher, not {which.init_from}")
+    if which.teacher is not None and which.init_from != "teacher":
+        raise InputError(f"{setting('teacher')} has no use without {setting('init_from')} teacher")
+    if calibrating.calibrate is not None and calibrating.no_calibrate:
+        raise InputError(f"{setting('calibrate')} and {setting('calibrate', False)} contradict each other")
+    _check_scores(name, which)
+
+
+def _check_scores(name: str, which: Layers) -> None:
+    """InputError where a ranking is needed and a local checkpoint has none, or it is no ranking."""
+    from hybridize.checkpoint.json_files import read_json
+    from hybridize.checkpoint.manifest import MIXER_LAYER
+    from hybridize.checkpoint.scores import explain_no_scores, find_scores, read_scores
     from hybridize.errors import InputError
 
-    if (layers is None) == (indices is None):
-        raise InputError("say which layers: either --layers N or --indices LIST")
-    if init_from not in ("checkpoint", "teacher"):
-        raise InputError(f"--init-from is checkpoint or teacher, not {init_from}")
-    if teacher is not None and init_from != "teacher":
-        raise InputError("--teacher has no use without --init-from teacher")
-    if calibrate is not None and no_calibrate:
-        raise InputError("--calibrate and --no-calibrate contradict each other")
-    _check_scores(checkpoint, layers, scores)
-    from hybridize.checkpoint.writer import check_output
-    from hybridize.surgery.features import features
-    from hybridize.surgery.replace import MixerSettings, plan, replace
-    from hybridize.surgery.teacher import read_teacher
-    from hybridize.surgery.verify import fates
+    if which.scores is not None:
+        read_scores(which.scores)
+        return
+    config = Path(name) / "config.json"
+    if which.layers is None or not config.is_file() or find_scores(Path(name), name) is not None:
+        return
+    raw = read_json(config)
+    kinds, count = raw.get("layer_types"), raw.get("num_hidden_layers")
+    done = kinds.count(MIXER_LAYER) if isinstance(kinds, list) else 0
+    if isinstance(count, int) and done < which.layers <= count:
+        raise InputError(explain_no_scores(Path(name), name))
 
-    source = open_checkpoint(checkpoint, revision)
+
+def _prepare(
+    out: Output, name: str, revision: str | None, which: Layers, mixers: opt.NewMixers, calibrating: Calibrating,
+    output: Path | None, verify: bool | None,
+) -> Plan:  # fmt: skip
+    """Opens and checks everything that the conversion needs."""
+    from hybridize.inputs import open_checkpoint, teacher_of
+    from hybridize.surgery.replace import plan
+    from hybridize.surgery.select import Selection, choose_layers
+    from hybridize.surgery.teacher import check_donor, read_teacher
+
+    source = open_checkpoint(name, revision, notes=out)
     contract = read_teacher(source)
-    chosen, ranking = _choose(source, checkpoint, contract, layers, indices, scores, out)
-    total = len(contract.mixer_layers) + len(chosen)
-    target = output or Path(f"h{total}")
-    surgery = plan(contract, chosen, MixerSettings(mixer, d_state, d_conv, dt_rank, expand))
-    donor = teacher_of(source, checkpoint, teacher) if init_from == "teacher" else source
-    check_output(target, overwrite or dry_run, source.path, donor.path)
-    if donor is not source:
-        _check_donor(donor, checkpoint, contract, chosen)
-    text = None if no_calibrate or not chosen else calibrate or found_data(source)
-    if chosen and text is None and not no_calibrate:
+    selection = Selection(which.layers, which.indices, which.scores)
+    chosen, ranking = choose_layers(source, name, contract, selection, out)
+    surgery = plan(contract, chosen, mixers.settings())
+    donor = source
+    if which.init_from == "teacher":
+        donor = teacher_of(source, name, which.teacher, out)
+        check_donor(donor, contract, chosen)
+    fit = _calibration(out, source, contract, surgery, calibrating) if chosen else None
+    _warn_of_scores(out, ranking, surgery, fit)
+    target = output or Path(f"h{len(contract.mixer_layers) + len(chosen)}")
+    return Plan(name, source, donor, contract, surgery, fit, target, which, _verifying(verify, source, surgery))
+
+
+def _calibration(
+    out: Output, source: CheckpointReader, contract: Teacher, surgery: Surgery, calibrating: Calibrating
+) -> Calibration | None:
+    """The text to calibrate on, with a warning where there is none, or little."""
+    from hybridize.errors import InputError, setting
+    from hybridize.inputs import calibration_for, found_data
+
+    text = None if calibrating.no_calibrate else calibrating.calibrate or found_data(source)
+    if text is None and not calibrating.no_calibrate and surgery.kind.parts:
         out.warn(
-            "no text to calibrate on (--calibrate DATA, or a traces.jsonl here): the new layers start from attention "
-            "weights alone and will need far more training; --mixer mamba starts better so"
+            f"no text to calibrate on ({setting('calibrate')} DATA, or a traces.jsonl here): the new layers start from "
+            f"attention weights alone and will need far more training; {setting('mixer')} mamba starts better so"
         )
     try:
         fit = calibration_for(
-            out, text, source, calibration_parts, calibration_tokens, device, seed, chat_template, trust_remote_code
+            text, source, surgery.kind.kind, parts=calibrating.calibration_parts, tokens=calibrating.calibration_tokens,
+            device=calibrating.device, seed=calibrating.seed, chat_template=calibrating.chat_template,
+            trust_remote_code=calibrating.trust_remote_code, notes=out,
         )  # fmt: skip
     except InputError as error:
-        if text is None or calibrate is not None:
+        if text is None or calibrating.calibrate is not None:
             raise
-        raise InputError(f"{error} (--no-calibrate does without)") from error
+        raise InputError(f"{error} ({setting('calibrate', False)} does without)") from error
     if fit is not None and fit.ids.numel() < (enough := ENOUGH * max(contract.hidden, contract.inner)):
         out.warn(f"{fit.ids.numel()} tokens are little to calibrate on and may be worse than none; {enough} are enough here")
-    init = "mil" if fit is None else "calibrated"
-    if ranking is not None and surgery.mixer is not None:
-        kind = surgery.mixer["kind"]
-        if ranking.mixer not in (None, kind) or ranking.init not in (None, init):
-            out.warn(f"the scores were measured with {ranking.mixer} mixers ({ranking.init}), not with {kind} ({init})")
-    strip = draw_strip(contract.layer_types, chosen)
-    summary: dict[str, Any] = {
-        "output": str(target), "converted": chosen, "mamba_layers": sorted([*chosen, *contract.mixer_layers]),
-        "layers": len(contract.layer_types), "mixer": surgery.mixer, "init_from": init_from,
-        "calibration": None if fit is None else fit.settings(), "features": features(source),
-        "fates": fates(source, surgery, donor),
-    }  # fmt: skip
-    proving = _wanted(verify, source, surgery)
-    if dry_run:
-        plans = [
-            {"target": t.name, "shape": list(t.shape), "rows": t.describe(fit is not None)}
-            for ts in surgery.targets.values()
-            for t in ts
-        ]
+    return fit
 
-        def show() -> None:
-            for entry in plans:
-                print(f"{entry['target']} {entry['shape']}: {entry['rows']}")
-            print(f"{strip}; all other tensors are copied as they are")
-            _show_features(summary["features"])
 
-        out.result({**summary, "dry_run": True, "plan": plans}, show)
+def _warn_of_scores(out: Output, ranking: Scores | None, surgery: Surgery, fit: Calibration | None) -> None:
+    """Says so where layers were ranked with other mixers than they get."""
+    if ranking is None or surgery.mixer is None:
         return
-    proven: dict[str, Any] = {}
+    kind, init = surgery.mixer["kind"], "mil" if fit is None else "calibrated"
+    if ranking.mixer not in (None, kind) or ranking.init not in (None, init):
+        out.warn(f"the scores were measured with {ranking.mixer} mixers ({ranking.init}), not with {kind} ({init})")
+
+
+def _verifying(asked: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
+    """Whether to verify the result; InputError where that is asked for and impossible."""
+    from hybridize.errors import InputError, setting
+
+    if not surgery.layers or surgery.mixer is None:
+        return False
+    possible = surgery.kind.can_verify(surgery.mixer)
+    if asked and not possible:
+        raise InputError(
+            f"{setting('verify')} cannot be had with {surgery.mixer['kind']} mixers of this shape, "
+            "whose heads do not pair with those of the attention"
+        )
+    small = sum(file.stat().st_size for file in source.path.glob("*.safetensors")) <= SMALL
+    return bool(asked) or (asked is None and small and possible)
+
+
+def _convert(out: Output, plan: Plan, calibrating: Calibrating, overwrite: bool) -> dict[str, Any] | None:
+    """Writes the result; returns what its verification found, None without one."""
+    from dataclasses import asdict
+
+    from hybridize.checkpoint.reader import CheckpointReader
+    from hybridize.runtime.device import pick_device
+    from hybridize.surgery.replace import replace
+    from hybridize.surgery.verify import verification_ids, verify_conversion
+
+    proof: dict[str, Any] = {}
 
     def check(path: Path) -> None:
-        if chosen and proving:
+        if plan.verifying:
             out.progress("verifying")
-            proven.update(_prove(source, donor, path, surgery, contract, fit, device, seed))
+            ids, text = verification_ids(plan.fit, plan.source.config, calibrating.seed)
+            found = verify_conversion(
+                plan.source, plan.donor, CheckpointReader(path), plan.surgery, plan.contract, ids,
+                pick_device(calibrating.device), frozenset() if plan.fit is None else plan.fit.parts,
+            )  # fmt: skip
+            proof.update(asdict(found), text=text)
 
-    settings = {"layers": layers, "indices": chosen, "mixer": surgery.mixer, "init_from": init_from}
+    which = plan.which
+    settings = {
+        "layers": which.layers, "indices": plan.surgery.layers, "mixer": plan.surgery.mixer, "init_from": which.init_from
+    }  # fmt: skip
     replace(
-        source, checkpoint, surgery, target, donor=donor, init_from=init_from, seed=seed, overwrite=overwrite,
-        settings=settings, calibration=fit, progress=out.progress, check=check,
+        plan.source, plan.name, plan.surgery, plan.target, donor=plan.donor, init_from=which.init_from, seed=calibrating.seed,
+        overwrite=overwrite, settings=settings, calibration=plan.fit, progress=out.progress, check=check,
     )  # fmt: skip
-    out.progress(f"wrote {target}", last=True)
-    summary["proof"] = proven or None
+    out.progress(f"wrote {plan.target}", last=True)
+    return proof or None
+
+
+def _show_plan(out: Output, plan: Plan, summary: dict[str, Any]) -> None:
+    """Where each new tensor's rows come from."""
+    targets = [target for made in plan.surgery.targets.values() for target in made]
+    rows = [{"target": t.name, "shape": list(t.shape), "rows": t.describe(plan.fit is not None)} for t in targets]
 
     def human() -> None:
-        print(f"{target}: {total} of {len(contract.layer_types)} layers are Mamba, {len(chosen)} new: {chosen}")
-        print(strip)
+        for entry in rows:
+            print(f"{entry['target']} {entry['shape']}: {entry['rows']}")
+        print(f"{plan.strip}; all other tensors are copied as they are")
+        _show_features(summary["features"])
+
+    out.result({**summary, "dry_run": True, "plan": rows}, human)
+
+
+def _show_result(out: Output, plan: Plan, summary: dict[str, Any]) -> None:
+    chosen, proof = plan.surgery.layers, summary["proof"]
+
+    def human() -> None:
+        print(f"{plan.target}: {plan.total} of {len(plan.contract.layer_types)} layers are Mamba, {len(chosen)} new: {chosen}")
+        print(plan.strip)
         if chosen:
             _show_features(summary["features"])
-        if proven:
-            _show_proof(proven)
+        if proof:
+            worst = ", ".join(f"{name} {value:.1e}" for name, value in proof["worst"].items())
+            on = "random tokens" if proof["text"] is None else f"tokens of {proof['text']}"
+            print(f"verified on {proof['tokens']} {on}; largest deviations from the attention: {worst}")
 
     out.result(summary, human)
 
@@ -168,138 +315,3 @@ def command(
 def _show_features(found: dict[str, str]) -> None:
     for has, becomes in found.items():
         print(f"  {has}: {becomes}")
-
-
-def _show_proof(proven: dict[str, Any]) -> None:
-    worst = ", ".join(f"{name} {value:.1e}" for name, value in proven["worst"].items())
-    on = "random tokens" if proven["text"] is None else f"tokens of {proven['text']}"
-    print(f"verified on {proven['tokens']} {on}; largest deviations from the attention: {worst}")
-
-
-def _wanted(verify: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
-    """Whether to prove the result; InputError where that is asked for and impossible."""
-    from hybridize.errors import InputError
-
-    other = surgery.mixer is not None and surgery.mixer.get("expand") == "chunk"
-    if verify and other:
-        raise InputError("--verify cannot be had with --expand chunk, which pairs other parts of heads than the attention does")
-    small = sum(file.stat().st_size for file in source.path.glob("*.safetensors")) <= SMALL
-    return bool(verify) or (verify is None and small and not other)
-
-
-def _prove(
-    source: CheckpointReader, donor: CheckpointReader, path: Path, surgery: Surgery, contract: Teacher, fit: Calibration | None,
-    device: str, seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The proof as a dictionary; WorkError where it fails. On text where there is some, else on random tokens."""
-    from dataclasses import asdict
-
-    import torch
-
-    from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.modeling import hybrid_config
-    from hybridize.runtime.device import pick_device
-    from hybridize.surgery.verify import prove
-
-    parts = frozenset[str]() if fit is None else fit.parts
-    if fit is not None:
-        ids, text = fit.ids[: PROVE[0], : PROVE[1]], fit.data
-    else:
-        high, draw = min(hybrid_config(source.config).vocab_size, 1 << 15), torch.Generator().manual_seed(seed)
-        ids, text = torch.randint(0, high, PROVE, generator=draw), None
-    proof = prove(source, donor, CheckpointReader(path), surgery, contract, ids, pick_device(device), parts)
-    return {**asdict(proof), "text": text}
-
-
-def _choose(
-    source: CheckpointReader, name: str, contract: Teacher, layers: int | None, indices: str | None, scores: Path | None,
-    out: Output,
-) -> tuple[list[int], Scores | None]:  # fmt: skip
-    """The layers to convert, and the ranking that chose them, if one did."""
-    from hybridize.checkpoint.manifest import ancestors
-    from hybridize.checkpoint.scores import find_scores, read_scores
-    from hybridize.errors import InputError
-    from hybridize.parsing import parse_indices
-    from hybridize.surgery.select import astride, check_indices, lowest, needed
-
-    if indices is not None:
-        if scores is not None:
-            raise InputError("--scores has no use beside --indices")
-        return check_indices(contract, parse_indices(indices)), None
-    assert layers is not None
-    count = needed(contract, layers)
-    if not count:
-        return [], None
-    path = scores or find_scores(source.path, name)
-    if path is None:
-        raise InputError(_no_scores(source.path, name))
-    ranking, inherited = read_scores(path), False
-    if ranking.checkpoint != source.hash:
-        line = ancestors(source.path)
-        if ranking.checkpoint not in line:
-            raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
-        inherited = True
-        out.warn(
-            f"{path} was measured on {line[ranking.checkpoint]}, which {name} was made from: its scores know nothing of what "
-            "has been converted and trained since"
-        )
-    out.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
-    try:
-        chosen = lowest(contract, ranking, count, inherited)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    cut = max(place for place, layer in enumerate(ranking.ranking(), 1) if layer in chosen)  # layers below it may be gone
-    tied = [layer for layer in astride(ranking.layers, cut) if layer not in contract.mixer_layers]
-    if tied:
-        names = ", ".join(map(str, tied))
-        out.warn(f"the cut after {count} layers falls inside a tie: {names} could be on either side of it (90% of resamples)")
-    return chosen, ranking
-
-
-def _check_scores(name: str, layers: int | None, scores: Path | None) -> None:
-    """InputError where a ranking is needed and a local checkpoint has none, or it is no ranking; before torch is imported."""
-    from hybridize.checkpoint.json_files import read_json
-    from hybridize.checkpoint.scores import find_scores, read_scores
-    from hybridize.errors import InputError
-
-    if scores is not None:
-        read_scores(scores)
-        return
-    config = Path(name) / "config.json"
-    if layers is None or not config.is_file() or find_scores(Path(name), name) is not None:
-        return
-    raw = read_json(config)
-    kinds, count = raw.get("layer_types"), raw.get("num_hidden_layers")
-    done = kinds.count("linear_attention") if isinstance(kinds, list) else 0
-    if isinstance(count, int) and done < layers <= count:
-        raise InputError(_no_scores(Path(name), name))
-
-
-def _no_scores(path: Path, name: str) -> str:
-    """What to do without scores; an ancestor's are named, if there are such."""
-    from hybridize.checkpoint.manifest import ancestors
-    from hybridize.checkpoint.scores import find_scores
-
-    told = f"{name} has no scores; run score-loo, score-mmr or score-restore first, or name layers with --indices"
-    for place in ancestors(path).values():
-        found = find_scores(Path(place), place)
-        if found is not None:
-            return f"{told}; --scores {found} takes those of {place}, which it was made from"
-    return told
-
-
-def _check_donor(donor: CheckpointReader, name: str, contract: Teacher, chosen: list[int]) -> None:
-    """InputError unless `donor` has attention of the same shape in all layers that need it."""
-    from hybridize.errors import InputError
-    from hybridize.surgery.teacher import read_teacher
-
-    origin = read_teacher(donor)
-    ours, theirs = ((t.hidden, t.heads, t.kv_heads, t.head_dim) for t in (contract, origin))
-    if ours != theirs:
-        raise InputError(f"{donor.path} has another attention shape than {name}")
-    ours, theirs = ((t.tensors, t.scale, t.norm_bc, t.eps) for t in (contract, origin))  # type: ignore[assignment]
-    if ours != theirs:
-        raise InputError(f"{donor.path} has another attention than {name}: other biases, norms, tensors or another scale")
-    lacking = [layer for layer in chosen if layer not in origin.attention_layers]
-    if lacking:
-        raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")

@@ -9,25 +9,29 @@ from typing import Annotated
 import typer
 
 from .shared import options as opt
-from .shared.models import result_file
-from .shared.output import Output, guarded
+from .shared.files import result_file
+from .shared.flags import expanded
+from .shared.output import guarded
 
 
 @guarded
+@expanded
 def command(
     paths: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Checkpoints, folders of them, or results.")],
     output: opt.Output = None,
     title: Annotated[str, typer.Option("--title", help="The page's heading.")] = "Hybrids",
     overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    *,
+    speech: opt.Speech,
 ) -> None:
-    """Reads folders of checkpoints with what eval and bench left there; writes ./report (or -o): index.html.
+    """Reads folders of checkpoints with what eval and bench left there; writes ./report (or -o):
+    index.html.
 
-    How much faster, how much lost, at how many layers: a chart, a row a stage with the drop from the teacher, training curves,
-    recall, layouts, lineage, exports. One page that needs nothing beside it. Nothing is measured.
+    How much faster, how much lost, at how many layers: a chart, a row a stage with the drop from
+    the teacher, training curves, recall, layouts, lineage, exports. One page that needs nothing
+    beside it. Nothing is measured.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from hybridize import __version__
     from hybridize.checkpoint.atomic import write_text_atomic
     from hybridize.errors import InputError

@@ -20,6 +20,7 @@ import typer
 from hybridize.errors import InputError
 
 from .shared import options as opt
+from .shared.flags import expanded
 from .shared.output import EXIT_GATE, EXIT_INPUT, EXIT_INTERRUPTED, LINES, RESULT, Output, guarded
 
 if TYPE_CHECKING:
@@ -34,20 +35,22 @@ NOT_READ = ("output", "junit", "push_to_hub", "folder")  # parameters that name 
 
 
 @guarded
+@expanded
 def command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file of steps, each a name and a command.")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print each step's command, its state and its plan; do nothing.")
     ] = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    *,
+    speech: opt.Speech,
 ) -> None:
-    """Reads a recipe; runs its steps in order, but for those that are done: same command, same inputs, outputs still there.
+    """Reads a recipe; runs its steps in order, but for those that are done: same command, same
+    inputs, outputs still there.
 
-    Contents decide, not times. A step that was interrupted goes on where it can. A gate that is not met (exit 3) ends the run,
-    as does any failure. What is done stands in RECIPE's .steps.json.
+    Contents decide, not times. A step that was interrupted goes on where it can. A gate that is not
+    met (exit 3) ends the run, as does any failure. What is done stands in RECIPE's .steps.json.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from hybridize.recipe import DONE, Ledger, read_recipe
 
     steps = read_recipe(recipe)
@@ -76,8 +79,8 @@ def command(
 
 @contextlib.contextmanager
 def _alone(recipe: Path) -> Iterator[int]:
-    """A lock, as a file descriptor. InputError where another process runs the same recipe, or a step of it whose `run` was
-    killed."""
+    """A lock, as a file descriptor. InputError where another process runs the same recipe, or a
+    step of it whose `run` was killed."""
     with recipe.open("rb") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +90,8 @@ def _alone(recipe: Path) -> Iterator[int]:
 
 
 def _parsed(recipe: Path, step: Step) -> dict[str, Any]:
-    """The step's parameters with their defaults. InputError for a command or a flag that there is not."""
+    """The step's parameters with their defaults. InputError for a command or a flag that there is
+    not."""
     from . import app
 
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -103,9 +107,9 @@ def _parsed(recipe: Path, step: Step) -> dict[str, Any]:
 
 
 def _inputs(step: Step, params: dict[str, Any]) -> list[Path]:
-    """Files and folders that a step reads: what its parameters name and is there, what is looked for where they are omitted,
-    and the teacher that a checkpoint names. Of a checkpoint that layers are chosen in also its scores; of what is reported on,
-    all measurements below it."""
+    """Files and folders that a step reads: what its parameters name and is there, what is looked
+    for where they are omitted, and the teacher that a checkpoint names. Of a checkpoint that layers
+    are chosen in also its scores; of what is reported on, all measurements below it."""
     found = [path for name, value in params.items() if name not in NOT_READ for path in _paths(value)]
     if {"data", "calibrate"} & set(params):
         found += [path for text in (os.environ.get("HYBRIDIZE_DATA", ""), "traces.jsonl") for path in _paths(text)]
@@ -122,7 +126,8 @@ def _inputs(step: Step, params: dict[str, Any]) -> list[Path]:
 
 
 def _paths(value: Any) -> Iterator[Path]:
-    """What of a parameter's value is a path here: one, or several with shares, as in `a.jsonl=.7,b.jsonl`."""
+    """What of a parameter's value is a path here: one, or several with shares, as in
+    `a.jsonl=.7,b.jsonl`."""
     for one in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(one, str | Path) or not str(one):
             continue
@@ -131,7 +136,8 @@ def _paths(value: Any) -> Iterator[Path]:
 
 
 def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: Ledger, state: str, lock: int) -> None:
-    """Runs one step in a process of its own and notes what it read and wrote. Ends the command where the step fails."""
+    """Runs one step in a process of its own and notes what it read and wrote. Ends the command
+    where the step fails."""
     import tempfile
 
     from hybridize.checkpoint.json_files import read_json
@@ -166,7 +172,8 @@ def _run(out: Output, recipe: Path, step: Step, params: dict[str, Any], ledger: 
 
 
 def _same_place(recipe: Path, step: Step, line: str, params: dict[str, Any]) -> bool:
-    """Whether a step writes to where it wrote with an earlier `line`: to the same -o, or the same place by default."""
+    """Whether a step writes to where it wrote with an earlier `line`: to the same -o, or the same
+    place by default."""
     from hybridize.recipe import Step
 
     if line == step.line:
@@ -185,12 +192,14 @@ def _same_place(recipe: Path, step: Step, line: str, params: dict[str, Any]) -> 
 
 
 def _process(command: list[str], environment: dict[str, str], stdout: int | None, lock: int) -> int:
-    """Runs a command to its end and returns its exit code. An interrupt is passed on, once each, and the command may take its
-    time to save what it has; a third one kills it. It holds the recipe's lock as long as it lives."""
+    """Runs a command to its end and returns its exit code. An interrupt is passed on, once each,
+    and the command may take its time to save what it has; a third one kills it. It holds the
+    recipe's lock as long as it lives."""
     import subprocess
 
     asked = 0
-    # in a group of its own, so that a terminal's Ctrl-C comes through us alone; such a group may not read from the terminal
+    # in a group of its own, so that a terminal's Ctrl-C comes through us alone; such a group may
+    # not read from the terminal
     started = {"stdin": subprocess.DEVNULL, "stdout": stdout, "process_group": 0, "pass_fds": [lock]}
     with subprocess.Popen(command, env=environment, **started) as process:  # type: ignore[call-overload]
         while True:
@@ -223,7 +232,8 @@ def _failed(step: Step, code: int) -> None:
 
 
 def _dry_run(out: Output, steps: list[Step], parsed: dict[str, dict[str, Any]], ledger: Ledger) -> None:
-    """Each step's line and state, and for those that train their plan, also of checkpoints that are not there yet."""
+    """Each step's line and state, and for those that train their plan, also of checkpoints that are
+    not there yet."""
     from hybridize.recipe import DONE
 
     from .shared.planning import Planned

@@ -8,25 +8,29 @@ from typing import Annotated
 import typer
 
 from .shared import options as opt
-from .shared.output import Output, guarded
+from .shared.flags import expanded
+from .shared.output import guarded
 
 SHOWN = 20
 
 
 @guarded
+@expanded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
     deep: Annotated[
         bool, typer.Option("--deep", help="Compare what was to stay as it was with the parent, bit for bit.")
     ] = False,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    *,
+    speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint or an export that hybridize wrote; writes nothing: is every byte as it was written?
+    """Reads a checkpoint or an export that hybridize wrote; writes nothing: is every byte as it was
+    written?
 
-    Each tensor and file is held against its hash in the manifest, which has one of its own. Exit 1 names what differs.
+    Each tensor and file is held against its hash in the manifest, which has one of its own. Exit 1
+    names what differs.
     """
-    out = Output(as_json, quiet)
+    out = speech.output()
     from dataclasses import asdict
 
     from hybridize.checkpoint.integrity import verify
@@ -48,5 +52,5 @@ def command(
 
     out.result({"checkpoint": checkpoint, "intact": not found.damage, **asdict(found), "seconds": round(seconds, 2)}, human)
     if found.damage:
-        out.warn(found.damage[0]) if as_json or quiet else None
+        out.warn(found.damage[0]) if speech.as_json or speech.quiet else None
         raise typer.Exit(1)

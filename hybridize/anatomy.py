@@ -1,4 +1,5 @@
-"""A checkpoint at a glance, from its config, manifest and scores alone: layout, parameters, memory in decoding, lineage.
+"""A checkpoint at a glance, from its config, manifest and scores alone: layout, parameters, memory
+in decoding, lineage.
 
 No weight is read, so a hub id costs its JSON files.
 """
@@ -14,7 +15,7 @@ import torch
 from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.reader import resolve_checkpoint
-from hybridize.checkpoint.scores import KINDS, read_scores, scores_path
+from hybridize.checkpoint.scores import read_scores, score_files
 from hybridize.errors import InputError
 from hybridize.generation.cache import attention_bytes, sequence_bytes
 from hybridize.modeling import MIXER_LAYER, hybrid_config
@@ -25,9 +26,10 @@ LONG = 32768  # tokens
 
 @dataclass(frozen=True)
 class Anatomy:
-    """kinds: one a layer, as in the config. parameters: by part; `layers` counts all layers. state: bytes that a sequence keeps
-    whatever its length; kv: bytes a token; at_long: both together after LONG tokens, windows counted; teacher_at_long: what it
-    would be if every layer were attention, as the family's default has it where nobody knows."""
+    """kinds: one a layer, as in the config. parameters: by part; `layers` counts all layers. state:
+    bytes that a sequence keeps whatever its length; kv: bytes a token; at_long: both together after
+    LONG tokens, windows counted; teacher_at_long: what it would be if every layer were attention,
+    as the family's default has it where nobody knows."""
 
     kinds: list[str]
     mixer: dict[str, Any] | None
@@ -87,10 +89,8 @@ def lineage(path: Path) -> list[dict[str, Any]]:
 def rankings(path: Path, name: str) -> list[dict[str, Any]]:
     """Every score file of the checkpoint, or why it cannot be read."""
     found: list[dict[str, Any]] = []
-    for kind in KINDS:
-        file = scores_path(path, name, kind)
-        if not file.is_file():
-            continue
+    for file in score_files(path, name):
+        kind = file.stem
         try:
             scores = read_scores(file)
         except InputError as error:
@@ -104,6 +104,7 @@ def rankings(path: Path, name: str) -> list[dict[str, Any]]:
 
 
 def config_of(name: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's directory and config; of a hub id only its JSON files are fetched. InputError if there is none."""
+    """The checkpoint's directory and config; of a hub id only its JSON files are fetched.
+    InputError if there is none."""
     path = resolve_checkpoint(name, revision, files=["*.json"])
     return path, read_json(path / "config.json")

@@ -1,6 +1,8 @@
-"""What this machine has and whether it works: versions, whether they fit together, and each kernel against the reference.
+"""What this machine has and whether it works: versions, whether they fit together, and each kernel
+against the reference.
 
-A kernel package that imports may still fail at its first launch (another ABI, no code for this GPU), so each is run.
+A kernel package that imports may still fail at its first launch (another ABI, no code for this
+GPU), so each is run.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class Finding:
 
 
 def examine(device: str = "auto", progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
-    """All findings. device: `cuda` asks for a GPU, `cpu` for none; `auto` for one where the machine has one. progress: is told
-    the name of each computation that is about to be checked."""
+    """All findings. device: `cuda` asks for a GPU, `cpu` for none; `auto` for one where the machine
+    has one. progress: is told the name of each computation that is about to be checked."""
     driver = _driver()
     wants = device.startswith("cuda") or (device == "auto" and driver is not None)
     versions = [Finding("hybridize", "ok", __version__), Finding("python", "ok", platform.python_version())]
@@ -165,8 +167,9 @@ def _gpu(driver: str | None, wants: bool, index: int = 0) -> Finding:
 
 
 def has_code(built: list[str], major: int, minor: int) -> bool:
-    """Whether something built for `built` (sm_90, compute_90, ...) runs on a GPU of that capability: machine code does on
-    its own and later minors of one major, compute code on anything later."""
+    """Whether something built for `built` (sm_90, compute_90, ...) runs on a GPU of that
+    capability: machine code does on its own and later minors of one major, compute code on anything
+    later."""
     for name in built:
         kind, _, number = name.partition("_")
         digits = number.rstrip("af")
@@ -206,7 +209,8 @@ def _compiler() -> Finding:
 def _checked(
     name: str, check: Callable[[torch.device, torch.dtype, str], float], device: torch.device, kernels: bool
 ) -> Finding:
-    """The torch engine against float64, and where there are kernels, those against the torch engine."""
+    """The torch engine against float64, and where there are kernels, those against the torch
+    engine."""
     told = []
     runs = [("torch", torch.float32)] + [("kernel", dtype) for dtype in CLOSE if kernels]
     for engine, dtype in runs:
@@ -255,7 +259,8 @@ def _conv(device: torch.device, dtype: torch.dtype, engine: str) -> float:
 
 
 def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """y [B, T, H, P] of h_t = exp(delta A) h_{t-1} + delta x B^T; x [B, T, H, P], delta and A broadcast to [B, T, H, P, N]."""
+    """y [B, T, H, P] of h_t = exp(delta A) h_{t-1} + delta x B^T; x [B, T, H, P], delta and A
+    broadcast to [B, T, H, P, N]."""
     state, out = torch.zeros(()), []
     for t in range(x.shape[1]):
         state = torch.exp(delta[:, t] * A) * state + delta[:, t] * x[:, t].unsqueeze(-1) * B[:, t].unsqueeze(-2)

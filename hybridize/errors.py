@@ -12,12 +12,14 @@ _MARK = "\u2063"  # invisible, and in no text of ours
 
 
 def setting(name: str, value: bool | None = None) -> str:
-    """A setting's name inside a message, for `with_settings` to find. value: of a switch, where one side of it is meant."""
+    """A setting's name inside a message, for `with_settings` to find. value: of a switch, where one
+    side of it is meant."""
     return f"{_MARK}{name}{'' if value is None else f'={value}'}{_MARK}"
 
 
 def with_settings(message: str, shown: Callable[[str], str] = lambda name: name) -> str:
-    """A message with each setting as `shown` has it, `calibrate=False` for a switch that is off; by default as in Python."""
+    """A message with each setting as `shown` has it, `calibrate=False` for a switch that is off; by
+    default as in Python."""
     return re.sub(f"{_MARK}([^{_MARK}]*){_MARK}", lambda found: shown(found[1]), message)
 
 

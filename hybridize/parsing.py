@@ -8,7 +8,8 @@ from hybridize.errors import InputError, setting
 def named_numbers(text: str, what: str, default: float | None = None) -> list[tuple[str, float]]:
     """NAME=NUMBER, with commas between; a NAME alone has the default, where there is one.
 
-    The last = of a part counts. InputError that names `what`, a setting, where a name is missing or a number is not positive and finite.
+    The last = of a part counts. InputError that names `what`, a setting, where a name is missing or
+    a number is not positive and finite.
     """
     found = []
     for part in (part.strip() for part in text.split(",")):
@@ -37,3 +38,10 @@ def parse_indices(text: str, what: str = "indices") -> list[int]:
     if len(set(found)) != len(found):
         raise InputError(f"{setting(what)} {text!r} names a layer twice")
     return sorted(found)
+
+
+def check_either(why: str, one: str, first: object, other: str, second: object) -> None:
+    """InputError unless exactly one of two settings is given. why, one, other: how the message has
+    it."""
+    if (first is None) == (second is None):
+        raise InputError(f"{why}: either {one} or {other}")

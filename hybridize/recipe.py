@@ -1,4 +1,5 @@
-"""A chain of commands in a file, and which of its steps are done: by the contents of what they read and wrote.
+"""A chain of commands in a file, and which of its steps are done: by the contents of what they read
+and wrote.
 
     steps:
       - name: half
@@ -7,8 +8,9 @@
         run: distill h15 --tokens 1000000000 -o h15-kd
         launch: torchrun --nproc-per-node 8 --no-python
 
-A step is done if the same command ended well before, what it read is still the same, and what it wrote is still there as it
-was. What is known of that stands in a ledger beside the recipe. Knows nothing of the commands themselves.
+A step is done if the same command ended well before, what it read is still the same, and what it
+wrote is still there as it was. What is known of that stands in a ledger beside the recipe. Knows
+nothing of the commands themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ LEDGER = ".steps.json"
 
 @dataclass(frozen=True)
 class Step:
-    """command: `replace`; arguments: what follows it; launch: what goes before `hybridize`, empty for nothing."""
+    """command: `replace`; arguments: what follows it; launch: what goes before `hybridize`, empty
+    for nothing."""
 
     name: str
     command: str
@@ -87,10 +90,12 @@ def _step(path: Path, number: int, entry: Any) -> Step:
 
 
 class Ledger:
-    """What is known of the steps of one recipe: STEM.steps.json beside it, written after each change.
+    """What is known of the steps of one recipe: STEM.steps.json beside it, written after each
+    change.
 
-    Of each step: `done`, its line, inputs and outputs when it last ended well, and `begun`, line and inputs when it was started
-    since. Inputs and outputs are paths with the hash of what was there.
+    Of each step: `done`, its line, inputs and outputs when it last ended well, and `begun`, line
+    and inputs when it was started since. Inputs and outputs are paths with the hash of what was
+    there.
     """
 
     def __init__(self, recipe: Path) -> None:
@@ -104,8 +109,8 @@ class Ledger:
             self.steps, self.files = found["steps"], found["files"]
 
     def state(self, step: Step, inputs: Iterable[Path]) -> str:
-        """One of DONE, NEW, BEGUN and STALE; see the module. InputError where what a step wrote was changed by somebody else,
-        since it would be lost if the step ran again."""
+        """One of DONE, NEW, BEGUN and STALE; see the module. InputError where what a step wrote was
+        changed by somebody else, since it would be lost if the step ran again."""
         known, now = self.steps.get(step.name, {}), {"line": step.line, "inputs": self.contents(inputs)}
         begun, done = known.get("begun"), known.get("done")
         if begun == now:  # what is there may be its own, finished before anybody could note it: the step will know
@@ -124,7 +129,8 @@ class Ledger:
         return STALE
 
     def left(self, step: Step) -> tuple[str, list[Path]]:
-        """The line with which a step last ended well, and what of its outputs is there as it was written."""
+        """The line with which a step last ended well, and what of its outputs is there as it was
+        written."""
         done = self.steps.get(step.name, {}).get("done")
         if done is None:
             return "", []
@@ -142,7 +148,8 @@ class Ledger:
         self.save()
 
     def end(self, step: Step, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
-        """Notes what the step wrote, and what it read when it began. Whether that is still the same."""
+        """Notes what the step wrote, and what it read when it began. Whether that is still the
+        same."""
         begun = self.steps[step.name].pop("begun")
         self.steps[step.name]["done"] = {**begun, "outputs": self.contents(outputs)}
         self.save()
@@ -153,8 +160,8 @@ class Ledger:
         write_json_atomic(self.path, {"format": FORMAT, "steps": self.steps, "files": self.files})
 
     def contents(self, paths: Iterable[Path]) -> dict[str, str | None]:
-        """Path -> hash of what is there, None for nothing. Of a folder its own files count: what lies in folders below it
-        (scores, eval, states) is another step's."""
+        """Path -> hash of what is there, None for nothing. Of a folder its own files count: what
+        lies in folders below it (scores, eval, states) is another step's."""
         return {str(path): self._content(path) for path in sorted(set(paths))}
 
     def _content(self, path: Path) -> str | None:

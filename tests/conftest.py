@@ -168,10 +168,10 @@ def untuned() -> None:
 
 
 def interrupt_after(steps: int) -> Callable[..., None]:
-    """What may stand in for the trainer's `update`: it raises an interrupt once it has taken so many steps."""
-    from hybridize.distillation import loop as training
+    """What may stand in for `Optimization.update`: it raises an interrupt once it has taken so many steps."""
+    from hybridize.distillation.optimize import Optimization
 
-    update, count = training.update, list[int]()
+    update, count = Optimization.update, list[int]()
 
     def stopping(*given: object) -> None:
         update(*given)  # type: ignore[arg-type]

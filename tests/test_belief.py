@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridize.checkpoint.scores import LayerScore
-from hybridize.scoring.uncertainty import _students, scored, vagueness
-from hybridize.surgery.select import astride
+from hybridize.scoring.uncertainty import _students, rank_uncertainty, scored
+from hybridize.surgery.select import ambiguous_at_cut
 
 
 def draws(units: int, means: list[float], seed: int = 0) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_ranks_are_sure_where_scores_are_and_wide_where_they_are_not() -> None:
     same = draws(200, [0.0] * 5)
     found = scored(list(range(5)), [(same - same.mean(0), ones(same))])
     assert all(s.ranks == (1, 5) for s in found)
-    assert vagueness(found) == 1.0
+    assert rank_uncertainty(found) == 1.0
 
 
 def test_equal_scores_are_no_order() -> None:
@@ -50,10 +50,10 @@ def test_equal_scores_are_no_order() -> None:
     values[:, :3] = values[:, :1]
     found = scored([0, 1, 2, 3], [(values, ones(values))])
     assert [s.ranks for s in found] == [(1, 3), (1, 3), (1, 3), (4, 4)]
-    assert astride(found, 2) == [0, 1, 2]
-    assert astride(found, 3) == []
+    assert ambiguous_at_cut(found, 2) == [0, 1, 2]
+    assert ambiguous_at_cut(found, 3) == []
     nothing = scored([0, 1, 2, 3], [(torch.zeros_like(values), ones(values))])
-    assert vagueness(nothing) == 1.0
+    assert rank_uncertainty(nothing) == 1.0
 
 
 def test_what_layers_share_does_not_blur_their_order() -> None:
@@ -75,7 +75,7 @@ def test_runs_of_other_seeds_are_drawn_again_themselves() -> None:
 def test_one_measurement_has_no_spread() -> None:
     found = scored([3], [(torch.tensor([[2.0]], dtype=torch.float64), torch.ones(1, dtype=torch.float64))])
     assert found == [LayerScore(3, 2.0)]
-    assert vagueness(found) is None
+    assert rank_uncertainty(found) is None
 
 
 @settings(max_examples=30, deadline=None)
@@ -94,9 +94,9 @@ def test_a_cut_inside_a_tie_names_who_could_be_on_either_side() -> None:
         LayerScore(9, 0.3, 0.1, (2, 4)),
         LayerScore(0, 1.0, None),
     ]
-    assert astride(scores, 1) == []
-    assert astride(scores, 2) == [2, 9]
-    assert astride(scores, 3) == [9]
+    assert ambiguous_at_cut(scores, 1) == []
+    assert ambiguous_at_cut(scores, 2) == [2, 9]
+    assert ambiguous_at_cut(scores, 3) == [9]
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(9, 1.833113), (4, 2.131847), (30, 1.697261), (1000, 1.646379)])

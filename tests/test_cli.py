@@ -271,11 +271,11 @@ def test_buffers_of_old_checkpoints_survive_training(place: Path, cli: Runner) -
 
 
 def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation import loop as training
+    from hybridize.distillation.optimize import Optimization
 
     cli("replace", "--indices", "1,2")
     cli("distill", "h2", "-o", "whole", *TRAIN)
-    real, calls = training.update, []
+    real, calls = Optimization.update, []
 
     def stops(*arguments: object, **keywords: object) -> torch.Tensor:
         calls.append(1)
@@ -283,10 +283,10 @@ def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, m
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(training, "update", stops)
+    monkeypatch.setattr(Optimization, "update", stops)
     assert cli.fails("distill", "h2", "-o", "parts", *TRAIN, code=130) == "error: interrupted"
     assert not (place / "parts").exists()
-    monkeypatch.setattr(training, "update", real)
+    monkeypatch.setattr(Optimization, "update", real)
     assert "--resume" in cli.fails("distill", "h2", "-o", "parts", *TRAIN)
     assert "lr was" in cli.fails("distill", "h2", "-o", "parts", *TRAIN, "--lr", 1, "--resume")
     cli("distill", "h2", "-o", "parts", *TRAIN, "--resume")
@@ -405,11 +405,11 @@ def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) 
 
 
 def test_an_interrupted_run_says_what_is_saved(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation import loop as training
+    from hybridize.distillation.optimize import Optimization
 
     cli("replace", "--indices", "1")
     common = ("distill", "h1", "--steps", 4, "--batch-size", 2, "--seq-len", 48, "--warmup-steps", 50, "--device", "cpu")
-    update, calls = training.update, []
+    update, calls = Optimization.update, []
 
     def interrupted(*given: object) -> None:
         calls.append(given)
@@ -418,14 +418,14 @@ def test_an_interrupted_run_says_what_is_saved(place: Path, cli: Runner, monkeyp
         update(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", interrupted)
+        patched.setattr(Optimization, "update", interrupted)
         cli.fails(*common, code=130)
     assert "2 of 4 steps are saved in h1-kd.run; the same command with --resume goes on from there" in cli.stderr
     assert "warm-up: 2 of 4 steps; it takes at most half of a run (--warmup-steps 50)" in cli.stderr
     cli(*common, "--resume")
     assert (place / "h1-kd/config.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Optimization, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         cli.fails(*common, "-o", "none", code=130)
     assert "nothing was saved yet" in cli.stderr
 

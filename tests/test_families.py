@@ -1,4 +1,4 @@
-"""Every supported family: nothing of its attention is lost, and the hybrid's numbers hold (DESIGN sections 5 and 8)."""
+"""Every supported family: nothing of its attention is lost, and the hybrid's numbers hold (docs/concepts/architecture.md)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hybridize.surgery.mixers import kind_of
 from hybridize.surgery.observe import Observer
 from hybridize.surgery.replace import Calibration, MixerSettings, plan, replace
 from hybridize.surgery.teacher import check_vocabularies, read_teacher
-from hybridize.surgery.verify import fates, prove
+from hybridize.surgery.verify import provenance, verify_conversion
 from tests.conftest import Runner, make_tokenizer, rounding, worst
 from tests.families import FAMILY, make_family
 from tests.test_modeling import DEVICES, check, check_greedy, sequence_log
@@ -119,10 +119,10 @@ def test_the_proof_holds_and_finds_what_is_wrong(name: str, kind: str, homes: di
     surgery = plan(teacher, [1, 2], MixerSettings(kind))
     result = convert(homes[name], tmp_path / "h", [1, 2], kind)
     given = source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu")
-    proof = prove(*given)
+    proof = verify_conversion(*given)
     assert proof.tokens == 48
     assert max(proof.worst.values()) <= 1e-5
-    counted = fates(source, surgery, source)
+    counted = provenance(source, surgery, source)
     assert set(counted) == set(source.names)
     lost = {n for n, fate in counted.items() if ".self_attn." in n and ".layers.1." in n and ".mixer." not in fate}
     assert not lost
@@ -138,7 +138,7 @@ def test_the_proof_holds_and_finds_what_is_wrong(name: str, kind: str, homes: di
         tensors[f"model.{broken}"][tensors[f"model.{broken}"].shape[0] // 2] *= 1.01  # of in_proj: a row of B
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(WorkError, match="layer 2" if "layers.2" in broken else broken):
-            prove(source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu"))
+            verify_conversion(source, source, CheckpointReader(result), surgery, teacher, ids(2, 24), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -273,7 +273,7 @@ def test_calibrated_starts_exist_for_every_family(name: str, kind: str, homes: d
         calibration=fit,
     )
     given = source, source, CheckpointReader(result), surgery, read_teacher(source), ids(2, 24), torch.device("cpu"), fit.parts
-    assert max(prove(*given).worst.values()) <= 1e-5
+    assert max(verify_conversion(*given).worst.values()) <= 1e-5
     far = {}
     for way, path in (("plain", convert(homes[name], tmp_path / "p", [1], kind)), ("calibrated", result)):
         seen = Observer(source, source, ids(4, 32, seed=9), torch.device("cpu")).see(1)

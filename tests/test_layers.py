@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # lowest first; a package stands for all of its modules, which may import each other
 LAYERS = (
-    "errors", "parsing", "compat", "modeling", "checkpoint", "data", "runtime", "surgery", "generation", "distillation",
-    "evaluation", "scoring", "anatomy", "export", "benchmark", "report", "recipe", "demo", "doctor", "commands.shared",
-    "commands",
+    "errors", "notes", "options", "parsing", "compat", "modeling", "checkpoint", "data", "runtime",
+    "surgery", "inputs", "generation", "distillation", "evaluation", "scoring", "anatomy", "export",
+    "benchmark", "report", "recipe", "demo", "doctor", "commands.shared", "commands",
 )  # fmt: skip
 # what an export ships or a foreign process runs imports nothing of the package around it
 ALONE = {"modeling", "export.ask", "export.ask_llama"}

@@ -119,13 +119,13 @@ def test_ancestors_are_known_as_far_as_they_are_there(place: Path, cli: Runner) 
 def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybridize.distillation import loop as training
+    from hybridize.distillation.optimize import Optimization
 
     run = ("distill", "h2", "--steps", 6, "--batch-size", 2, "--seq-len", 32, "--save-every", 2, "--eval-windows", 2)
     cli(*run, "-o", "whole")
     cli(*run[:2], "--steps", 4, *run[4:], "-o", "four", "--schedule", "wsd")
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", interrupt_after(5))
+        patched.setattr(Optimization, "update", interrupt_after(5))
         cli(*run, code=130)
     assert "with --resume --stop-now makes it a checkpoint" in cli.stderr
     saved = max(int(path.name.removeprefix("step-")) for path in Path("h2-kd.run").glob("step-*"))
@@ -228,14 +228,14 @@ def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runn
 def test_a_run_goes_on_with_as_many_sequences_whatever_memory_is_free(
     place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybridize.distillation import loop as training
+    from hybridize.distillation.optimize import Optimization
 
     run = ("distill", "h2", "--steps", 3, "--batch-size", 4, "--seq-len", 64, "--eval-windows", 1)
     room, ample = "1 ranks", runtime.free_memory(CPU)
     for first, then in ((1000, ample), (ample, 1000)):
         monkeypatch.setattr(runtime, "free_memory", lambda _, first=first: first)
         with monkeypatch.context() as patched:
-            patched.setattr(training, "update", interrupt_after(1))
+            patched.setattr(Optimization, "update", interrupt_after(1))
             cli(*run, "--overwrite", code=130)
         before = json.loads(Path("h2-kd.run/micro-batch.json").read_text())[room]
         assert before == (1 if first == 1000 else 4)

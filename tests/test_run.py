@@ -79,12 +79,12 @@ def damaged(cli: Runner, file: str, text: str) -> str:
 
 
 def test_an_interrupted_step_goes_on(place: Path, inside: None, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridize.distillation import loop as training
+    from hybridize.distillation.optimize import Optimization
 
     Path("r.yaml").write_text(RECIPE.replace("--steps 2", "--steps 6 --save-every 2"))
     step = read_recipe(Path("r.yaml"))[1]
     with monkeypatch.context() as patched:
-        patched.setattr(training, "update", interrupt_after(4))
+        patched.setattr(Optimization, "update", interrupt_after(4))
         assert "was interrupted; the same command goes on" in cli.fails("run", "r.yaml", code=130)
     assert Path("h2-kd.run").is_dir()
     assert Ledger(Path("r.yaml")).state(step, run_command._inputs(step, parsed(step))) == BEGUN

@@ -26,10 +26,12 @@ from hybridize.errors import InputError, WorkError
 from hybridize.evaluation.harness import margins
 from hybridize.runtime.loading import load_empty, load_hybrid, load_model, load_tokenizer
 from hybridize.scoring.candidates import Candidates
-from hybridize.scoring.loo import LooSettings, loo_kl
-from hybridize.scoring.mmr import MmrSettings, alone, measure, memory, share_of
-from hybridize.scoring.restore import RestoreSettings, restore
+from hybridize.scoring.loo import loo_kl
+from hybridize.scoring.mmr import alone, measure
+from hybridize.scoring.mmr_memory import memory, share_of
+from hybridize.scoring.restore import restore
 from hybridize.scoring.scorer import attention_layers
+from hybridize.scoring.settings import LooSettings, MmrSettings, RestoreSettings
 from hybridize.surgery.replace import MixerSettings, plan, starting_values
 from hybridize.surgery.teacher import empty_model, read_teacher
 from tests.conftest import Runner, make_teacher, write_traces

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hybridize.evaluation.gate import Rule, Verdict
 
 
-def say_of_gate(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
+def warn_of_gate(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
     """Why a gate is not met, or what of it nobody can tell."""
     from hybridize.evaluation.gate import FAIL, UNKNOWN, by_task
 

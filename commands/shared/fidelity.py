@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .models import check_weights, open_encoder, result_file, text_beside, warn_of_length
-from .output import LINES, Output
+import typer
+
+from . import options as opt
+from .files import result_file
+from .output import Output
 
 if TYPE_CHECKING:
     import torch
@@ -17,34 +21,55 @@ NEW_TOKENS, PROMPT = 64, 64
 ROWS = 4  # windows in one forward pass
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """The text that a checkpoint is compared with its teacher on."""
+
+    fidelity: Annotated[
+        str | None, typer.Option("--fidelity", help="Data on which to compare the checkpoint with its teacher.")
+    ] = None
+    teacher: opt.Teacher = None
+    mask: opt.Mask = "none"
+    chat_template: opt.ChatTemplate = None
+    windows: Annotated[int, typer.Option("--windows", min=1, help="For --fidelity: sequences of data.")] = 24
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="For --fidelity: tokens per sequence.")] = 2048
+
+
 def measure_fidelity(
-    out: Output, source: CheckpointReader, name: str, teacher: str | None, data: str | None, target: Path, overwrite: bool,
-    mask: str, chat_template: Path | None, limit: int | None, windows: int, seq_len: int,
-    where: torch.device, compute: torch.dtype, trust_remote_code: bool,
+    out: Output, source: CheckpointReader, name: str, given: Fidelity, target: Path, where: tuple[torch.device, torch.dtype],
+    limit: int | None, trust_remote_code: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Writes fidelity.json into `target` and shows it."""
+    """Writes fidelity.json into `target` and shows it. where: device and type to compute in; limit:
+    rows of the data."""
     import torch
 
     from hybridize.checkpoint.atomic import write_json_atomic
     from hybridize.evaluation.fidelity import greedy_agreement, measure
+    from hybridize.inputs import check_weights, open_encoder, warn_of_length, windows_beside_teacher
     from hybridize.runtime.device import ran_on
     from hybridize.runtime.loading import load_model, quiet_transformers
 
     quiet_transformers()
-    path = result_file(target, "fidelity.json", overwrite)
-    warn_of_length(out, source, seq_len)
-    encoder = open_encoder(source, mask, chat_template, trust_remote_code)
-    origin, text, batches = text_beside(out, source, name, teacher, data, encoder, limit, windows, seq_len, ROWS)
-    check_weights(source, origin)
-    LINES.doing("loading the models")
-    student, model = (load_model(reader.path, where, compute, trust_remote_code) for reader in (source, origin))
-    LINES.doing("comparing with the teacher")
-    found = measure(student, model, [batch.to(where) for batch in batches], compute)
-    prompts = torch.cat([batch.ids[:, : min(PROMPT, seq_len // 2)] for batch in batches]).to(where)
-    LINES.doing("writing greedy continuations")
-    found["greedy"] = greedy_agreement(student, model, prompts, NEW_TOKENS, ROWS)
-    settings = {"data": text, "mask": mask, "limit": limit, "windows": windows, "seq_len": seq_len, "teacher": origin.hash}
-    write_json_atomic(path, {"format": 1, "checkpoint": source.hash, "settings": settings | ran_on(where, compute), **found})
+    path, (device, dtype) = result_file(target, "fidelity.json", overwrite), where
+    warn_of_length(source, given.seq_len, out)
+    encoder = open_encoder(source, given.mask, given.chat_template, trust_remote_code, out)
+    origin, text, batches = windows_beside_teacher(
+        source, name, given.teacher, given.fidelity, encoder, limit=limit, windows=given.windows, seq_len=given.seq_len,
+        batch_size=ROWS, notes=out,
+    )  # fmt: skip
+    check_weights(source, origin, notes=out)
+    out.doing("loading the models")
+    student, teacher = (load_model(reader.path, device, dtype, trust_remote_code) for reader in (source, origin))
+    out.doing("comparing with the teacher")
+    found = measure(student, teacher, [batch.to(device) for batch in batches], dtype)
+    prompts = torch.cat([batch.ids[:, : min(PROMPT, given.seq_len // 2)] for batch in batches]).to(device)
+    out.doing("writing greedy continuations")
+    found["greedy"] = greedy_agreement(student, teacher, prompts, NEW_TOKENS, ROWS)
+    settings = {
+        "data": text, "mask": given.mask, "limit": limit, "windows": given.windows, "seq_len": given.seq_len,
+        "teacher": origin.hash, **ran_on(device, dtype),
+    }  # fmt: skip
+    write_json_atomic(path, {"format": 1, "checkpoint": source.hash, "settings": settings, **found})
     out.result({"fidelity": str(path), **found}, lambda: _show(out, path, found))
 
 

@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM, turned into KeyboardInterrupt in the main thread, and raised again where Python drops it."""
+"""SIGINT and SIGTERM, turned into KeyboardInterrupt in the main thread, and raised again where
+Python drops it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ AGAIN = 0.05  # seconds until a dropped interrupt is raised again: longer than a
 def interruptible() -> Iterator[None]:
     """Until the block ends either signal interrupts it, wherever the main thread is.
 
-    An exception that a signal raises inside a destructor or a weak reference's callback (the import system has one for each
-    module) cannot leave it: Python reports it to `sys.unraisablehook` and goes on. Here the signal is then sent once more.
+    An exception that a signal raises inside a destructor or a weak reference's callback (the import
+    system has one for each module) cannot leave it: Python reports it to `sys.unraisablehook` and
+    goes on. Here the signal is then sent once more.
     """
     if threading.current_thread() is not threading.main_thread():  # only it may say who handles signals
         yield

@@ -1,4 +1,5 @@
-"""The one place that talks to people: results on stdout, all else on stderr; errors as one sentence and an exit code."""
+"""The one place that talks to people: results on stdout, all else on stderr; errors as one sentence
+and an exit code."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import typer
 
 from hybridize.errors import InputError, WorkError, first_line, with_settings
+from hybridize.notes import Notes
 
 from .interrupts import interruptible
 
@@ -27,14 +29,15 @@ LESS_MEMORY = (
 )
 WIDE = 300  # columns where there is no terminal: nothing is cut there
 EVERY = 10.0  # seconds between progress lines where there is no terminal
-# Seconds of silence after which a command says what it is at: a user waits at most 10 on a terminal, and 60 in a log.
+# Seconds of silence after which a command says what it is at: a user waits at most 10 on a
+# terminal, and 60 in a log.
 PATIENCE = {"terminal": 5.0, "log": 30.0}
 RESULT = "HYBRIDIZE_RESULT"  # names a file that the result is written to as well, as --json has it: for `hybridize run`
 OTHER_RANK = os.environ.get("RANK", "0") != "0"  # of a torchrun one process speaks
 STARTING = "starting"
 
 
-class Output:
+class Output(Notes):
     """as_json: nothing but one JSON object on stdout. quiet: nothing but errors."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
@@ -48,6 +51,10 @@ class Output:
 
     def warn(self, text: str) -> None:
         LINES.say(f"warning: {text}")
+
+    def doing(self, text: str) -> None:
+        """What begins now and may take long."""
+        LINES.doing(text)
 
     def progress(self, text: str, last: bool = False) -> None:
         """The latest state: rewritten in place on a terminal, a line every ten seconds elsewhere."""
@@ -81,7 +88,8 @@ class Output:
 
 
 class Lines:
-    """The lines of one command on stderr, and a thread that breaks long silences by saying what the command is at."""
+    """The lines of one command on stderr, and a thread that breaks long silences by saying what the
+    command is at."""
 
     def __init__(self) -> None:
         self.silent = False  # whether long silences are to be broken
@@ -107,7 +115,8 @@ class Lines:
                 self._write(text + "\n")
 
     def doing(self, text: str) -> None:
-        """What begins now and may take long: shown at once on a terminal, and wherever nothing else has been said for long."""
+        """What begins now and may take long: shown at once on a terminal, and wherever nothing else
+        has been said for long."""
         with self._lock:
             self._at, self._since = text, time.monotonic()
             if not self.silent and sys.stderr.isatty():
@@ -129,7 +138,8 @@ class Lines:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """As long as the block lasts no silence is longer than PATIENCE, unless the command is to be silent."""
+        """As long as the block lasts no silence is longer than PATIENCE, unless the command is to
+        be silent."""
         self.silent, self._at, self._since = OTHER_RANK, STARTING, time.monotonic()
         self._last, self._progressed = time.monotonic(), -EVERY
         done = threading.Event()
@@ -173,7 +183,8 @@ def flag_of(name: str) -> str:
 
 
 def guarded(function: F) -> F:
-    """Maps what goes wrong to one sentence on stderr and an exit code; HYBRIDIZE_DEBUG=1 shows the traceback."""
+    """Maps what goes wrong to one sentence on stderr and an exit code; HYBRIDIZE_DEBUG=1 shows the
+    traceback."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:

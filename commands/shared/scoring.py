@@ -1,72 +1,127 @@
-"""What the scoring commands share: where scores go, and the table with a bar per layer."""
+"""What the scoring commands share: their flags, running a scorer, and the table with a bar per
+layer."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import open_checkpoint
-from .output import Output
+from . import options as opt
+from .flags import expanded
+from .output import Output, guarded
 
 if TYPE_CHECKING:
-    from hybridize.checkpoint.reader import CheckpointReader
-    from hybridize.checkpoint.scores import LayerScore
+    from hybridize.checkpoint.scores import Scores
+    from hybridize.scoring.scorer import Scorer
+    from hybridize.scoring.setup import Request
 
 BAR = 30
+CALIBRATION_TOKENS = 32768
 
 
-def check_score_output(
-    name: str, revision: str | None, output: Path | None, kind: str, overwrite: bool
-) -> tuple[CheckpointReader, Path]:
-    """The checkpoint, and the file its scores go to; InputError when that is there already or nothing is left to score."""
-    from hybridize.checkpoint.scores import scores_path
-    from hybridize.checkpoint.writer import check_writable
-    from hybridize.errors import InputError
-    from hybridize.surgery.teacher import read_teacher
+@dataclass(frozen=True)
+class Text:
+    """What a checkpoint is scored on, beside its teacher."""
 
-    source = open_checkpoint(name, revision)
-    if not read_teacher(source).attention_layers:
-        raise InputError(f"{name} has no attention layer left to score")
-    path = output or scores_path(source.path, name, kind)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; give another -o or --overwrite")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; scores go to a file")
-    check_writable(path)
-    return source, path
+    data: opt.Data = None
+    teacher: opt.Teacher = None
+    chat_template: opt.ChatTemplate = None
+    limit: opt.Limit = None
 
 
-def report_scores(
-    out: Output,
-    source: CheckpointReader,
-    path: Path,
-    kind: str,
-    label: str,
-    mixer: str | None,
-    init: str | None,
-    found: list[LayerScore],
-    made: dict[str, Any],
-) -> None:
-    """Writes the score file and shows the ranking, least important first."""
-    from dataclasses import asdict
+@dataclass(frozen=True)
+class Converting(opt.NewMixers):
+    """The new mixers of candidates, and how they start."""
 
-    from hybridize.checkpoint.scores import Scores
+    no_calibrate: opt.NoCalibrate = False
+    calibration_tokens: opt.CalibrationTokens = CALIBRATION_TOKENS
 
-    scores = Scores(kind, source.hash, mixer, init, made["metric"], made["settings"], made["seconds"], found)
-    scores.write(path)
 
-    def human() -> None:
-        by_layer = {s.layer: s for s in found}
-        low, high = min(s.score for s in found), max(s.score for s in found)
-        rows = []
-        for rank, layer in enumerate(scores.ranking(), start=1):
-            score = by_layer[layer]
-            share = (score.score - low) / (high - low) if high > low else 0.0
-            spread = "" if score.stderr is None else f"{score.stderr:.5f}"
-            could = "" if score.ranks is None else f"{score.ranks[0]}-{score.ranks[1]}"
-            bar = ("#" * max(1, round(BAR * share))).ljust(BAR)
-            rows.append([str(layer), str(rank), could, f"{score.score:.5f}", spread, bar])
-        columns = ["layer", "rank", "could be", "score", "stderr", ""]
-        out.table(f"{path}: {label} (lower: convert first; could be: in 90% of resamples)", columns, rows)
+@dataclass(frozen=True)
+class Place:
+    """Where scores come from and go to."""
 
-    out.result({"scores": str(path), "ranking": scores.ranking(), "layers": [asdict(s) for s in found]}, human)
+    output: opt.Output = None
+    revision: opt.Revision = None
+    overwrite: opt.Overwrite = False
+
+
+def request_of(
+    checkpoint: str, text: Text, place: Place, machine: opt.Machine, *, mask: str, seed: int,
+    mixers: Converting | None = None, eval_data: str | None = None, replace: bool = False,
+) -> Request:  # fmt: skip
+    """The flags as scorers want them. replace: whether scores may be there already, whatever
+    --overwrite says."""
+    from hybridize.scoring.setup import Request
+
+    made = mixers or Converting()
+    return Request(
+        checkpoint, text.teacher, text.data, eval_data, mask, text.chat_template, text.limit, made.settings(),
+        not made.no_calibrate, made.calibration_tokens, seed, place.output, machine.device, machine.dtype,
+        machine.trust_remote_code, place.revision, place.overwrite or replace,
+    )  # fmt: skip
+
+
+def run_scorer(out: Output, scorer: Scorer, request: Request, settings: Any) -> None:
+    """Scores, writes the score file and shows the ranking."""
+    from hybridize.scoring.setup import Setup
+
+    setup, began = Setup(request, scorer.kind, out, scorer.trains), time.time()
+    with scorer.ranked(setup, settings) as found:
+        if not setup.ranks.main:
+            return
+        if found is None:
+            out.note(f"{setup.path} is this run's result already")
+            out.result({"output": str(setup.path), "already": True})
+            return
+        scores = setup.write(found, time.time() - began)
+        out.result(
+            {"scores": str(setup.path), "ranking": scores.ranking(), "layers": [asdict(s) for s in scores.layers]},
+            lambda: _show(out, setup.path, found.label, scores),
+        )
+
+
+def _show(out: Output, path: Path, label: str, scores: Scores) -> None:
+    """The ranking, least important first."""
+    by_layer = {score.layer: score for score in scores.layers}
+    low, high = (pick(score.score for score in scores.layers) for pick in (min, max))
+    rows = []
+    for rank, layer in enumerate(scores.ranking(), start=1):
+        score = by_layer[layer]
+        share = (score.score - low) / (high - low) if high > low else 0.0
+        spread = "" if score.stderr is None else f"{score.stderr:.5f}"
+        could = "" if score.ranks is None else f"{score.ranks[0]}-{score.ranks[1]}"
+        bar = ("#" * max(1, round(BAR * share))).ljust(BAR)
+        rows.append([str(layer), str(rank), could, f"{score.score:.5f}", spread, bar])
+    columns = ["layer", "rank", "could be", "score", "stderr", ""]
+    out.table(f"{path}: {label} (lower: convert first; could be: in 90% of resamples)", columns, rows)
+
+
+def command_of(scorer: Scorer) -> Callable[..., None]:
+    """The command of a scorer that another package has registered: its settings as flags, and those
+    of every scorer."""
+
+    @guarded
+    @expanded
+    def command(
+        checkpoint: opt.Checkpoint = "./teacher",
+        *,
+        settings: scorer.settings,  # type: ignore[name-defined]
+        text: Text,
+        mixers: Converting,
+        place: Place,
+        machine: opt.Machine,
+        speech: opt.Speech,
+    ) -> None:
+        mask, seed = getattr(settings, "mask", "assistant"), getattr(settings, "seed", 0)
+        request = request_of(checkpoint, text, place, machine, mask=mask, seed=seed, mixers=mixers)
+        run_scorer(speech.output(), scorer, request, settings)
+
+    command.__doc__ = f"""Reads a checkpoint; writes CHECKPOINT/scores/{scorer.kind}.json. {scorer.summary}
+
+    Higher means convert later.
+    """
+    return command

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 
+from hybridize.checkpoint.manifest import MIXER_LAYER
+
 MEANINGS = {"N": "new Mamba", "M": "Mamba", "a": "attention", "w": "attention in a window"}
 COLOURS = {"N": "\x1b[30;43m", "M": "\x1b[30;42m", "a": "\x1b[30;47m", "w": "\x1b[30;46m"}
-LETTERS = {"linear_attention": "M", "sliding_attention": "w"}
+LETTERS = {MIXER_LAYER: "M", "sliding_attention": "w"}
 
 
 def draw_strip(kinds: Sequence[str], new: Collection[int] = ()) -> str:
-    """The strip with its legend. kinds: as in the config, one a layer; new: which of them are about to become Mamba layers."""
+    """The strip with its legend. kinds: as in the config, one a layer; new: which of them are about
+    to become Mamba layers."""
     letters = ["N" if index in new else LETTERS.get(kind, "a") for index, kind in enumerate(kinds)]
     legend = ", ".join(f"{letter} {meaning}" for letter, meaning in MEANINGS.items() if letter in letters)
     if sys.stdout.isatty():

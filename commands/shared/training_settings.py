@@ -1,19 +1,21 @@
-"""A training run's settings, from the flags of a command and an optional file."""
+"""A training run's settings, from the flags that were given and an optional file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from hybridize.checkpoint.json_files import load_yaml
+from hybridize.distillation.settings import DistillSettings
+from hybridize.errors import InputError, first_line
 
-def settings_of(params: dict[str, Any]) -> Any:
-    """DistillSettings of a command's parameters: flags that were given over what the file `config` says, over the defaults.
-    Parameters that are no training settings are left alone."""
-    from hybridize.distillation.settings import DistillSettings
 
+def settings_of(given: dict[str, Any], config: Path | None) -> DistillSettings:
+    """Flags that were given over what the file `config` says, over the defaults. Parameters that
+    are no training settings, and flags that are None, are left alone."""
     known = get_type_hints(DistillSettings)
-    flags = {key: value for key, value in params.items() if key in known and value is not None}
-    filed = _from_file(params["config"])
+    flags = {key: value for key, value in given.items() if key in known and value is not None}
+    filed = _from_file(config)
     if "tokens" in flags:  # a length on the command line wins over either length in the file
         filed.pop("steps", None)
     return DistillSettings(**(filed | flags))
@@ -23,10 +25,6 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     """Settings from a YAML or TOML file; InputError on unknown keys."""
     if path is None:
         return {}
-    from hybridize.checkpoint.json_files import load_yaml
-    from hybridize.distillation.settings import DistillSettings
-    from hybridize.errors import InputError, first_line
-
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
@@ -54,8 +52,6 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type of its setting; 1e-3, a string to YAML, is a number to people."""
-    from hybridize.errors import InputError
-
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     try:
         if kinds == [float] and not isinstance(value, bool):

@@ -1,7 +1,9 @@
-"""How fast checkpoints read and write: prefill, decoding steps by length and batch, and whole generations made of them.
+"""How fast checkpoints read and write: prefill, decoding steps by length and batch, and whole
+generations made of them.
 
-Every checkpoint, teacher or hybrid, runs as our own class through one decoding step (hybridize/generation), captured as a CUDA
-graph where that can be. A step's time does not depend on what the tokens are, so none are read before it is timed.
+Every checkpoint, teacher or hybrid, runs as our own class through one decoding step
+(hybridize/generation), captured as a CUDA graph where that can be. A step's time does not depend on
+what the tokens are, so none are read before it is timed.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ RESERVE = {"cuda": 5 << 29}  # bytes that a prefill and the kernels' own buffers
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """contexts, batches: the grid; generations: (prompt, new) tokens, each with the largest batch that fits; steps: timed
-    together; repeats: of which the median counts."""
+    """contexts, batches: the grid; generations: (prompt, new) tokens, each with the largest batch
+    that fits; steps: timed together; repeats: of which the median counts."""
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -56,9 +58,11 @@ def bandwidth(device: torch.device) -> float:
 
 
 def step_bytes(model: HybridForCausalLM, batch: int, context: int) -> int:
-    """The least that a step moves: every weight once, each sequence's keys and values once, its states in and out.
+    """The least that a step moves: every weight once, each sequence's keys and values once, its
+    states in and out.
 
-    Of the embeddings only the batch's rows are read, unless they are the output weights too. All experts count.
+    Of the embeddings only the batch's rows are read, unless they are the output weights too. All
+    experts count.
     """
     weights = weight_bytes(model)
     if not model.config.tie_word_embeddings:
@@ -126,8 +130,8 @@ def _median(times: Sequence[float]) -> dict[str, float]:
 def time_prefill(
     models: dict[str, HybridForCausalLM], length: int, most: int, settings: BenchSettings
 ) -> dict[str, dict[str, Any]]:
-    """By model: a prompt of `length` alone (time to first token), and tokens a second where AT_ONCE tokens, but no more than
-    `most` prompts, are read in one pass."""
+    """By model: a prompt of `length` alone (time to first token), and tokens a second where AT_ONCE
+    tokens, but no more than `most` prompts, are read in one pass."""
     device = next(iter(models.values())).device
     rows = max(1, min(most, AT_ONCE // length))
     ways = {(name, count): (model, count) for name, model in models.items() for count in {1, rows}}
@@ -147,7 +151,8 @@ def time_prefill(
 def time_steps(
     models: dict[str, HybridForCausalLM], batch: int, context: int, settings: BenchSettings, speed: float
 ) -> dict[str, dict[str, Any]]:
-    """By model, turn and turn about: a step of `batch` sequences that have `context` tokens each. speed: see `bandwidth`."""
+    """By model, turn and turn about: a step of `batch` sequences that have `context` tokens each.
+    speed: see `bandwidth`."""
     decoders = {name: Decoder(model, batch, context + settings.steps) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(settings.repeats + 1):
@@ -169,7 +174,8 @@ def time_steps(
 def time_generation(
     model: HybridForCausalLM, prompt: int, new: int, settings: BenchSettings, speed: float, memory: float
 ) -> dict[str, Any]:
-    """prompt tokens read, `new` written, by the largest batch that `memory` bytes hold; from steps timed at POINTS lengths."""
+    """prompt tokens read, `new` written, by the largest batch that `memory` bytes hold; from steps
+    timed at POINTS lengths."""
     kv, state = sequence_bytes(model, prompt + new, model.dtype)
     each = kv + state + 8 * model.config.vocab_size
     batch = int((memory * SHARE - weight_bytes(model) - RESERVE.get(model.device.type, 0)) // each)
@@ -204,8 +210,9 @@ def bench(
 ) -> dict[str, Any]:  # fmt: skip
     """Of each checkpoint: its weights, prefill by context, steps by context and batch, generations.
 
-    Interleaved where all fit beside one another and no generation wants the whole memory; else one after the other. memory:
-    bytes [default: the GPU's, or 4 GiB]. A cell that does not fit has no times.
+    Interleaved where all fit beside one another and no generation wants the whole memory; else one
+    after the other. memory: bytes [default: the GPU's, or 4 GiB]. A cell that does not fit has no
+    times.
     """
     whole = memory or (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 4 << 30)
     speed = bandwidth(device)
@@ -236,7 +243,8 @@ def _time_group(
     here: dict[str, HybridForCausalLM], found: dict[str, Any], settings: BenchSettings, device: torch.device, speed: float,
     whole: float, progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Everything about models that lie beside one another, into `found`; they are free when this returns."""
+    """Everything about models that lie beside one another, into `found`; they are free when this
+    returns."""
     group = ", ".join(here)
     for name, model in here.items():
         found[name]["weight_bytes"] = weight_bytes(model)
@@ -265,7 +273,8 @@ def _room(models: dict[str, HybridForCausalLM], memory: float, device: torch.dev
 
 
 def _unless_full(way: Callable[[], Any], device: torch.device) -> Any:
-    """What it gives, or None where the memory did not suffice after all: one cell must not cost the others."""
+    """What it gives, or None where the memory did not suffice after all: one cell must not cost the
+    others."""
     try:
         return way()
     except torch.OutOfMemoryError:
@@ -294,8 +303,9 @@ def _cell(
 
 
 def break_even(steps: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], batch: int) -> float | None:
-    """The context from which `steps` stay faster than `base` at this batch up to the longest measured, between two measured
-    ones by interpolation; the shortest measured where they always are; None where they are not."""
+    """The context from which `steps` stay faster than `base` at this batch up to the longest
+    measured, between two measured ones by interpolation; the shortest measured where they always
+    are; None where they are not."""
     times = {entry["context"]: entry["ms"] for entry in base if entry["batch"] == batch}
     gaps = sorted(
         (entry["context"], entry["ms"] - times[entry["context"]])

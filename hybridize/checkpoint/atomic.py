@@ -1,4 +1,5 @@
-"""Files and directories that are there whole or not at all: temporary names, locks, one rename, everything synced."""
+"""Files and directories that are there whole or not at all: temporary names, locks, one rename,
+everything synced."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ from hybridize.errors import InputError, WorkError, first_line
 
 
 class AtomicDirectory:
-    """A directory that appears under its name only when the `with` block ends well; else nothing is left of it.
+    """A directory that appears under its name only when the `with` block ends well; else nothing is
+    left of it.
 
-    Leftovers of killed runs for the same name are removed at the start: whoever still works holds a lock. WorkError where
-    another command has made, or replaced, the output meanwhile.
+    Leftovers of killed runs for the same name are removed at the start: whoever still works holds a
+    lock. WorkError where another command has made, or replaced, the output meanwhile.
     """
 
     def __init__(self, output: Path, overwrite: bool = False) -> None:
@@ -86,7 +88,8 @@ def _clear(parent: Path, prefix: str) -> None:
 def _locked(path: Path, own: bool = False) -> int:
     """A descriptor that holds the lock of a file or directory, -1 where it is gone or in use.
 
-    Some network file systems have no such locks: `own`, what was just made here, does without; of others nobody knows.
+    Some network file systems have no such locks: `own`, what was just made here, does without; of
+    others nobody knows.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -106,7 +109,8 @@ def _locked(path: Path, own: bool = False) -> int:
 
 
 def hold(path: Path) -> int:
-    """The lock of a directory that one process writes into, until it is closed. InputError where another has it."""
+    """The lock of a directory that one process writes into, until it is closed. InputError where
+    another has it."""
     handle = _locked(path, own=True)
     if handle < 0:
         raise InputError(f"{path} is being written by another process")
@@ -158,7 +162,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Gives every file the umask's mode (safetensors and mkdtemp are stricter) and syncs them, then the directories."""
+    """Gives every file the umask's mode (safetensors and mkdtemp are stricter) and syncs them, then
+    the directories."""
     for item in sorted(path.rglob("*"), reverse=True):
         _own_mode(item)
         _sync(item)

@@ -1,4 +1,5 @@
-"""Mixtures of experts lie on the disk expert by expert, and in memory, since transformers 5, as one tensor for all of them."""
+"""Mixtures of experts lie on the disk expert by expert, and in memory, since transformers 5, as one
+tensor for all of them."""
 
 from __future__ import annotations
 
@@ -12,13 +13,15 @@ from hybridize.checkpoint.reader import CheckpointReader
 
 _RENAMED = (".block_sparse_moe.", ".mlp.")  # Mixtral's blocks
 _EXPERT = re.compile(r"(.*\.(?:block_sparse_moe|mlp)\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
-# an expert's matrix -> the tensor of all experts that holds it, and its place among what that stacks of each
+# an expert's matrix -> the tensor of all experts that holds it, and its place among what that
+# stacks of each
 _PLACES = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
 _PLACES |= {"gate_proj": _PLACES["w1"], "up_proj": _PLACES["w3"], "down_proj": _PLACES["w2"]}
 
 
 def locate(name: str) -> tuple[str, tuple[int, int] | None]:
-    """The parameter that a tensor on the disk belongs to, and, where it is one expert's, (expert, place within that expert)."""
+    """The parameter that a tensor on the disk belongs to, and, where it is one expert's, (expert,
+    place within that expert)."""
     found = _EXPERT.fullmatch(name)
     if found is None:
         return name.replace(*_RENAMED), None
@@ -36,7 +39,8 @@ def holds(reader: CheckpointReader, parameter: str) -> bool:
 
 
 def stored_shape(reader: CheckpointReader, parameter: str) -> tuple[int, ...] | None:
-    """The shape that `read_parameter` gives, or None where there is nothing of it; (-1,) where its parts do not fit."""
+    """The shape that `read_parameter` gives, or None where there is nothing of it; (-1,) where its
+    parts do not fit."""
     if parameter in reader:
         return reader.shape(parameter)
     parts = _stacked(reader).get(parameter)
@@ -52,7 +56,8 @@ def stored_shape(reader: CheckpointReader, parameter: str) -> tuple[int, ...] | 
 
 
 def read_parameter(reader: CheckpointReader, parameter: str) -> Tensor:
-    """A parameter as the model has it: as it lies there, or stacked [experts, ...] of its experts' matrices."""
+    """A parameter as the model has it: as it lies there, or stacked [experts, ...] of its experts'
+    matrices."""
     if parameter in reader:
         return reader.tensor(parameter)
     parts = _stacked(reader).get(parameter)
@@ -65,8 +70,8 @@ def read_parameter(reader: CheckpointReader, parameter: str) -> Tensor:
 
 
 def as_on_disk(name: str, known: Container[str], value: Callable[[str], Tensor]) -> Tensor | None:
-    """What a tensor on the disk has become in a model with the parameters `known`, whose value `value` gives; None where the
-    model keeps no such thing."""
+    """What a tensor on the disk has become in a model with the parameters `known`, whose value
+    `value` gives; None where the model keeps no such thing."""
     if name in known:
         return value(name)
     parameter, place = locate(name)
@@ -86,7 +91,8 @@ def _extent(parts: dict[tuple[int, int] | None, str]) -> tuple[int, int]:
 
 
 def _stacked(reader: CheckpointReader) -> dict[str, dict[tuple[int, int] | None, str]]:
-    """Parameters that the disk has under other names, and those names by place; kept with the reader."""
+    """Parameters that the disk has under other names, and those names by place; kept with the
+    reader."""
     kept: dict[str, dict[tuple[int, int] | None, str]] | None = vars(reader).get("_experts")
     if kept is None:
         kept = vars(reader)["_experts"] = {}

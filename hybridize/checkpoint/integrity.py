@@ -1,8 +1,10 @@
-"""Whether a checkpoint is what was written: hashes of every byte of it in its manifest, and the comparison with them.
+"""Whether a checkpoint is what was written: hashes of every byte of it in its manifest, and the
+comparison with them.
 
-The manifest has, beside lineage: `weights`, name -> dtype, shape, sha256 of the bytes, and `kept` where the tensor is the
-parent's as it was; `files`, name -> sha256, of a safetensors file that of its header, since the tensors cover the rest; `hash`,
-the content hash; and `seal`, the sha256 of the manifest without its last entry.
+The manifest has, beside lineage: `weights`, name -> dtype, shape, sha256 of the bytes, and `kept`
+where the tensor is the parent's as it was; `files`, name -> sha256, of a safetensors file that of
+its header, since the tensors cover the rest; `hash`, the content hash; and `seal`, the sha256 of
+the manifest without its last entry.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at: tensors, their bytes, other files; kept: tensors compared with the parent, None without `deep`.
-    damage: a sentence for each thing that is not as it was written."""
+    """What was looked at: tensors, their bytes, other files; kept: tensors compared with the
+    parent, None without `deep`. damage: a sentence for each thing that is not as it was written."""
 
     tensors: int
     bytes: int
@@ -51,7 +53,8 @@ class Verified:
 def seal(path: Path, manifest: dict[str, Any], prints: Collection[Fingerprint], kept: Collection[str] = ()) -> None:
     """Writes the manifest with the hashes of all that the directory holds.
 
-    prints: of all tensors, none where they are in no safetensors file; kept: names of those that are the parent's.
+    prints: of all tensors, none where they are in no safetensors file; kept: names of those that
+    are the parent's.
     """
     weights = {
         name: {"dtype": dtype, "shape": list(shape), "sha256": body} | ({"kept": True} if name in kept else {})
@@ -75,9 +78,11 @@ def _write(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def verify(path: Path, deep: bool = False, progress: Progress = lambda *_: None) -> Verified:
-    """Reads every byte of a checkpoint or export. deep: holds what was to stay as it was against the parent too.
+    """Reads every byte of a checkpoint or export. deep: holds what was to stay as it was against
+    the parent too.
 
-    InputError where there is nothing to hold it against: no manifest, none with hashes, or a parent that is gone.
+    InputError where there is nothing to hold it against: no manifest, none with hashes, or a parent
+    that is gone.
     """
     manifest = read_manifest(path)
     if manifest is None:
@@ -128,7 +133,8 @@ def _parent(path: Path, manifest: dict[str, Any]) -> CheckpointReader:
 
 
 def _changed(path: Path, files: dict[str, Any]) -> list[str]:
-    """Sentences about files that differ, are missing, or would be read with the checkpoint though nobody wrote them."""
+    """Sentences about files that differ, are missing, or would be read with the checkpoint though
+    nobody wrote them."""
     found = []
     for name, said in sorted(files.items()):
         file = path / name
@@ -155,7 +161,8 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _sealed(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the manifest is, to the byte, what `_write` makes of its content, and its seal that content's."""
+    """Whether the manifest is, to the byte, what `_write` makes of its content, and its seal that
+    content's."""
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     try:
         return manifest["seal"] == _digest(rest) and (path / MANIFEST).read_text(encoding="utf-8") == json_text(manifest)

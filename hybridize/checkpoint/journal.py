@@ -1,4 +1,5 @@
-"""A file of JSON lines that a long run writes as it goes, so that what it has found is not lost with it.
+"""A file of JSON lines that a long run writes as it goes, so that what it has found is not lost
+with it.
 
 The first line holds the settings of the run; a run with others does not go on from it.
 """
@@ -19,7 +20,8 @@ def part_of(path: Path) -> Path:
 
 
 def check_journal(path: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether an unfinished run has left answers there. InputError where it has, and neither flag says what to do with them."""
+    """Whether an unfinished run has left answers there. InputError where it has, and neither flag
+    says what to do with them."""
     if not path.exists():
         return False
     with path.open("rb") as lines:
@@ -34,7 +36,8 @@ def check_journal(path: Path, resume: bool, overwrite: bool) -> bool:
 
 
 class Journal:
-    """lines: those of the run before, if this one goes on with it (`resume`). InputError where another run is in the way."""
+    """lines: those of the run before, if this one goes on with it (`resume`). InputError where
+    another run is in the way."""
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.path = path
@@ -52,7 +55,8 @@ class Journal:
             self.put({"settings": settings})
 
     def _read(self, settings: dict[str, Any], overwrite: bool) -> int:
-        """Takes up whole lines; returns how many bytes of the file they are. Those of another run go where `overwrite` is."""
+        """Takes up whole lines; returns how many bytes of the file they are. Those of another run
+        go where `overwrite` is."""
         kept = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             if not line.endswith(b"\n"):  # torn off when the run was killed

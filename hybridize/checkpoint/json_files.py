@@ -12,7 +12,8 @@ MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError naming the file when it is missing, not JSON, or not an object."""
+    """A JSON object from a file; InputError naming the file when it is missing, not JSON, or not an
+    object."""
     try:
         if path.stat().st_size > MOST_JSON:
             raise InputError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of its kind has")
@@ -33,7 +34,8 @@ def _no_constant(text: str) -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """YAML in which no key stands twice: the first would be dropped in silence. ValueError where one does, else YAMLError."""
+    """YAML in which no key stands twice: the first would be dropped in silence. ValueError where
+    one does, else YAMLError."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,4 +1,5 @@
-"""`hybridize.json`: where a checkpoint comes from, and by what command, settings and libraries it was made."""
+"""`hybridize.json`: where a checkpoint comes from, and by what command, settings and libraries it
+was made."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "hybridize.json"
 FORMAT = 1
+MIXER_LAYER = "linear_attention"  # in layer_types; modeling has it too, which must stand alone
 LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "mamba_ssm", "causal_conv1d")
 
 
@@ -35,7 +37,8 @@ def libraries() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Lineage of one checkpoint. `path` in parent and root is relative to the checkpoint's own directory, or a hub id."""
+    """Lineage of one checkpoint. `path` in parent and root is relative to the checkpoint's own
+    directory, or a hub id."""
 
     parent: dict[str, str]
     root: dict[str, str]
@@ -53,7 +56,8 @@ class Manifest:
 
 
 def hidden(value: Any) -> Any:
-    """A value without what opens doors: users and queries of URLs, tokens of the hub, of wandb and of OpenAI's kind."""
+    """A value without what opens doors: users and queries of URLs, tokens of the hub, of wandb and
+    of OpenAI's kind."""
     if isinstance(value, dict):
         return {key: hidden(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -66,7 +70,8 @@ def hidden(value: Any) -> Any:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest as written, or None where the directory has none. InputError when it is of another format."""
+    """The manifest as written, or None where the directory has none. InputError when it is of
+    another format."""
     if not (checkpoint / MANIFEST).exists():
         return None
     found = read_json(checkpoint / MANIFEST)
@@ -88,7 +93,8 @@ def _is_path(checkpoint: Path, name: str) -> bool:
 
 
 def check_manifest(source: CheckpointReader) -> None:
-    """InputError where there is a manifest and it is damaged, or of a model with another number of layers."""
+    """InputError where there is a manifest and it is damaged, or of a model with another number of
+    layers."""
     found = read_manifest(source.path)
     count = source.config.get("num_hidden_layers")
     if found is not None and len(found["layers"]) != count:
@@ -123,7 +129,8 @@ def _is_hub_cache(path: Path) -> bool:
 
 
 def root_of(checkpoint: Path) -> str | None:
-    """The teacher that a checkpoint descends from, as a path or hub id that can be opened from here."""
+    """The teacher that a checkpoint descends from, as a path or hub id that can be opened from
+    here."""
     found = read_manifest(checkpoint)
     if found is None:
         return None
@@ -133,8 +140,9 @@ def root_of(checkpoint: Path) -> str | None:
 
 
 def ancestors(checkpoint: Path) -> dict[str, str]:
-    """What a checkpoint was made from: content hash -> path or hub id, nearest first, the root last. Of parents that are no
-    longer there, or were written again since, only the nearest and the root are known."""
+    """What a checkpoint was made from: content hash -> path or hub id, nearest first, the root
+    last. Of parents that are no longer there, or were written again since, only the nearest and the
+    root are known."""
     found: dict[str, str] = {}
     here, root = checkpoint, None
     while (manifest := read_manifest(here)) is not None and manifest["parent"]["hash"] not in found:

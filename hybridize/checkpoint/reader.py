@@ -1,4 +1,5 @@
-"""Reads a checkpoint directory lazily: its config, and tensor by tensor through memory maps. Knows no model classes."""
+"""Reads a checkpoint directory lazily: its config, and tensor by tensor through memory maps. Knows
+no model classes."""
 
 from __future__ import annotations
 
@@ -34,10 +35,12 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES, network: bool = True) -> Path:
-    """The directory that `name` means: a path if it starts with . or /, else an existing directory, else a hub id.
+    """The directory that `name` means: a path if it starts with . or /, else an existing directory,
+    else a hub id.
 
-    files: patterns of what is wanted of a hub id. network: or only what is in the hub's cache on this disk, for a name that no
-    user has typed. Raises InputError where there is none, or the hub does not have it.
+    files: patterns of what is wanted of a hub id. network: or only what is in the hub's cache on
+    this disk, for a name that no user has typed. Raises InputError where there is none, or the hub
+    does not have it.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -57,7 +60,8 @@ def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[s
 
 
 def carried_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template and generation files of a checkpoint directory. InputError where one leads out of it."""
+    """Tokenizer, chat template and generation files of a checkpoint directory. InputError where one
+    leads out of it."""
     found = sorted({file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()})
     for file in found:
         check_inside(source, file)
@@ -73,7 +77,8 @@ def carry(source: Path, target: Path) -> None:
 
 
 def _check_marks(folder: Path) -> None:
-    """InputError naming a file that begins with a byte order mark: transformers stumbles over it, or takes it for text."""
+    """InputError naming a file that begins with a byte order mark: transformers stumbles over it,
+    or takes it for text."""
     for file in sorted({*folder.glob("*.json"), *carried_files(folder)}):
         with file.open("rb") as opened:
             if opened.read(3) == codecs.BOM_UTF8:
@@ -83,7 +88,8 @@ def _check_marks(folder: Path) -> None:
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """InputError where a file of a checkpoint is a link to somewhere else: it would be read, and copied, as the checkpoint's.
+    """InputError where a file of a checkpoint is a link to somewhere else: it would be read, and
+    copied, as the checkpoint's.
 
     The hub's cache links into its own store, which is inside.
     """
@@ -94,10 +100,12 @@ def check_inside(folder: Path, file: Path) -> None:
 
 
 class CheckpointReader:
-    """A safetensors checkpoint: `config`, tensor names, shapes and types at once; tensors when asked for.
+    """A safetensors checkpoint: `config`, tensor names, shapes and types at once; tensors when
+    asked for.
 
-    What is read is what transformers reads: with a single file beside an index and shards, the single file. sharded: whether
-    it is the index. Raises InputError naming the file when the directory is incomplete (no config, a missing or damaged shard).
+    What is read is what transformers reads: with a single file beside an index and shards, the
+    single file. sharded: whether it is the index. Raises InputError naming the file when the
+    directory is incomplete (no config, a missing or damaged shard).
     """
 
     def __init__(self, path: Path) -> None:
@@ -191,17 +199,21 @@ class CheckpointReader:
 
     @cached_property
     def hash(self) -> str:
-        """The content hash of DESIGN section 7: weights and config, whatever the sharding. Reads every byte once, but for
-        tensors that `take_print` has had."""
+        """The content hash (docs/concepts/architecture.md): weights and config, whatever the
+        sharding. Reads every byte once, but for tensors that `take_print` has had."""
         for shard in self.files:
             missing = [name for name in self.names if self._files[name][0] == shard and name not in self._prints]
             if missing:
                 self._take_prints(shard, missing)
         return content_hash(list(self._prints.values()), self.config)
 
+    def check_weights(self) -> None:
+        """Reads every weight, once. InputError naming the first that is not finite."""
+        _ = self.hash  # which looks at all of them
+
     def _take_prints(self, shard: str, names: list[str]) -> None:
-        """Through a map of its own, so that the pages read leave memory with it. InputError where the file was replaced since
-        it was opened."""
+        """Through a map of its own, so that the pages read leave memory with it. InputError where
+        the file was replaced since it was opened."""
         path = self.path / shard
         with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(2) as pool:  # sha256 releases the interpreter lock
             if _mark(path) != self._marks[shard]:
@@ -210,7 +222,8 @@ class CheckpointReader:
             self._prints.update(zip(names, prints, strict=True))
 
     def take_print(self, name: str) -> Fingerprint:
-        """What `hash` needs of one tensor, for who reads it anyway. InputError where it is not finite."""
+        """What `hash` needs of one tensor, for who reads it anyway. InputError where it is not
+        finite."""
         if name not in self._prints:
             self._prints[name] = fingerprint(name, self.tensor(name), str(self.file(name)))
         return self._prints[name]
@@ -227,7 +240,8 @@ def _mark(file: Path) -> tuple[int, int, int]:
 
 
 def fingerprint(name: str, tensor: Tensor, where: str | None = None) -> Fingerprint:
-    """where: InputError with this and the tensor's name when it holds NaN or infinity, which is no use to anybody."""
+    """where: InputError with this and the tensor's name when it holds NaN or infinity, which is no
+    use to anybody."""
     content = _bytes(tensor)
     if where is not None and tensor.is_floating_point() and not _finite(content, tensor.dtype):
         raise InputError(f"{where}: tensor {name} holds values that are not finite")
@@ -245,8 +259,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _finite(content: Tensor, dtype: torch.dtype) -> bool:
-    """Of the bytes of a floating type. Sign aside, the bits of what is not finite are, in an IEEE type, a whole number no
-    smaller than infinity's: looked at so, ten times faster than by converting them."""
+    """Of the bytes of a floating type. Sign aside, the bits of what is not finite are, in an IEEE
+    type, a whole number no smaller than infinity's: looked at so, ten times faster than by
+    converting them."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize)
     if whole is None:  # eight bits, of which few kinds know infinity
         return bool(torch.isfinite(content.view(dtype).float()).all())

@@ -1,4 +1,5 @@
-"""Score files: how much each attention layer is worth, bound by hash to the checkpoint they were measured on."""
+"""Score files: how much each attention layer is worth, bound by hash to the checkpoint they were
+measured on."""
 
 from __future__ import annotations
 
@@ -10,17 +11,18 @@ from typing import Any
 
 from hybridize.checkpoint.atomic import write_json_atomic
 from hybridize.checkpoint.json_files import read_json
-from hybridize.checkpoint.manifest import hidden
-from hybridize.errors import InputError
+from hybridize.checkpoint.manifest import ancestors, hidden
+from hybridize.errors import InputError, setting
 
-KINDS = ("mmr", "restore", "loo")  # in the order in which `replace` prefers them
+PREFERRED = ("mmr", "restore", "loo")  # the order in which `replace` takes them; others come after these, by name
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """`score`: higher means convert later. `stderr`: its standard error, None where unknown. `ranks`: the first and last rank,
-    from 1, that it has in 90% of all resamples of what was measured, None where unknown."""
+    """`score`: higher means convert later. `stderr`: its standard error, None where unknown.
+    `ranks`: the first and last rank, from 1, that it has in 90% of all resamples of what was
+    measured, None where unknown."""
 
     layer: int
     score: float
@@ -30,7 +32,8 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """One ranking. `checkpoint` is the content hash of what was measured; `seconds` how long that took."""
+    """One ranking. `checkpoint` is the content hash of what was measured; `seconds` how long that
+    took."""
 
     kind: str
     checkpoint: str
@@ -50,7 +53,8 @@ class Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """InputError naming the file when it is no score file, or has a score that is missing, doubled or not finite."""
+    """InputError naming the file when it is no score file, or has a score that is missing, doubled
+    or not finite."""
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise InputError(f"{path} is not a score file of format {FORMAT}")
@@ -95,7 +99,23 @@ def scores_path(checkpoint: Path, name: str, kind: str) -> Path:
     return beside(checkpoint, name, "scores") / f"{kind}.json"
 
 
+def score_files(checkpoint: Path, name: str) -> list[Path]:
+    """The score files of a checkpoint, those that `replace` prefers first."""
+    found = [path for path in beside(checkpoint, name, "scores").glob("*.json") if path.is_file()]
+    places = {kind: place for place, kind in enumerate(PREFERRED)}
+    return sorted(found, key=lambda path: (places.get(path.stem, len(places)), path.stem))
+
+
 def find_scores(checkpoint: Path, name: str) -> Path | None:
-    """The score file that `replace` would use, by the order of KINDS."""
-    candidates = (scores_path(checkpoint, name, kind) for kind in KINDS)
-    return next((path for path in candidates if path.is_file()), None)
+    """The score file that `replace` would use."""
+    return next(iter(score_files(checkpoint, name)), None)
+
+
+def explain_no_scores(path: Path, name: str) -> str:
+    """What to do for a checkpoint without scores; an ancestor's are named, if there are such."""
+    what = f"{name} has no scores; run score-loo, score-mmr or score-restore first, or name layers with {setting('indices')}"
+    for place in ancestors(path).values():
+        found = find_scores(Path(place), place)
+        if found is not None:
+            return f"{what}; {setting('scores')} {found} takes those of {place}, which it was made from"
+    return what

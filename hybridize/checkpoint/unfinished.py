@@ -1,4 +1,5 @@
-"""What an unfinished run leaves beside its output, and whether a command line may go on with it. Imports no torch."""
+"""What an unfinished run leaves beside its output, and whether a command line may go on with it.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ def run_path(output: Path) -> Path:
 
 
 def check_unfinished(run: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """InputError where the folder `run` holds an unfinished run and neither flag says what to do with it, or `resume` is to go
-    on with other settings than it had. settings: those that are known by now; the others are not compared."""
+    """InputError where the folder `run` holds an unfinished run and neither flag says what to do
+    with it, or `resume` is to go on with other settings than it had. settings: those that are known
+    by now; the others are not compared."""
     if not (run / SETTINGS).exists():
         return
     if resume:

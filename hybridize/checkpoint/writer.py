@@ -1,4 +1,5 @@
-"""Writes a checkpoint: its tensors streamed shard by shard, and whatever else makes it a directory that can be used."""
+"""Writes a checkpoint: its tensors streamed shard by shard, and whatever else makes it a directory
+that can be used."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ OURS = ("config.json", MANIFEST, "model.safetensors", INDEX)  # one of these mak
 
 
 def check_output(output: Path, overwrite: bool, *sources: Path, replaceable: tuple[str, ...] = ()) -> None:
-    """InputError when `output` is there already (without `overwrite`), is or holds one of the inputs, or cannot be made.
+    """InputError when `output` is there already (without `overwrite`), is or holds one of the
+    inputs, or cannot be made.
 
-    Even with `overwrite` only an empty directory or a checkpoint (or one with a `replaceable` file) is ever replaced.
+    Even with `overwrite` only an empty directory or a checkpoint (or one with a `replaceable` file)
+    is ever replaced.
     """
     whole = output.resolve()
     for source in sources:
@@ -48,9 +51,11 @@ def check_writable(output: Path) -> None:
 
 
 class CheckpointWriter:
-    """Streams tensors into shards of at most 2 GB; `close` adds index, config.json and the manifest, with hashes of it all.
+    """Streams tensors into shards of at most 2 GB; `close` adds index, config.json and the
+    manifest, with hashes of it all.
 
-    `path` is the directory of an `AtomicDirectory`. Memory is one shard. InputError where a tensor is not finite.
+    `path` is the directory of an `AtomicDirectory`. Memory is one shard. InputError where a tensor
+    is not finite.
     """
 
     def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,7 +1,9 @@
-"""What of lm-eval is used beside its documented entry points. For the versions that it was tried on see TRIED.
+"""What of lm-eval is used beside its documented entry points. For the versions that it was tried on
+see TRIED.
 
-Importing this imports lm-eval, which takes seconds: to be done where it is needed. How its tasks look inside is known to
-`evaluation/harness.py` and `evaluation/answering.py`, which import what they build on from here.
+Importing this imports lm-eval, which takes seconds: to be done where it is needed. How its tasks
+look inside is known to `evaluation/harness.py` and `evaluation/answering.py`, which import what
+they build on from here.
 """
 
 from __future__ import annotations
@@ -39,19 +41,21 @@ PROBES = ("get_git_commit_hash", "add_env_info")
 
 
 def keep_templates() -> None:
-    """Each of a task's templates is compiled once. lm-eval compiles them anew for every document, which takes longer than a
-    small model's answers."""
+    """Each of a task's templates is compiled once. lm-eval compiles them anew for every document,
+    which takes longer than a small model's answers."""
     if "from_string" not in vars(env):
         env.from_string = functools.cache(env.from_string)
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command reports."""
+    """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command
+    reports."""
     for name in ("lm_eval", "lm-eval", "datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     before = tqdm.tqdm.__init__
-    # it also asks git and pip about the machine, which takes seconds and prints errors outside a repository
+    # it also asks git and pip about the machine, which takes seconds and prints errors outside a
+    # repository
     probes = {name: getattr(evaluator, name) for name in PROBES if hasattr(evaluator, name)}
     for name in probes:
         setattr(evaluator, name, lambda *_: None)

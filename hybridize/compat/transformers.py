@@ -1,4 +1,5 @@
-"""What of transformers is used beside its documented classes. For the versions that it was tried on see TRIED."""
+"""What of transformers is used beside its documented classes. For the versions that it was tried on
+see TRIED."""
 
 from __future__ import annotations
 
@@ -16,5 +17,6 @@ __all__ = [
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Lets `config._attn_implementation = name` mean `function`. No mask is made for a name that masks do not know."""
+    """Lets `config._attn_implementation = name` mean `function`. No mask is made for a name that
+    masks do not know."""
     ALL_ATTENTION_FUNCTIONS.register(name, function)

@@ -1,7 +1,9 @@
-"""What a chat template makes of a conversation: the prompt before each answer, and what the model would write after it.
+"""What a chat template makes of a conversation: the prompt before each answer, and what the model
+would write after it.
 
-A template may render a turn otherwise once something follows it (reasoning is dropped, a system text moves). So each answer is
-looked at as the last message, after exactly what a server would have given to the model.
+A template may render a turn otherwise once something follows it (reasoning is dropped, a system
+text moves). So each answer is looked at as the last message, after exactly what a server would have
+given to the model.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ _HALF_MARK = re.compile(r"<[^<>\s]*\Z")
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer: the model reads `prompt` and writes `text`, which ends with the template's end token(s), if it has any.
+    """One answer: the model reads `prompt` and writes `text`, which ends with the template's end
+    token(s), if it has any.
 
-    ending: the part of `text` that ends the answer; after: the line break that the template writes behind it. lost: what the
-    row says and the template does not show. unclosed: the prompt opens a block, as <think>, which the answer leaves open.
+    ending: the part of `text` that ends the answer; after: the line break that the template writes
+    behind it. lost: what the row says and the template does not show. unclosed: the prompt opens a
+    block, as <think>, which the answer leaves open.
     """
 
     prompt: str
@@ -42,8 +46,8 @@ class Turn:
 class ChatTemplate:
     """A tokenizer's chat template, or `template`, a Jinja text in its place.
 
-    Named templates (a dict) are chosen between as transformers does: `tool_use` where a row has tools and there is one, else
-    `default`.
+    Named templates (a dict) are chosen between as transformers does: `tool_use` where a row has
+    tools and there is one, else `default`.
     """
 
     def __init__(self, tokenizer: Any, template: str | dict[str, str] | None = None) -> None:
@@ -63,7 +67,8 @@ class ChatTemplate:
         return self._render(conversation, conversation.messages, where)
 
     def joined(self, conversation: Conversation, where: str) -> str | None:
-        """The finished conversation, if every answer stands in it as it was written, right after its prompt."""
+        """The finished conversation, if every answer stands in it as it was written, right after
+        its prompt."""
         whole = self.whole(conversation, where)
         for at, message in enumerate(conversation.messages):
             if message["role"] == "assistant":
@@ -77,7 +82,8 @@ class ChatTemplate:
         return whole
 
     def turns(self, conversation: Conversation, where: str) -> list[Turn]:
-        """Every answer of the conversation, in order. InputError where the template rejects it or never shows an answer."""
+        """Every answer of the conversation, in order. InputError where the template rejects it or
+        never shows an answer."""
         messages = conversation.messages
         return [self._turn(conversation, at, where) for at, one in enumerate(messages) if one["role"] == "assistant"]
 
@@ -107,10 +113,12 @@ class ChatTemplate:
         return Turn(prompt, text + ending, ending, after[: len(after) - len(after.lstrip())], lost, unclosed)
 
     def _before_text(self, conversation: Conversation, at: int, around: str, prompt: str, where: str) -> str:
-        """What the template writes between its prompt and a plain answer's text; `around`: all that it writes before that."""
+        """What the template writes between its prompt and a plain answer's text; `around`: all that
+        it writes before that."""
         if around.startswith(prompt):
             return around[len(prompt) :]
-        # it writes otherwise what precedes a finished answer: the place is known by the generation prompt, if there is one
+        # it writes otherwise what precedes a finished answer: the place is known by the generation
+        # prompt, if there is one
         asked = self._render(conversation, conversation.messages[:at], where)
         header = prompt[len(asked) :] if prompt.startswith(asked) else ""
         if header.strip():
@@ -120,11 +128,13 @@ class ChatTemplate:
         return around[len(text) :] if _same_end(text, prompt) >= _NEAR else ""
 
     def _split(self, conversation: Conversation, at: int, tail: str, where: str) -> tuple[str, str]:
-        """What the template writes after an answer's text: what ends the answer, and what follows, as a line break.
+        """What the template writes after an answer's text: what ends the answer, and what follows,
+        as a line break.
 
-        The end is the first special token; where others follow at once, all up to the tokenizer's own end token, if that is
-        among them: what follows a finished chat may begin with special tokens, too. Without one it is a mark in the text, or
-        the lines that stand there also when a question follows.
+        The end is the first special token; where others follow at once, all up to the tokenizer's
+        own end token, if that is among them: what follows a finished chat may begin with special
+        tokens, too. Without one it is a mark in the text, or the lines that stand there also when a
+        question follows.
         """
         found = self._marks.search(tail) if self._marks else None
         if found is None:
@@ -160,10 +170,11 @@ class ChatTemplate:
     def _composed(
         self, conversation: Conversation, at: int, prompt: str, plain: tuple[str, str, str], where: str
     ) -> tuple[tuple[str, str, str], str]:
-        """An answer with reasoning, tool calls or several parts, as the template renders it: its text, ending, what follows.
+        """An answer with reasoning, tool calls or several parts, as the template renders it: its
+        text, ending, what follows.
 
-        Also what of it the template leaves out. plain: what the template writes before and after a plain answer in its place,
-        and between prompt and answer.
+        Also what of it the template leaves out. plain: what the template writes before and after a
+        plain answer in its place, and between prompt and answer.
         """
         message, (around, lead, tail) = conversation.messages[at], plain
         rendered = self._render(conversation, conversation.messages[: at + 1], where)
@@ -188,7 +199,8 @@ class ChatTemplate:
         return (text, ending, after), _lost(text, thought, _texts(message), message.get("tool_calls", ()))
 
     def _last_marks(self, body: str) -> tuple[str, str, str]:
-        """`body` in three: the special token that it closes with, what stands before, and line breaks after it."""
+        """`body` in three: the special token that it closes with, what stands before, and line
+        breaks after it."""
         text = body.rstrip()
         marks = list(self._marks.finditer(text)) if self._marks else []
         if not marks or marks[-1].end() < len(text):
@@ -226,8 +238,8 @@ class ChatTemplate:
         raise InputError(f"{where}: the chat template rejects it: {first_line(failed)}") from failed
 
     def _forms(self, messages: Sequence[Message], source: str) -> Iterable[list[Message]]:
-        """The messages as most templates take them, then as older ones want them: no content is an empty one, and arguments of
-        tool calls are JSON text."""
+        """The messages as most templates take them, then as older ones want them: no content is an
+        empty one, and arguments of tool calls are JSON text."""
         listed = any(isinstance(message.get("content"), list) for message in messages)
         joins = listed and not self._reads_parts(source)
         first = [{**m, "content": _joined(m["content"])} if joins and "content" in m else m for m in messages]
@@ -238,7 +250,8 @@ class ChatTemplate:
             yield [{"content": "", **_with_text_arguments(message)} for message in first]
 
     def _reads_parts(self, source: str) -> bool:
-        """Whether the template takes a message's content as a list of parts; others would print the list."""
+        """Whether the template takes a message's content as a list of parts; others would print the
+        list."""
         if source not in self._parts:
             try:
                 shown = self.tokenizer.apply_chat_template(
@@ -261,8 +274,8 @@ def _is_plain(message: Message) -> bool:
 def _lead(lead: str, prompt: str, content: str) -> str:
     """What of `lead` the answer begins with.
 
-    An empty block of reasoning is nobody's text and left out; what closes a block that the prompt has opened stays, unless
-    the answer goes on with the block or closes it itself.
+    An empty block of reasoning is nobody's text and left out; what closes a block that the prompt
+    has opened stays, unless the answer goes on with the block or closes it itself.
     """
     opened = _OPENED.search(prompt)
     thinks = opened and (f"</{opened[1]}>" in content or content.lstrip().startswith(f"<{opened[1]}>"))
@@ -291,7 +304,8 @@ def _until_cut(text: str, message: Message) -> str:
 
 
 def _lost(text: str, thought: str, contents: Sequence[str], calls: Sequence[dict[str, Any]]) -> str:
-    """What of an answer's parts does not stand in `text`: reasoning, then content, then names and arguments of calls."""
+    """What of an answer's parts does not stand in `text`: reasoning, then content, then names and
+    arguments of calls."""
     thought, contents = thought.strip(), [part.strip() for part in contents]
     begin = text.find(thought) + len(thought) if thought in text else 0
     missing = [part for part in contents if part not in text]
@@ -347,7 +361,8 @@ def _texts(message: Message) -> list[str]:
 
 
 def _joined(content: Any) -> str:
-    """Several text parts as one text, a line each, as servers hand them to templates that take no lists."""
+    """Several text parts as one text, a line each, as servers hand them to templates that take no
+    lists."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 

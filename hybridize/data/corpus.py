@@ -1,4 +1,5 @@
-"""The training and held-out rows of a run, and how they become batches. Knows nothing of training settings."""
+"""The training and held-out rows of a run, and how they become batches. Knows nothing of training
+settings."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ HELDOUT_ROWS = 64  # at most so many of the training rows are held out when ther
 
 @dataclass(frozen=True)
 class Packing:
-    """Shares of positions that hold text and that are learnt; of so many `documents` how many are longer than a row, and the
-    longest, in tokens."""
+    """Shares of positions that hold text and that are learnt; of so many `documents` how many are
+    longer than a row, and the longest, in tokens."""
 
     held: float
     learnt: float
@@ -32,7 +33,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training sources, each with its share of the tokens, held-out rows, and how both become batches."""
+    """Training sources, each with its share of the tokens, held-out rows, and how both become
+    batches."""
 
     sources: Sequence[tuple[Rows, float]]
     heldout: Rows
@@ -50,7 +52,8 @@ class Corpus:
         return pack_documents(order, length, pad if pad is not None else self.encoder.tokenizer.eos_token_id or 0)
 
     def documents(self, seed: int) -> Iterator[Document]:
-        """Endless training documents, the same for the same seed; each source in turn as its share of the tokens falls due.
+        """Endless training documents, the same for the same seed; each source in turn as its share
+        of the tokens falls due.
 
         A row whose answers need contexts of their own is several documents.
         """
@@ -62,11 +65,13 @@ class Corpus:
         return mixed([one(rows) for rows, _ in self.sources], [weight for _, weight in self.sources])
 
     def training(self, seed: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
-        """Endless batches of `batch_size` sequences of `seq_len` tokens, the same for the same seed."""
+        """Endless batches of `batch_size` sequences of `seq_len` tokens, the same for the same
+        seed."""
         return batched(self.lines(self.documents(seed), seq_len), batch_size)
 
     def held_out(self, windows: int, seq_len: int, batch_size: int) -> list[Batch]:
-        """The first `windows` held-out sequences of `seq_len` tokens, in file order, in batches of at most `batch_size`."""
+        """The first `windows` held-out sequences of `seq_len` tokens, in file order, in batches of
+        at most `batch_size`."""
         encoded = (self.encoder.encode(self.heldout[i], self.heldout.where(i)) for i in range(len(self.heldout)))
         lines = self.lines((part for row in encoded for part in row.parts()), seq_len)
         chosen = [line for _, line in zip(range(windows), lines, strict=False)]
@@ -85,7 +90,8 @@ class Corpus:
         return Packing(min(1.0, held / places), sum(sum(line[3]) for line in lines) / places, len(documents), cut, max(lengths))
 
     def example(self, seed: int, most: int = 400) -> str:
-        """The first training document as text, what is learnt between brackets, long stretches cut in the middle."""
+        """The first training document as text, what is learnt between brackets, long stretches cut
+        in the middle."""
         document, parts = next(self.documents(seed)), []
         for kept, group in itertools.groupby(zip(document.keep, document.ids, strict=True), key=lambda pair: pair[0]):
             text = self.encoder.tokenizer.decode([token for _, token in group])
@@ -105,7 +111,8 @@ class Corpus:
 
 
 def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int | None = None, hold_out: bool = True) -> Corpus:
-    """Reads and checks all rows and encodes the first CHECKED of each part, so that bad data shows before any weight is loaded.
+    """Reads and checks all rows and encodes the first CHECKED of each part, so that bad data shows
+    before any weight is loaded.
 
     Without `eval_data` the last rows of each source are held out, if `hold_out`.
     """

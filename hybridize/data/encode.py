@@ -1,4 +1,5 @@
-"""Rows to token ids and the loss mask: what the student is to learn, each answer in the context it would be written in."""
+"""Rows to token ids and the loss mask: what the student is to learn, each answer in the context it
+would be written in."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ _LOST, _UNCLOSED, _ENDLESS, _STALE = "lost", "unclosed", "endless", "stale"
 class Document:
     """One tokenised row. keep[i]: predicting token i counts in the loss.
 
-    starts: where its sequences begin; each is a text of its own, which does not see the others. whole: it ends as it was
-    meant to, and was not cut at a length.
+    starts: where its sequences begin; each is a text of its own, which does not see the others.
+    whole: it ends as it was meant to, and was not cut at a length.
     """
 
     ids: list[int]
@@ -41,9 +42,9 @@ class Document:
 class Encoder:
     """Tokenises rows with a checkpoint's tokenizer and chat template.
 
-    mask `assistant` keeps what the assistant writes (all tokens of a `text` row), `none` keeps every token.
-    chat_template: a Jinja template in place of the tokenizer's own. vocabulary: how many tokens the model knows, where a row
-    with another is to be refused.
+    mask `assistant` keeps what the assistant writes (all tokens of a `text` row), `none` keeps
+    every token. chat_template: a Jinja template in place of the tokenizer's own. vocabulary: how
+    many tokens the model knows, where a row with another is to be refused.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Encoder:
         self._front, self._back = self._added()
 
     def encode(self, row: dict[str, Any], where: str) -> Document:
-        """The row called `where`. InputError naming it when the mask keeps none of its tokens or the template rejects it."""
+        """The row called `where`. InputError naming it when the mask keeps none of its tokens or
+        the template rejects it."""
         name = where, hash(repr(row))
         if name in self._known:
             ids, keep, starts, whole = self._known[name]
@@ -73,7 +75,8 @@ class Encoder:
         return document
 
     def prompt(self, row: dict[str, Any], where: str) -> list[int]:
-        """What a model reads before it answers the row called `where`: chat messages without a last answer, or a prompt."""
+        """What a model reads before it answers the row called `where`: chat messages without a last
+        answer, or a prompt."""
         question = read_question(row, where)
         if isinstance(question, str) and self.template:
             question = Conversation([{"role": "user", "content": question}])
@@ -86,7 +89,8 @@ class Encoder:
         return self._check(self._tokens(self.chat.prompt(question, where), where), where)
 
     def remarks(self) -> list[str]:
-        """Sentences on what of the rows so far is not learnt, or not as one might think; for the start of a run."""
+        """Sentences on what of the rows so far is not learnt, or not as one might think; for the
+        start of a run."""
         said = []
         if count := self._counted[_LOST]:
             tokens = self._counted["lost tokens"]
@@ -132,7 +136,8 @@ class Encoder:
         return Document(ids, [True] * len(ids))
 
     def _pair(self, form: Pair, where: str) -> Document:
-        """A prompt and its response without a chat template: one text, of which the response and the end token are learnt."""
+        """A prompt and its response without a chat template: one text, of which the response and
+        the end token are learnt."""
         before = form.before
         head = self._without_back(self._with_added(before, where))
         if self._is_written(form.written, form.response):
@@ -145,7 +150,8 @@ class Encoder:
         return Document(head + answer, [False] * len(head) + [True] * len(answer), whole=not form.cut)
 
     def _conversation(self, form: Conversation, where: str) -> Document:
-        """Each answer after its own prompt; answers share a sequence as long as the next prompt begins with all before it."""
+        """Each answer after its own prompt; answers share a sequence as long as the next prompt
+        begins with all before it."""
         written = form.generated and form.messages[-1]["role"] == "assistant"
         if self.mask == "none" and not written and (text := self.chat.joined(form, where)) is not None:
             joined = self._tokens(text, where)
@@ -194,7 +200,8 @@ class Encoder:
         return self._continued(text, where)  # a token would reach over the border, but the model reads `head`
 
     def _continued(self, text: str, where: str) -> list[int]:
-        """The ids of `text` where it does not begin a text: some tokenizers put a space before what does."""
+        """The ids of `text` where it does not begin a text: some tokenizers put a space before what
+        does."""
         mark = self.tokenizer.eos_token
         if mark:
             before, both = self._tokens(mark, where), self._tokens(mark + text, where)
@@ -233,7 +240,8 @@ class Encoder:
             ) from error
 
     def _with_added(self, text: str, where: str) -> list[int]:
-        """With what the tokenizer adds by itself, once: a text may have it already, as a rendered chat has."""
+        """With what the tokenizer adds by itself, once: a text may have it already, as a rendered
+        chat has."""
         ids = self._tokens(text, where, added=True)
         front, back = self._front, self._back
         if front and ids[: 2 * len(front)] == front * 2:
@@ -260,7 +268,8 @@ class Encoder:
 
 
 def unknown_token(tokenizer: Any, ids: list[int], vocabulary: int) -> str | None:
-    """The highest of the ids, in words, where the model has no embedding for it, only for `vocabulary` tokens; else None."""
+    """The highest of the ids, in words, where the model has no embedding for it, only for
+    `vocabulary` tokens; else None."""
     if not ids or (highest := max(ids)) < vocabulary:
         return None
     token = tokenizer.convert_ids_to_tokens(highest)

@@ -1,4 +1,5 @@
-"""Files of rows, told apart by what is in them: JSON lines, a JSON list, parquet or plain text, compressed or not."""
+"""Files of rows, told apart by what is in them: JSON lines, a JSON list, parquet or plain text,
+compressed or not."""
 
 from __future__ import annotations
 
@@ -37,8 +38,9 @@ class Labelled(Protocol):
 def open_rows(path: Path) -> tuple[Sequence[Any], str]:
     """The rows of a file, and what one is called before its number ("" for lines).
 
-    Read are JSON lines (blank lines do not count), a JSON list of objects, parquet, and text, which is one `text` row; each
-    plain or as gzip, bzip2, xz or zstd; with or without a byte order mark. InputError says what another file is.
+    Read are JSON lines (blank lines do not count), a JSON list of objects, parquet, and text, which
+    is one `text` row; each plain or as gzip, bzip2, xz or zstd; with or without a byte order mark.
+    InputError says what another file is.
     """
     with path.open("rb") as file:
         head = file.read(16)
@@ -147,7 +149,8 @@ def _listed(path: Path, source: IO[bytes], head: bytes) -> list[Any] | None:
 
 
 class Table(Sequence[Any]):
-    """The rows of an Arrow table. Its typed columns give every object every key of the column: those without a value go."""
+    """The rows of an Arrow table. Its typed columns give every object every key of the column:
+    those without a value go."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
@@ -166,7 +169,8 @@ def _pruned(value: Any) -> Any:
 
 
 class Lines(Sequence[Any]):
-    """The lines of a JSON-lines file that are not blank, read off the disk one by one: 24 bytes of memory a line.
+    """The lines of a JSON-lines file that are not blank, read off the disk one by one: 24 bytes of
+    memory a line.
 
     watched: the file that must not change meanwhile, which would be an InputError.
     """

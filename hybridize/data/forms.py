@@ -1,6 +1,8 @@
-"""The forms in which people keep training rows, and the three forms that the rest of the program knows.
+"""The forms in which people keep training rows, and the three forms that the rest of the program
+knows.
 
-A row becomes a `Conversation` (chat messages), a `Pair` (prompt and response) or a `Plain` text. Knows nothing of tokenizers.
+A row becomes a `Conversation` (chat messages), a `Pair` (prompt and response) or a `Plain` text.
+Knows nothing of tokenizers.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ CUT = ("length", "max_tokens", "max_length")  # what servers call an answer that
 
 @dataclass(frozen=True)
 class Conversation:
-    """Chat messages as templates take them: no key without a value; `content` a text, a list of text parts, or missing.
+    """Chat messages as templates take them: no key without a value; `content` a text, a list of
+    text parts, or missing.
 
-    kwargs: what the row gives the chat template besides (`tools`, `documents`, `chat_template_kwargs`). generated: a model
-    wrote the last answer, which ends where it ended. cut: it reached its length without an end. written: its token ids, where
-    its text does not give them back.
+    kwargs: what the row gives the chat template besides (`tools`, `documents`,
+    `chat_template_kwargs`). generated: a model wrote the last answer, which ends where it ended.
+    cut: it reached its length without an end. written: its token ids, where its text does not give
+    them back.
     """
 
     messages: list[Message]
@@ -49,7 +53,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its response; `system` stands before them. generated, cut, written: see Conversation."""
+    """A prompt and its response; `system` stands before them. generated, cut, written: see
+    Conversation."""
 
     prompt: str
     response: str
@@ -78,11 +83,12 @@ class Plain:
 
 
 def read_form(row: Any, where: str) -> tuple[Conversation | Pair | Plain, frozenset[str]]:
-    """What the row called `where` says, and those of its keys that are not read. InputError naming the row where it has no
-    known form or lacks something to learn from.
+    """What the row called `where` says, and those of its keys that are not read. InputError naming
+    the row where it has no known form or lacks something to learn from.
 
-    Known: `messages`; ShareGPT's `conversations`; `prompt` with `response` or `completion`; Alpaca's `instruction`, `input`
-    and `output`; `text`. A key with the value null counts as missing.
+    Known: `messages`; ShareGPT's `conversations`; `prompt` with `response` or `completion`;
+    Alpaca's `instruction`, `input` and `output`; `text`. A key with the value null counts as
+    missing.
     """
     given = _given(row, where)
     form: Conversation | Pair | Plain | None
@@ -99,8 +105,8 @@ def read_form(row: Any, where: str) -> tuple[Conversation | Pair | Plain, frozen
 
 
 def read_question(row: Any, where: str) -> Conversation | Pair | str:
-    """What is to be answered in the row called `where`: chat messages less a last answer, or a prompt, a pair where there is a
-    system text to it.
+    """What is to be answered in the row called `where`: chat messages less a last answer, or a
+    prompt, a pair where there is a system text to it.
 
     InputError naming the row where there is nothing to answer.
     """
@@ -117,7 +123,8 @@ def read_question(row: Any, where: str) -> Conversation | Pair | str:
 
 
 def check_row(row: Any, where: str) -> None:
-    """InputError naming the row unless it has a known form with something to learn from; see read_form."""
+    """InputError naming the row unless it has a known form with something to learn from; see
+    read_form."""
     read_form(row, where)
 
 
@@ -143,7 +150,8 @@ def _unread(given: dict[str, Any], read: set[str]) -> frozenset[str]:
 
 
 def _conversation(given: dict[str, Any], where: str) -> tuple[Conversation | None, set[str]]:
-    """Of a row with `messages`, `conversations`, or lists of messages as `prompt` and `completion`; None for others."""
+    """Of a row with `messages`, `conversations`, or lists of messages as `prompt` and `completion`;
+    None for others."""
     read = set(CONTEXT)
     if "messages" in given:
         messages, read = _messages(given["messages"], "messages", where), read | {"messages"}
@@ -239,7 +247,8 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
 
 
 def _message(value: Any, where: str) -> Message:
-    """One message without keys that say nothing; reasoning under all the names that templates know it by."""
+    """One message without keys that say nothing; reasoning under all the names that templates know
+    it by."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
     message = {key: part for key, part in value.items() if _is_json(part) and key not in LOSS_WEIGHTS}
@@ -270,7 +279,8 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether a value says something that a template can be given: no null, and no date of a table's."""
+    """Whether a value says something that a template can be given: no null, and no date of a
+    table's."""
     return isinstance(value, str | bool | int | float | list | dict)
 
 
@@ -284,7 +294,8 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as an object, as templates and servers have them; OpenAI's files keep them as JSON text."""
+    """Arguments as an object, as templates and servers have them; OpenAI's files keep them as JSON
+    text."""
     function = call.get("function")
     if isinstance(function, dict) and isinstance(_parsed(function.get("arguments")), dict):
         return {**call, "function": {**function, "arguments": _parsed(function["arguments"])}}
@@ -294,7 +305,8 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt(value: Any, where: str) -> list[Message]:
-    """`from` and `value` of ShareGPT as roles and contents; some sets have `role` and `content` under the same name."""
+    """`from` and `value` of ShareGPT as roles and contents; some sets have `role` and `content`
+    under the same name."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         raise InputError(f"{where}: `conversations` must be a list with at least one message")
     return [_message(turn if "from" not in turn else _sharegpt_turn(turn, where), where) for turn in value]

@@ -1,7 +1,8 @@
 """Documents to rows of one length, and rows to batches. The order follows from the seed alone.
 
-Two ways: `documents` packs whole documents beside one another, each with positions of its own, so that attention,
-convolution and state stay inside it; `stream` joins everything into one text and cuts it, as in pretraining.
+Two ways: `documents` packs whole documents beside one another, each with positions of its own, so
+that attention, convolution and state stay inside it; `stream` joins everything into one text and
+cuts it, as in pretraining.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ OPEN_ROWS = 32  # rows that first-fit may still add to
 
 @dataclass(frozen=True)
 class Batch:
-    """All [B, T]: ids; positions, which restart at each document, or None where each row is one text from its start; labels,
-    the next token's id; keep, whether it counts."""
+    """All [B, T]: ids; positions, which restart at each document, or None where each row is one
+    text from its start; labels, the next token's id; keep, whether it counts."""
 
     ids: Tensor
     positions: Tensor | None
@@ -34,18 +35,22 @@ class Batch:
 
     @cached_property
     def kept(self) -> int:
-        """How many positions count: asked of the host's copy where there was one, since a device must be waited for."""
+        """How many positions count: asked of the host's copy where there was one, since a device
+        must be waited for."""
         return int(self.keep.sum())
 
     @cached_property
     def documents(self) -> int:
-        """At least as many as any row holds, what is padded at its end among them; the host's count like `kept`."""
+        """At least as many as any row holds, what is padded at its end among them; the host's count
+        like `kept`."""
         return 1 if self.positions is None else int((self.positions == 0).sum(1).max())
 
     def boundaries(self, documents: int) -> Tensor:
-        """int32 [B * documents + 1]: where each document begins among all B * T positions, in order; the rest is B * T.
+        """int32 [B * documents + 1]: where each document begins among all B * T positions, in
+        order; the rest is B * T.
 
-        documents: no fewer than `self.documents`. Asks nothing of the device, so a CUDA graph can hold it.
+        documents: no fewer than `self.documents`. Asks nothing of the device, so a CUDA graph can
+        hold it.
         """
         assert self.positions is not None
         index = (self.positions == 0).flatten().cumsum(0) - 1
@@ -81,7 +86,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iterator[Line]:
-    """First-fit over the last OPEN_ROWS rows. Longer documents are cut into pieces of `length`, each then on its own.
+    """First-fit over the last OPEN_ROWS rows. Longer documents are cut into pieces of `length`,
+    each then on its own.
 
     Pieces of which no prediction counts are left out.
     """
@@ -113,9 +119,11 @@ def _filled(row: Line, length: int, pad: int) -> Line:
 
 
 def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
-    """Consecutive windows of the joined documents; the window's last position predicts the next window's first token.
+    """Consecutive windows of the joined documents; the window's last position predicts the next
+    window's first token.
 
-    The rest that does not fill a window is left out. What follows a document that was cut is not learnt as its end.
+    The rest that does not fill a window is left out. What follows a document that was cut is not
+    learnt as its end.
     """
     ids: list[int] = []
     keep: list[bool] = []
@@ -160,7 +168,8 @@ def endless(document: Callable[[int], Document], count: int, seed: int) -> Itera
 
 
 def mixed(streams: Sequence[Iterator[Document]], weights: Sequence[float]) -> Iterator[Document]:
-    """One document after the other, from the stream that is furthest behind its share of the tokens."""
+    """One document after the other, from the stream that is furthest behind its share of the
+    tokens."""
     given = [0.0] * len(streams)
     while True:
         behind = min(range(len(streams)), key=lambda i: given[i] / weights[i])

@@ -12,7 +12,8 @@ PATIENCE = 10.0  # seconds for the item that is being made
 
 
 def prefetched(items: Iterator[Item], depth: int = 4) -> Generator[Item]:
-    """The same items, made by a thread up to `depth` ahead, so that tokenising does not hold up the device."""
+    """The same items, made by a thread up to `depth` ahead, so that tokenising does not hold up the
+    device."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
 

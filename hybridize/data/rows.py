@@ -1,4 +1,5 @@
-"""Training rows from files or a hub data set, checked field by field before anything starts; see forms.py for what a row is.
+"""Training rows from files or a hub data set, checked field by field before anything starts; see
+forms.py for what a row is.
 
 Knows nothing of tokenizers.
 """
@@ -21,7 +22,8 @@ Row = dict[str, Any]
 
 
 class Rows(Sequence[Row]):
-    """Rows with a name for each (`file:line`), so that an error can point at it. Holds no more of them than `rows` does."""
+    """Rows with a name for each (`file:line`), so that an error can point at it. Holds no more of
+    them than `rows` does."""
 
     def __init__(self, name: str, rows: Sequence[Row], unit: str, begin: int = 0, end: int | None = None) -> None:
         self.name, self._rows, self._unit = name, rows, unit
@@ -70,7 +72,8 @@ class _Chain(Sequence[Row]):
 
 
 def find_data(data: str | None, teacher: Path | None) -> str:
-    """`data`, or what it is when omitted: $HYBRIDIZE_DATA, ./traces.jsonl, then the teacher's own traces.jsonl."""
+    """`data`, or what it is when omitted: $HYBRIDIZE_DATA, ./traces.jsonl, then the teacher's own
+    traces.jsonl."""
     candidates = [data, os.environ.get("HYBRIDIZE_DATA"), "traces.jsonl" if Path("traces.jsonl").is_file() else None]
     if teacher is not None and (teacher / "traces.jsonl").is_file():
         candidates.append(str(teacher / "traces.jsonl"))
@@ -81,7 +84,8 @@ def find_data(data: str | None, teacher: Path | None) -> str:
 
 
 def read_mixture(spec: str, limit: int | None = None, what: str = "data") -> list[tuple[Rows, float]]:
-    """The sources of SPEC, or of SPEC=WEIGHT,SPEC=WEIGHT,..., each with its share of the tokens, 1 unless given; see read_rows.
+    """The sources of SPEC, or of SPEC=WEIGHT,SPEC=WEIGHT,..., each with its share of the tokens, 1
+    unless given; see read_rows.
 
     limit: rows of each; what: the setting that SPEC is.
     """
@@ -91,7 +95,8 @@ def read_mixture(spec: str, limit: int | None = None, what: str = "data") -> lis
 
 
 def read_rows(spec: str, limit: int | None = None, what: str = "data", check: Callable[[Any, str], None] | None = None) -> Rows:
-    """Rows of a local file (see files.open_rows), or of a hub data set: its `train` split, or ID:SPLIT.
+    """Rows of a local file (see files.open_rows), or of a hub data set: its `train` split, or
+    ID:SPLIT.
 
     check: what a row must be [default: check_row]. Raises InputError naming file and line when
     there are no rows or one lacks its fields.

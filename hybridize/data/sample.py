@@ -1,4 +1,5 @@
-"""A few windows of text out of training rows, for calibration: the joined stream of documents in a seeded order."""
+"""A few windows of text out of training rows, for calibration: the joined stream of documents in a
+seeded order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The embedded teacher: a small Llama that reasons in steps, with the traces to distill on and the tasks to measure it by."""
+"""The embedded teacher: a small Llama that reasons in steps, with the traces to distill on and the
+tasks to measure it by."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ TEACHER, TASKS = (Path(__file__).parent / name for name in ("teacher", "tasks"))
 
 
 def write_demo(folder: Path, overwrite: bool = False) -> tuple[Path, Path]:
-    """Copies both to FOLDER/teacher and FOLDER/tasks. InputError when one is there already and not `overwrite`, unless
-    it is what a run that was cut short had done of it."""
+    """Copies both to FOLDER/teacher and FOLDER/tasks. InputError when one is there already and not
+    `overwrite`, unless it is what a run that was cut short had done of it."""
     targets = [(TEACHER, folder / "teacher"), (TASKS, folder / "tasks")]
     missing = [(source, target) for source, target in targets if overwrite or not _same(source, target)] or targets
     for _, target in missing:

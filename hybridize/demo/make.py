@@ -1,8 +1,10 @@
-"""Makes the embedded teacher: `python -m hybridize.demo.make OUT` (a GPU; about 4 minutes on an H100).
+"""Makes the embedded teacher: `python -m hybridize.demo.make OUT` (a GPU; about 4 minutes on an
+H100).
 
-Trains a tokenizer and a small Llama on generated word problems, checks it on held-out ones, and writes what ships in the
-package: OUT/teacher, the bf16 checkpoint with tokenizer and traces to distil on, and OUT/tasks/heldout.jsonl.
-Everything follows from the seeds below; only the GPU's rounding is not reproducible.
+Trains a tokenizer and a small Llama on generated word problems, checks it on held-out ones, and
+writes what ships in the package: OUT/teacher, the bf16 checkpoint with tokenizer and traces to
+distil on, and OUT/tasks/heldout.jsonl. Everything follows from the seeds below; only the GPU's
+rounding is not reproducible.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ HELDOUT, TRACES = 400, 4000
 
 
 def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 384 entries with single digits, so that any text round-trips and numbers stay legible."""
+    """A byte-level BPE of 384 entries with single digits, so that any text round-trips and numbers
+    stay legible."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -65,7 +68,8 @@ def render(problem: Problem) -> tuple[str, str]:
 
 
 class Batches(IterableDataset):
-    """Endless batches of packed fresh problems: (ids, labels), each [rows, length]; labels keep the solutions only.
+    """Endless batches of packed fresh problems: (ids, labels), each [rows, length]; labels keep the
+    solutions only.
 
     `exclude` holds the held-out questions. Each loader worker draws from a seed of its own.
     """
@@ -104,10 +108,12 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
 
 
 def drop_attention(model: LlamaForCausalLM, most: float) -> None:
-    """While training, each sequence loses each layer's attention with a probability drawn from 0 to `most`.
+    """While training, each sequence loses each layer's attention with a probability drawn from 0 to
+    `most`.
 
-    Large models have attention layers that they hardly need; a small one grows them only when it is made to (LayerDrop,
-    1909.11556, on attention alone). Without it every one of eight layers is vital and there is nothing to convert.
+    Large models have attention layers that they hardly need; a small one grows them only when it is
+    made to (LayerDrop, 1909.11556, on attention alone). Without it every one of eight layers is
+    vital and there is nothing to convert.
     """
 
     rates: list[torch.Tensor] = []  # one draw per sequence, shared by the layers of one forward

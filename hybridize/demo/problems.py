@@ -1,8 +1,9 @@
 """Word problems that a small model can only solve by looking things up and working step by step.
 
-Each problem names some people and how many things each has, in shuffled order and mostly relative to one another. The
-solution first walks back from the person asked about to the one whose count is given, then forward again, one
-arithmetic step a sentence. Knows nothing of models or tokens: text in, text out.
+Each problem names some people and how many things each has, in shuffled order and mostly relative
+to one another. The solution first walks back from the person asked about to the one whose count is
+given, then forward again, one arithmetic step a sentence. Knows nothing of models or tokens: text
+in, text out.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Problem:
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution}]
 
     def last_step(self) -> tuple[str, list[str]]:
-        """The solution up to its last computed number, and four candidates for that number, the right one first."""
+        """The solution up to its last computed number, and four candidates for that number, the
+        right one first."""
         head, right = self.solution.split(" The answer is ")[0].removesuffix(".").rsplit("=", 1)
         near = (int(right) + step for step in (10, -10, 1, -1, 11, -11))
         wrong = [value for value in near if 0 <= value <= 99][:3]
@@ -55,7 +57,8 @@ class Problem:
 
 
 def make_problem(rng: random.Random, *, people: tuple[int, int] = (3, 5), depth: tuple[int, int] = (2, 3)) -> Problem:
-    """Draw one problem; `people` bounds how many are named, `depth` how many steps the chain has (both inclusive)."""
+    """Draw one problem; `people` bounds how many are named, `depth` how many steps the chain has
+    (both inclusive)."""
     while True:
         problem = _attempt(rng, people, depth)
         if problem is not None:
@@ -71,7 +74,8 @@ def _attempt(rng: random.Random, people: tuple[int, int], depth: tuple[int, int]
     facts = [f"{names[0]} has {value[names[0]]} {thing}."]
     work = [" from ".join(names[steps::-1]) + f". {names[0]} has {value[names[0]]}."]
     for index, name in enumerate(names[1:], start=1):
-        # the first `steps` people form the chain; the others hang off anyone already placed, as distractors
+        # the first `steps` people form the chain; the others hang off anyone already placed, as
+        # distractors
         source = names[index - 1] if index <= steps else rng.choice(names[:index])
         before, change = value[source], rng.randint(2, 39)
         if rng.random() < 0.5:

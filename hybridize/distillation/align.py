@@ -1,7 +1,9 @@
-"""The cheap first stage: every mixer learns its own attention layer's output, all of them side by side.
+"""The cheap first stage: every mixer learns its own attention layer's output, all of them side by
+side.
 
-One forward pass of the teacher gives every layer's input and output; each mixer is then run and differentiated alone, with no
-layer after it (MOHAWK, 2408.10189, section 4.2; RADLADS, 2505.03005, stage 1).
+One forward pass of the teacher gives every layer's input and output; each mixer is then run and
+differentiated alone, with no layer after it (MOHAWK, 2408.10189, section 4.2; RADLADS, 2505.03005,
+stage 1).
 """
 
 from __future__ import annotations

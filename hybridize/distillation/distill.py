@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from hybridize.checkpoint.atomic import AtomicDirectory
 from hybridize.checkpoint.experts import as_on_disk
-from hybridize.checkpoint.manifest import descend
+from hybridize.checkpoint.manifest import Manifest, descend
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.data.corpus import Corpus
@@ -46,10 +46,11 @@ def distill(
     ranks: Ranks | None = None,
     report: Report = lambda _: None,
 ) -> int:
-    """Trains float32 weights under autocast to `dtype`; storage types of the result follow the source. Returns tokens seen.
+    """Trains float32 weights under autocast to `dtype`; storage types of the result follow the
+    source. Returns tokens seen.
 
-    stop_now: writes what an unfinished run has saved last, and leaves the run as it is. Every rank calls this; the first one
-    writes.
+    stop_now: writes what an unfinished run has saved last, and leaves the run as it is. Every rank
+    calls this; the first one writes.
     """
     ranks = ranks or Ranks()
     torch.manual_seed(settings.seed)
@@ -73,47 +74,70 @@ def distill(
         sources=(source, teacher) if streams else (None, None), report=report,
     )  # fmt: skip
     with run.started(resume):
-        with contextlib.closing(prefetched(corpus.training(settings.seed, settings.seq_len, settings.batch_size))) as batches:
+        batches = prefetched(corpus.training(settings.seed, settings.seq_len, settings.batch_size))
+        with contextlib.closing(batches):
             used = training.go(batches, resume, stop_now)
         doing(f"writing {output}")
         made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
         # by which the run knows its own result; this one it goes on from
         made |= {"stopped_after": used // (settings.batch_size * settings.seq_len)} if stop_now else {"run": run.digest}
-        manifest = descend(source, name, output, "distill", made, settings.seed)
-        shares = sum(weight for _, weight in corpus.sources)
-        data = [
-            {"path": Path(rows.name).name if Path(rows.name).is_file() else rows.name, "rows": len(rows),
-             "tokens": round(used * weight / shares)}
-            for rows, weight in corpus.sources
-        ]  # fmt: skip
-        manifest = dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
-        trained = student.state_dict()
-
-        @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
-        def gathered(parameter: str) -> torch.Tensor:
-            if streams:  # all ranks are here, and wait for the one that writes: GPUs give each other ten minutes
-                ranks.wait()
-            return whole(trained[parameter])
-
-        def final() -> Iterator[tuple[str, torch.Tensor, bool]]:
-            """Name, value, whether that is the source's: buffers that no model keeps, and what was not to be trained."""
-            for tensor_name, old in source.tensors():
-                new = as_on_disk(tensor_name, trained, gathered)  # what is sharded becomes whole only if all ranks take part
-                kept = new is None or not settings.trains(tensor_name)
-                yield tensor_name, old if new is None or kept else new.to(old.dtype), kept
-
-        if not ranks.main:
-            for _ in final() if streams else ():
+        manifest = _trained_manifest(descend(source, name, output, "distill", made, settings.seed), corpus, used)
+        tensors = _trained_tensors(source, student, settings, ranks if streams else None)
+        if ranks.main:
+            _write(source, tensors, output, manifest, overwrite, run)
+            if not stop_now:
+                run.remove()
+        else:
+            for _ in tensors if streams else ():  # what is sharded becomes whole only if all ranks take part
                 pass
-            ranks.wait()
-            return used
-        with AtomicDirectory(output, overwrite) as path:
-            writer = CheckpointWriter(path)
-            for tensor_name, value, kept in final():
-                writer.add(tensor_name, value, source if kept else None)
-            run.finish(path)
-            writer.close(source.config, manifest, carry_from=source.path)
-        if not stop_now:
-            run.remove()
         ranks.wait()
-        return used
+    return used
+
+
+def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int) -> Manifest:
+    """With the data of this run, each source with its share of the `used` tokens."""
+    shares = sum(weight for _, weight in corpus.sources)
+    data = [
+        {
+            "path": Path(rows.name).name if Path(rows.name).is_file() else rows.name,
+            "rows": len(rows),
+            "tokens": round(used * weight / shares),
+        }
+        for rows, weight in corpus.sources
+    ]
+    return dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
+
+
+def _trained_tensors(
+    source: CheckpointReader, student: Any, settings: DistillSettings, ranks: Ranks | None
+) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name, value, whether that is the source's: buffers that no model keeps, and what was not to
+    be trained.
+
+    ranks: where weights are sharded over them; all must then take every tensor.
+    """
+    trained = student.state_dict()
+
+    @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
+    def gathered(parameter: str) -> torch.Tensor:
+        if ranks is not None:  # all ranks are here, and wait for the one that writes: GPUs give each other ten minutes
+            ranks.wait()
+        return whole(trained[parameter])
+
+    for name, old in source.tensors():
+        new = as_on_disk(name, trained, gathered)
+        kept = new is None or not settings.trains(name)
+        yield name, old if new is None or kept else new.to(old.dtype), kept
+
+
+def _write(
+    source: CheckpointReader, tensors: Iterable[tuple[str, torch.Tensor, bool]], output: Path, manifest: Manifest,
+    overwrite: bool, run: RunDir,
+) -> None:  # fmt: skip
+    """Writes the trained checkpoint, atomically, with the logs of its run."""
+    with AtomicDirectory(output, overwrite) as path:
+        writer = CheckpointWriter(path)
+        for name, value, kept in tensors:
+            writer.add(name, value, source if kept else None)
+        run.finish(path)
+        writer.close(source.config, manifest, carry_from=source.path)

@@ -1,4 +1,5 @@
-"""How far a student is from its teacher on held-out text: both KLs, top-1 agreement, perplexity. No gradients."""
+"""How far a student is from its teacher on held-out text: both KLs, top-1 agreement, perplexity. No
+gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from hybridize.runtime.forward import CHUNK_TOKENS, hidden_states, token_logits
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Means over `tokens` kept tokens, nats at temperature 1; agreement: same most likely token; perplexity: the student's."""
+    """Means over `tokens` kept tokens, nats at temperature 1; agreement: same most likely token;
+    perplexity: the student's."""
 
     reverse_kl: float
     forward_kl: float
@@ -36,7 +38,8 @@ def fidelity(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], d
 
 @torch.no_grad()
 def fidelity_per_batch(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], dtype: torch.dtype) -> Tensor:
-    """[batches, 5] float64 sums: reverse KL, forward KL, agreements, negative log-likelihood, tokens."""
+    """[batches, 5] float64 sums: reverse KL, forward KL, agreements, negative log-likelihood,
+    tokens."""
     rows = []
     for batch in batches:
         found = token_measures(student, teacher, batch, dtype)
@@ -46,8 +49,9 @@ def fidelity_per_batch(student: nn.Module, teacher: nn.Module, batches: Iterable
 
 @torch.no_grad()
 def token_measures(student: nn.Module, teacher: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """[5, n] float64 on the CPU, of each kept token in row order: reverse KL, forward KL, whether both find the same token the
-    likeliest, and the negative log-likelihood of the label by the student and by the teacher."""
+    """[5, n] float64 on the CPU, of each kept token in row order: reverse KL, forward KL, whether
+    both find the same token the likeliest, and the negative log-likelihood of the label by the
+    student and by the teacher."""
     kept = batch.keep.flatten()
     ours, theirs = (hidden_states(m, batch, dtype).flatten(0, 1)[kept] for m in (student, teacher))
     labels, parts = batch.labels.flatten()[kept], []

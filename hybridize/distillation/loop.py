@@ -1,4 +1,5 @@
-"""The training loop: batches in, a trained student out, with metrics, held-out measures and resumable state on the way.
+"""The training loop: batches in, a trained student out, with metrics, held-out measures and
+resumable state on the way.
 
 Knows nothing of checkpoints' formats or of the command line; `report` is told what happens.
 """
@@ -8,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,8 @@ from hybridize.data.packing import Batch
 from hybridize.distillation.align import Aligner
 from hybridize.distillation.fidelity import fidelity
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
+from hybridize.distillation.optimize import Optimization, choose_trained
 from hybridize.distillation.run_dir import RunDir
-from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, can_graph
 from hybridize.distillation.watch import Rising, model_flops, peak_flops
@@ -33,13 +32,28 @@ from hybridize.runtime.device import be_deterministic, compile_layers
 from hybridize.runtime.distributed import Ranks, reshard, shard
 from hybridize.runtime.offload import offload
 from hybridize.runtime.packed_attention import can_attend, use_packed_attention
+from hybridize.runtime.signals import noted_signals, uninterrupted
 
 Report = Callable[[dict[str, Any]], None]
 FLAT = 0.005  # a measure counts as better from this share on
 
 
+@dataclass
+class _Clock:
+    """Seconds that steps of this process have taken, the first of them apart, and when the last
+    state was saved."""
+
+    spent: float = 0.0
+    warm_up: float = 0.0
+    saved_at: float = 0.0
+
+
 class Training:
-    """One run of `settings` on a student; `go` runs it to its last step."""
+    """One run of `settings` on a student; `go` runs it to its last step.
+
+    finished: optimizer steps done. measures: held-out reverse KL by step. agreed: whether all ranks
+    know that the run ends.
+    """
 
     def __init__(
         self,
@@ -58,8 +72,8 @@ class Training:
     ) -> None:
         """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation.
 
-        teacher: on `device` already, or on the CPU where it is to be offloaded. sources: of student and teacher, where they
-        come without weights (see ranks.shard).
+        teacher: on `device` already, or on the CPU where it is to be offloaded. sources: of student
+        and teacher, where they come without weights (see distributed.shard).
         """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
@@ -69,39 +83,14 @@ class Training:
             be_deterministic()
         loss = Loss.parse(settings.loss, settings.temperature)
         choose_trained(student, settings)
-        layers = student.base_model.layers
-        again = settings.recomputed(len(layers))
-        if again:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-            for index, layer in enumerate(layers):
-                layer.gradient_checkpointing = index in again
-        models = [model for model in (student, teacher) if model is not None]
-        if device.type == "cuda" and all(can_attend(model, settings.seq_len) for model in models):
-            for model in models:
-                use_packed_attention(model)
-        if settings.cuda_graph and not can_graph(*models):
-            raise InputError(f"{setting('cuda_graph')} needs CUDA and SDPA attention without a window")
-        flops = model_flops(student, teacher)
+        self._prepare_layers()
+        self.flops, self.peak = model_flops(student, teacher), peak_flops(device)
         root = Student(student, loss, dtype)
-        narrow = dtype if dtype != torch.float32 else None
-        aligns = settings.stage == "align"
-        if teacher is not None:
-            teacher.requires_grad_(False)
-        if teacher is not None and settings.offload_teacher:
-            offload(teacher, device)
-        if self.sharded and teacher is not None and not settings.offload_teacher:
-            shard(teacher.base_model, teacher, self.ranks, device, None, sources[1])
-        if self.sharded and not aligns:
-            shard(root, student, self.ranks, device, narrow, sources[0])
-        else:  # alignment calls mixers apart from their layers, which FSDP cannot see
-            student.to(device)
-        for model in (student, None if settings.offload_teacher else teacher):  # whose layers come and go
-            if settings.compile and model is not None:
-                compile_layers(model)
-        self.flops, self.peak = flops, peak_flops(device)
-        self.optimizer = make_optimizer(student, settings)
+        self._place(root, sources)
+        self.optimization = Optimization(student, settings, self.ranks)
+        self.optimizer = self.optimization.adamw
         micro = min(settings.micro, settings.batch_size // self.ranks.size)
-        if aligns:
+        if settings.stage == "align":
             self.accumulate: Accumulator = Aligner(root, teacher, micro, self.ranks)
         else:
             guide = teacher if loss.needs_teacher else None
@@ -110,19 +99,86 @@ class Training:
         self.measures: dict[int, float] = {}
         self.rising = Rising()
         self.agreed = True
-        self.skipped = 0
+        self.skipped = self.finished = 0
+
+    def _prepare_layers(self) -> None:
+        """Gradient checkpointing, and attention without masks where it computes the same.
+        InputError where a CUDA graph is asked for and impossible."""
+        settings, student = self.settings, self.student
+        layers = student.base_model.layers
+        recomputed = settings.recomputed(len(layers))
+        if recomputed:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+            for index, layer in enumerate(layers):
+                layer.gradient_checkpointing = index in recomputed
+        models = [model for model in (student, self.teacher) if model is not None]
+        if self.device.type == "cuda" and all(can_attend(model, settings.seq_len) for model in models):
+            for model in models:
+                use_packed_attention(model)
+        if settings.cuda_graph and not can_graph(*models):
+            raise InputError(f"{setting('cuda_graph')} needs CUDA and SDPA attention without a window")
+
+    def _place(self, root: Student, sources: tuple[CheckpointReader | None, CheckpointReader | None]) -> None:
+        """Moves the models to where they run: offloaded, sharded or whole; and compiles their
+        layers. root: holds the student."""
+        settings, student, teacher = self.settings, self.student, self.teacher
+        if teacher is not None:
+            teacher.requires_grad_(False)
+        if teacher is not None and settings.offload_teacher:
+            offload(teacher, self.device)
+        elif teacher is not None and self.sharded:
+            shard(teacher.base_model, teacher, self.ranks, self.device, None, sources[1])
+        if self.sharded and settings.stage != "align":
+            narrow = self.dtype if self.dtype != torch.float32 else None
+            shard(root, student, self.ranks, self.device, narrow, sources[0])
+        else:  # alignment calls mixers apart from their layers, which FSDP cannot see
+            student.to(self.device)
+        for model in (student, None if settings.offload_teacher else teacher):  # whose layers come and go
+            if settings.compile and model is not None:
+                compile_layers(model)
 
     def go(self, batches: Iterator[Batch], resume: bool = False, stop_now: bool = False) -> int:
-        """Runs to the last step; returns the tokens of this run. `batches` starts at the first step also when resuming.
+        """Runs to the last step; returns the tokens of this run. `batches` starts at the first step
+        also when resuming.
 
         stop_now: takes no step, so that the student is what was saved last.
 
-        Raises WorkError when the loss or a gradient is not finite, before it reaches a weight. Whatever stops the run, its last
-        finished step is saved first; of several ranks' runs only what all of them agree on, which are signals and WorkErrors.
+        Raises WorkError when the loss or a gradient is not finite, before it reaches a weight.
+        Whatever stops the run, its last finished step is saved first; of several ranks' runs only
+        what all of them agree on, which are signals and WorkErrors.
         """
         settings, run = self.settings, self.run
-        steps, tokens_a_step = settings.total_steps, settings.batch_size * settings.seq_len
-        finished = start = run.load(self.student, self.optimizer) if resume else 0
+        start, steps = self._restored(resume), settings.total_steps
+        batches = itertools.islice(batches, start, None)
+        clock = _Clock(saved_at=time.monotonic())
+        self.agreed = self.ranks.size == 1
+        with noted_signals(self.ranks.size > 1) as asked:
+            try:
+                if start == 0 or (settings.eval_every and start % settings.eval_every == 0 and start != steps):
+                    self.measure(start)
+                while self.finished < steps and not stop_now and not self._flat():
+                    self._step(batches, start, clock)
+                    if self.ranks.found("stop" if asked else ""):
+                        self.agreed = True
+                        raise KeyboardInterrupt
+                    self._save_if_due(clock)
+                    if settings.eval_every and self.finished % settings.eval_every == 0 and self.finished != steps:
+                        self.measure(self.finished)
+                self._merge(self.finished)
+                if self.finished == steps or stop_now or settings.checkpoint_merge > 1:
+                    self.measure(self.finished, keep=not stop_now)
+                run.settle()
+            except BaseException:
+                if self.finished > start and self.agreed:
+                    with contextlib.suppress(Exception):
+                        run.save(self.student, self.optimizer, self.finished, wait=True)
+                raise
+        return self.finished * settings.batch_size * settings.seq_len
+
+    def _restored(self, resume: bool) -> int:
+        """The steps that the run has done already, their state and logs as they were left."""
+        run = self.run
+        self.finished = run.load(self.student, self.optimizer) if resume else 0
         self._as_before(self.ranks.first(run.room(self._room)))
         self.ranks.wait()
         if self.ranks.main:
@@ -130,65 +186,51 @@ class Training:
         self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
         self.ranks.wait()  # the first rank is about to write more
-        batches = itertools.islice(batches, start, None)
-        spent = warm_up = 0.0
-        saved_at = time.monotonic()
-        self.agreed = self.ranks.size == 1
-        with _signals(self.ranks.size > 1) as asked:
-            try:
-                if start == 0 or (settings.eval_every and start % settings.eval_every == 0 and start != steps):
-                    self.measure(start)
-                while finished < steps and not stop_now and not self._flat():
-                    began = time.perf_counter()
-                    if finished == start:
-                        self.report({"kind": "doing", "text": "the first step, in which kernels are compiled and tuned"})
-                    batch = next(batches)
-                    part = batch.rows(self.rows).to(self.device)
-                    value, norm = self._gradient(part, batch.kept)
-                    rate = factor(settings.schedule, finished, steps, settings.warmup)
-                    good = math.isfinite(value) and math.isfinite(norm)
-                    if not good:
-                        self._tolerate(finished + 1, value, norm, part)
-                    with uninterrupted():
-                        if good:
-                            update(self.optimizer, rate)
-                        self.optimizer.zero_grad(set_to_none=not settings.cuda_graph)
-                        finished += 1
-                        spent += time.perf_counter() - began
-                        record = {
-                            "step": finished, "tokens": finished * tokens_a_step, "loss": value, "lr": settings.lr_mixer * rate,
-                            "lr_rest": settings.lr * rate, "grad_norm": norm, "seconds": round(spent, 3),
-                        }  # fmt: skip
-                        run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
-                    warm_up = spent if finished == start + 1 else warm_up
-                    if good and (risen := self.rising.add(value)) is not None:
-                        self.report({"kind": "rising", "step": finished, "best": risen[0], "now": risen[1]})
-                    if good and (finished % self.log_every == 0 or finished == steps):
-                        self._tell(record, finished - start, spent, warm_up)
-                    if self.ranks.found("stop" if asked else ""):
-                        self.agreed = True
-                        raise KeyboardInterrupt
-                    wait = 60 * settings.save_minutes
-                    late = wait > 0 and self.ranks.first(time.monotonic() - saved_at > wait)
-                    if late or (settings.save_every and (finished % settings.save_every == 0 or finished == steps)):
-                        with uninterrupted():  # or a state would be on its way that nobody knows of
-                            run.save(self.student, self.optimizer, finished)
-                        saved_at = time.monotonic()
-                    if settings.eval_every and finished % settings.eval_every == 0 and finished != steps:
-                        self.measure(finished)
-                self._merge(finished)
-                if finished == steps or stop_now or settings.checkpoint_merge > 1:
-                    self.measure(finished, keep=not stop_now)
-                run.settle()
-            except BaseException:
-                if finished > start and self.agreed:
-                    with contextlib.suppress(Exception):
-                        run.save(self.student, self.optimizer, finished, wait=True)
-                raise
-        return finished * tokens_a_step
+        return self.finished
+
+    def _step(self, batches: Iterator[Batch], start: int, clock: _Clock) -> None:
+        """One optimizer step, logged. start: the step that this process began at."""
+        settings, began = self.settings, time.perf_counter()
+        if self.finished == start:
+            self.report({"kind": "doing", "text": "the first step, in which kernels are compiled and tuned"})
+        batch = next(batches)
+        part = batch.rows(self.rows).to(self.device)
+        value, norm = self._gradient(part, batch.kept)
+        good = math.isfinite(value) and math.isfinite(norm)
+        if not good:
+            self._tolerate(self.finished + 1, value, norm, part)
+        with uninterrupted():
+            rate = self.optimization.rate(self.finished)
+            if good:
+                self.optimization.update(self.finished)
+            self.optimization.zero()
+            self.finished += 1
+            clock.spent += time.perf_counter() - began
+            record = {
+                "step": self.finished, "tokens": self.finished * settings.batch_size * settings.seq_len, "loss": value,
+                "lr": settings.lr_mixer * rate, "lr_rest": settings.lr * rate, "grad_norm": norm,
+                "seconds": round(clock.spent, 3),
+            }  # fmt: skip
+            self.run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})
+        clock.warm_up = clock.spent if self.finished == start + 1 else clock.warm_up
+        if good and (risen := self.rising.add(value)) is not None:
+            self.report({"kind": "rising", "step": self.finished, "best": risen[0], "now": risen[1]})
+        if good and (self.finished % self.log_every == 0 or self.finished == settings.total_steps):
+            self._tell(record, self.finished - start, clock)
+
+    def _save_if_due(self, clock: _Clock) -> None:
+        """Saves a state after so many minutes, or so many steps, or the last one."""
+        settings, wait = self.settings, 60 * self.settings.save_minutes
+        late = wait > 0 and self.ranks.first(time.monotonic() - clock.saved_at > wait)
+        regular = settings.save_every and (self.finished % settings.save_every == 0 or self.finished == settings.total_steps)
+        if late or regular:
+            with uninterrupted():  # or a state would be on its way that nobody knows of
+                self.run.save(self.student, self.optimizer, self.finished)
+            clock.saved_at = time.monotonic()
 
     def _merge(self, finished: int) -> None:
-        """The student becomes the mean of the last states, the one after `finished` steps among them."""
+        """The student becomes the mean of the last states, the one after `finished` steps among
+        them."""
         count = self.settings.checkpoint_merge
         if count <= 1:
             return
@@ -198,22 +240,23 @@ class Training:
         self.measures.pop(finished, None)
         self.report({"kind": "note", "text": f"weights: the mean of the states after steps {merged}"})
 
-    def _tell(self, record: dict[str, Any], done: int, spent: float, warm_up: float) -> None:
-        """Reports a step with the speed of the `done` steps so far, which took `spent` seconds, the first `warm_up` of them."""
+    def _tell(self, record: dict[str, Any], done: int, clock: _Clock) -> None:
+        """Reports a step with the speed of the `done` steps of this process."""
         steps, tokens = self.settings.total_steps, self.settings.batch_size * self.settings.seq_len
         # the first step loads, tunes and compiles kernels, which says nothing about those to come
-        speed = tokens / spent if done == 1 else (done - 1) * tokens / (spent - warm_up)
+        speed = tokens / clock.spent if done == 1 else (done - 1) * tokens / (clock.spent - clock.warm_up)
         share = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.size)
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
         left = (steps - record["step"]) * tokens / speed
         more = {
-            "kind": "step", "steps": steps, "tokens_per_second": speed, "seconds_left": left, "first_step_seconds": warm_up,
-            "mfu": share, "peak_memory_gib": memory,
+            "kind": "step", "steps": steps, "tokens_per_second": speed, "seconds_left": left,
+            "first_step_seconds": clock.warm_up, "mfu": share, "peak_memory_gib": memory,
         }  # fmt: skip
         self.report({**record, **more})
 
     def measure(self, step: int, keep: bool = True) -> None:
-        """Held-out fidelity, logged and reported, unless it has been. keep: else it is no measure of the run."""
+        """Held-out fidelity, logged and reported, unless it has been. keep: else it is no measure
+        of the run."""
         if not self.held or self.teacher is None or step in self.measures:
             return
         self.student.eval()
@@ -239,9 +282,10 @@ class Training:
         return min(found[-wait:]) > (1 - FLAT) * min(found[:-wait])
 
     def _gradient(self, batch: Batch, count: int) -> tuple[float, float]:
-        """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long as memory runs out, on all
-        ranks where it does on one; of ranks with sharded weights, which meet in every layer, none can go on, so that the run
-        ends with a note that the next start heeds."""
+        """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long
+        as memory runs out, on all ranks where it does on one; of ranks with sharded weights, which
+        meet in every layer, none can go on, so that the run ends with a note that the next start
+        heeds."""
         self.student.train()
         while True:
             value, micro = None, self.accumulate.micro
@@ -259,7 +303,7 @@ class Training:
             if self.sharded or not self.ranks.found("full" if value is None else ""):
                 assert value is not None
                 value = self.accumulate.averaged(value, count)
-                found = torch.stack([value.float(), clip_gradients(self.student, self.settings.clip, self.ranks)]).tolist()
+                found = torch.stack([value.float(), self.optimization.clip()]).tolist()
                 return found[0], found[1]
             del value
             if micro == 1:
@@ -281,8 +325,8 @@ class Training:
         return ", ".join([f"{self.ranks.size} ranks", *(name for name, so in placed.items() if so)])
 
     def _as_before(self, micro: int | None) -> None:
-        """As many sequences at once as the run had, in the same room, before it was cut off: sums are then in the same order,
-        whatever memory is free now."""
+        """As many sequences at once as the run had, in the same room, before it was cut off: sums
+        are then in the same order, whatever memory is free now."""
         if micro is not None and micro != self.accumulate.micro:
             self.accumulate.micro = micro
             self.report({"kind": "note", "text": f"{micro} sequences at once, as before the run was cut off"})
@@ -296,45 +340,3 @@ class Training:
             self.agreed = True  # every rank has the same loss and norm
             raise WorkError(said)
         self.report({"kind": "note", "text": f"{said}; batch {self.skipped} of {self.settings.skip_bad_batches} skipped"})
-
-
-@contextlib.contextmanager
-def _signals(wait: bool) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM, if `wait`, into the list that is handed out, for all ranks to stop after the same step; a second one
-    interrupts at once."""
-    asked: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-
-    with _handling(note) if wait else contextlib.nullcontext():
-        yield asked
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds back SIGINT and SIGTERM until the block is done: an optimizer step is taken whole or not at all."""
-    held: list[int] = []
-    with _handling(lambda number, _: held.append(number)) as before:
-        yield
-    if held:
-        if callable(before[held[0]]):
-            signal.raise_signal(held[0])
-        else:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _handling(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
-    """SIGINT and SIGTERM go to `handler`, where this is the thread that may say so; yields what they went to before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield {}
-        return
-    before: dict[int, Any] = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield before
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError, setting
 from hybridize.runtime.distributed import Ranks, local, small
@@ -20,7 +23,8 @@ def choose_trained(student: nn.Module, settings: DistillSettings) -> None:
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.AdamW:
-    """AdamW (.9, .95); rates by `lr_groups`, else one for mixers and one for the rest; decay only on matrices, never on A_log.
+    """AdamW (.9, .95); rates by `lr_groups`, else one for mixers and one for the rest; decay only
+    on matrices, never on A_log.
 
     A_log, D and dt bias are apart from the rest: under FSDP they are no sharded tensors.
     """
@@ -38,7 +42,8 @@ def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim
 
 @torch.no_grad()
 def clip_gradients(student: nn.Module, clip: float, ranks: Ranks | None = None) -> Tensor:
-    """Scales all gradients to a common norm of at most `clip`; returns the norm before, over all ranks' shards."""
+    """Scales all gradients to a common norm of at most `clip`; returns the norm before, over all
+    ranks' shards."""
     grads = [p.grad for p in student.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm([local(g) for g in grads])).float().square()
     sharded = torch.tensor([isinstance(g, DTensor) for g in grads], device=squares.device)
@@ -48,8 +53,47 @@ def clip_gradients(student: nn.Module, clip: float, ranks: Ranks | None = None) 
     return norm
 
 
-def update(optimizer: torch.optim.AdamW, factor: float) -> None:
-    """One optimizer step at `factor` of the peak rates."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    optimizer.step()
+class Optimization:
+    """What follows each gradient: clipping, one AdamW step at the schedule's rate, zeroed
+    gradients.
+
+    parts: modules whose gradients are clipped each by itself; all that is trained together unless
+    given.
+    """
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        settings: DistillSettings,
+        ranks: Ranks | None = None,
+        parts: Sequence[nn.Module] | None = None,
+    ) -> None:
+        self.settings, self.ranks, self.parts = settings, ranks, [trained] if parts is None else parts
+        self.adamw = make_optimizer(trained, settings)
+
+    def clip(self) -> Tensor:
+        """Scales the gradients; returns the norm before, of the last part."""
+        return [clip_gradients(part, self.settings.clip, self.ranks) for part in self.parts][-1]
+
+    def rate(self, step: int) -> float:
+        """The share of the peak rates at `step`, from 0."""
+        settings = self.settings
+        return factor(settings.schedule, step, settings.total_steps, settings.warmup)
+
+    def update(self, step: int) -> None:
+        """One optimizer step at the rates of `step`."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak"] * self.rate(step)
+        self.adamw.step()
+
+    def zero(self) -> None:
+        """Gradients are zero again; in place where a CUDA graph holds their addresses."""
+        self.adamw.zero_grad(set_to_none=not self.settings.cuda_graph)
+
+    def take(self, step: int, gradient: Callable[[], Tensor]) -> Tensor:
+        """A whole optimizer step: what `gradient` returns, once it has added gradients."""
+        value = gradient()
+        self.clip()
+        self.update(step)
+        self.zero()
+        return value

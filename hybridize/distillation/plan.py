@@ -1,7 +1,9 @@
-"""What a distillation will take, from the configs alone: bytes a rank at the peak, FLOPs. Nothing is loaded.
+"""What a distillation will take, from the configs alone: bytes a rank at the peak, FLOPs. Nothing
+is loaded.
 
-Activations are counted as eager autograd keeps them under bfloat16 autocast, weights and the residual stream in float32; D
-hidden size, A query heads x head size, K key/value heads x head size, F MLP width; bytes a token.
+Activations are counted as eager autograd keeps them under bfloat16 autocast, weights and the
+residual stream in float32; D hidden size, A query heads x head size, K key/value heads x head size,
+F MLP width; bytes a token.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from hybridize.surgery.families import FAMILIES, FamilySpec
 from hybridize.surgery.mixers import kind_of
 
 GIB = 2**30
-# The share that torch.compile keeps of a layer: what is cheap is computed again in backward. Measured on H100s, SmolLM2 and
-# Llama-3B shapes, graph or not, one rank or two: 0.55 to 0.62 (docs/performance.md)
+# The share that torch.compile keeps of a layer: what is cheap is computed again in backward.
+# Measured on H100s, SmolLM2 and Llama-3B shapes, graph or not, one rank or two: 0.55 to 0.62
+# (docs/performance.md)
 COMPILED = 0.6
 PROCESS = int(0.8 * GIB)  # of Python, torch and the other libraries, on a CPU
-# What plain PyTorch takes on a CPU: copies of the largest trained matrix in the optimizer's step, and of the logits in the
-# loss, which is compiled on GPUs alone. Both measured: docs/performance.md
+# What plain PyTorch takes on a CPU: copies of the largest trained matrix in the optimizer's step,
+# and of the logits in the loss, which is compiled on GPUs alone. Both fitted to runs on CPUs
 COPIES, PLAIN_LOSS = 4, 3.5
 
 
@@ -50,17 +53,20 @@ def _widths(config: Any) -> tuple[int, int, int, int, FamilySpec]:
 
 
 def layer_bytes(config: Any, kind: str, length: int) -> int:
-    """What one layer keeps for backward, a token of a row of `length`. Checked against autograd's own list in the tests."""
+    """What one layer keeps for backward, a token of a row of `length`. Checked against autograd's
+    own list in the tests."""
     D, A, K, F, family = _widths(config)
     norm = 8 * D + 4  # its input, which is the residual stream, what its weight multiplies, and the scale
     mlp = norm + 2 * 2 * D + 4 * 2 * F  # two casts of the input; gate, its SiLU, up, their product
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-        # of each expert that a token goes through: its input and output, gathered, cast and weighed, and as above
+        # of each expert that a token goes through: its input and output, gathered, cast and
+        # weighed, and as above
         mlp = norm + config.num_experts_per_tok * (24 * D + 4 * 2 * (getattr(config, "moe_intermediate_size", None) or F))
     normed = 8 * (A + K) if family.qk_norm else 0
     mlp += 2 * norm if family.sandwich else 0
     if kind != MIXER_LAYER:
-        # eager attention's scores and what becomes of them, which other attention never keeps; a window's mask as numbers
+        # eager attention's scores and what becomes of them, which other attention never keeps; a
+        # window's mask as numbers
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         maps = 2 * length if window is not None and window < length else 0
         maps = 8 * config.num_attention_heads * length if config._attn_implementation == "eager" else maps
@@ -70,7 +76,8 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
 
 
 def plain_bytes(config: Any, kind: str) -> int:
-    """As `layer_bytes`, in float32 on a CPU, where scans are plain PyTorch and nothing is cast. Experts count as their MLPs."""
+    """As `layer_bytes`, in float32 on a CPU, where scans are plain PyTorch and nothing is cast.
+    Experts count as their MLPs."""
     D, A, K, F, family = _widths(config)
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         F = config.num_experts_per_tok * (getattr(config, "moe_intermediate_size", None) or F)
@@ -82,14 +89,16 @@ def plain_bytes(config: Any, kind: str) -> int:
 
 
 def kept_bytes(config: Any, kind: str, length: int, dtype: torch.dtype, device: str) -> int:
-    """What one layer keeps for backward on a device that computes in `dtype`, a token of a row of `length`."""
+    """What one layer keeps for backward on a device that computes in `dtype`, a token of a row of
+    `length`."""
     if device == "cpu":
         return plain_bytes(config, kind)
     return layer_bytes(config, kind, length) * dtype.itemsize // 2  # which counts bfloat16, mostly
 
 
 def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtype: torch.dtype, device: str = "cuda") -> Plan:
-    """student, teacher: models without storage, teacher None for a loss that needs none; device: `cuda` or `cpu`."""
+    """student, teacher: models without storage, teacher None for a loss that needs none; device:
+    `cuda` or `cpu`."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
     config, wide, shards = student.config, dtype.itemsize, ranks if settings.shard else 1
@@ -130,8 +139,8 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
 def micro_that_fits(
     student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtype: torch.dtype, device: str, room: float
 ) -> tuple[int, float]:
-    """The most sequences at once whose plan is within `room` bytes, of those that split a rank's rows evenly, at least one; and
-    what the plan says of them, in bytes."""
+    """The most sequences at once whose plan is within `room` bytes, of those that split a rank's
+    rows evenly, at least one; and what the plan says of them, in bytes."""
     rows = settings.batch_size // ranks
     for micro in (rows // parts for parts in range(1, rows + 1) if rows % parts == 0):
         total = plan(student, teacher, replace(settings, micro_batch_size=micro), ranks, dtype, device).total

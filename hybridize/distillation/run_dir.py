@@ -1,4 +1,5 @@
-"""OUT.run/: what an unfinished distillation leaves behind so that it can go on (metrics, measures, resumable state)."""
+"""OUT.run/: what an unfinished distillation leaves behind so that it can go on (metrics, measures,
+resumable state)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from hybridize.checkpoint.atomic import hold, json_text, write_json_atomic
+from hybridize.checkpoint.atomic import clear_leftovers, hold, json_text, write_json_atomic
 from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.unfinished import SETTINGS, check_unfinished, run_path
 from hybridize.distillation.watch import Trackers, draw_curve
-from hybridize.errors import first_line
-from hybridize.runtime.distributed import Ranks
+from hybridize.errors import InputError, first_line, setting
+from hybridize.runtime.distributed import Ranks, leave
 
 LOGS = ("metrics", "eval")
 ROOM = "micro-batch.json"
@@ -35,7 +36,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # th
 class RunDir:
     """`settings` is what decides the run's result; a resumed run must have the same.
 
-    keep: how many states stay, of those at multiples of `every` steps where that is given; track: see Trackers.
+    keep: how many states stay, of those at multiples of `every` steps where that is given; track:
+    see Trackers.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class RunDir:
         self.trackers = Trackers(track if self.ranks.main else "", self.path, settings)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """InputError when there is an unfinished run and neither flag says what to do with it, it is not of these settings, or
-        another process is at it."""
+        """InputError when there is an unfinished run and neither flag says what to do with it, it
+        is not of these settings, or another process is at it."""
         if self.path.exists() and self.ranks.main:
             os.close(hold(self.path))
         check_unfinished(self.path, json.loads(json.dumps(self.settings)), resume, overwrite)
@@ -87,7 +89,8 @@ class RunDir:
         return hashlib.sha256(json_text(self.settings).encode()).hexdigest()
 
     def room(self, what: str) -> int | None:
-        """The most sequences at once that were found to fit where memory is used as `what` says; None: none were too many."""
+        """The most sequences at once that were found to fit where memory is used as `what` says;
+        None: none were too many."""
         path = self.path / ROOM
         found = read_json(path).get(what) if path.exists() else None
         return found if isinstance(found, int) and found > 0 else None
@@ -109,9 +112,11 @@ class RunDir:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, step: int, wait: bool = False) -> None:
-        """The trained weights and AdamW's moments after `step` steps, every rank its own part, written while training goes on.
+        """The trained weights and AdamW's moments after `step` steps, every rank its own part,
+        written while training goes on.
 
-        Older states go once this one is whole (see `_spared`). wait: until it is, also where the one before it failed.
+        Older states go once this one is whole (see `_spared`). wait: until it is, also where the
+        one before it failed.
         """
         with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
             self.settle()
@@ -135,14 +140,15 @@ class RunDir:
                 shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
 
     def _spared(self) -> set[int]:
-        """The last state, and the last `keep` of those that every run of these settings saves, be it interrupted or not."""
+        """The last state, and the last `keep` of those that every run of these settings saves, be
+        it interrupted or not."""
         steps = self.steps()
         regular = [step for step in steps if step % self.every == 0] if self.every else steps
         return {*steps[-1:], *regular[-self.keep :]}
 
     def merge(self, student: nn.Module, count: int) -> list[int]:
-        """The trained weights become the mean of those in the last `count` regular states, the last one of all among them;
-        returns their steps."""
+        """The trained weights become the mean of those in the last `count` regular states, the last
+        one of all among them; returns their steps."""
         steps = self.ranks.first(sorted(self._spared()))[-count:]
         trained = {f"weights/{name}": p for name, p in student.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -166,7 +172,8 @@ class RunDir:
         return (self.path / f"step-{step:08}" / ".metadata").exists()  # written last
 
     def load(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Puts the last whole state back, of any number of ranks; returns its step, 0 where the run was cut off before one.
+        """Puts the last whole state back, of any number of ranks; returns its step, 0 where the run
+        was cut off before one.
 
         The logs are cut back to that step.
         """
@@ -224,9 +231,24 @@ class RunDir:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
+def already_made(run: RunDir, path: Path, overwrite: bool, made: Callable[[Path], bool]) -> bool:
+    """Whether `path` is there as the result of this very run, which then has nothing left to do;
+    what it may have left behind goes, and the process group ends. InputError where `path` is
+    another's and not to be replaced."""
+    if overwrite or not path.exists():
+        return False
+    if run.ranks.first(not made(path)):
+        raise InputError(f"{path} exists and is not of this run; give another {setting('output')} or {setting('overwrite')}")
+    run.remove()
+    clear_leftovers(path)
+    leave()
+    return True
+
+
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """OSError with one sentence where torch's checkpointing fails, which raises tracebacks, and no Exception."""
+    """OSError with one sentence where torch's checkpointing fails, which raises tracebacks, and no
+    Exception."""
     try:
         yield
     except CheckpointException as error:

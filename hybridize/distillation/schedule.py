@@ -26,7 +26,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "wsd": wsd, 
 
 
 def factor(kind: str, step: int, steps: int, warmup: int) -> float:
-    """Factor on the peak rate at `step` of `steps` (0-based): linear up over `warmup`, then `kind` down to FLOOR."""
+    """Factor on the peak rate at `step` of `steps` (0-based): linear up over `warmup`, then `kind`
+    down to FLOOR."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -1,14 +1,15 @@
-"""Everything that decides what a distillation computes. The command builds it from flags and an optional file."""
+"""The settings of a distillation, in one place: flags, configuration files and the reference are
+made from this class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from hybridize.distillation.schedule import SCHEDULES
 from hybridize.errors import InputError, setting
+from hybridize.options import check_bounds, option
 from hybridize.parsing import named_numbers, parse_indices
 
 STAGES = ("distill", "align")
@@ -17,87 +18,62 @@ PLACING = ("shard", "offload_teacher")
 SAVING = ("save_every", "save_minutes", "keep_last")
 
 
-def check_positive(settings: Any, names: Iterable[str]) -> None:
-    """InputError that names the flag of the first that is given and not above zero."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{setting(name)} {value} must be positive")
-
-
 @dataclass(frozen=True)
 class DistillSettings:
-    """Counts are sequences, steps or tokens as named; rates are AdamW's peak learning rates.
+    """Everything that decides what a run computes. Counts are sequences, steps or tokens as named;
+    rates are AdamW's peaks.
 
-    stage: `distill` trains on the loss, `align` fits each mixer to its attention layer's output, and trains nothing else.
-    tokens counts all packed tokens; steps wins where both are given. train: `all` weights, `body` (all but embeddings and
-    output head), `mixers`, or patterns of parameter names with commas between. lr_groups: PATTERN=RATE with commas between, the
-    first that fits a name wins over lr and lr_mixer. mask: `assistant` packs documents apart from each other and learns the
-    assistant's tokens, `none` learns every token of one joined stream. micro_batch_size None: the whole batch at once.
-    checkpoint_layers: which layers gradient_checkpointing is for, all unless given, and then it need not be.
-    checkpoint_merge: the result is the mean of the last so many saved states, 0: the last one.
-    shard: whether several processes split the weights among them, or each holds all of them and gradients alone are exchanged.
-    offload_teacher: the teacher's layers wait in host memory, whole on each rank, and are on the device only while they run.
-    deterministic: the same bits every time on one machine, see runtime.be_deterministic.
-    stop_when_flat: end after so many held-out measures in a row without a better reverse KL, 0: never.
+    stage: `distill` trains on the loss, `align` fits each mixer to its attention layer's output,
+    and trains nothing else. steps wins over tokens where both are given. lr_groups: the first
+    pattern that fits a parameter's name wins over lr and lr_mixer. mask: `assistant` packs
+    documents apart from each other and computes the loss on assistant tokens, `none` on every token
+    of one joined stream. checkpoint_layers needs no gradient_checkpointing. shard: else every
+    process holds all weights, and gradients alone are exchanged. deterministic: see
+    runtime.device.be_deterministic.
     """
 
-    stage: str = "distill"
-    loss: str = "reverse-kl"
-    temperature: float = 1.0
-    mask: str = "assistant"
-    tokens: int | None = None
-    steps: int | None = None
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    seq_len: int = 2048
-    lr_mixer: float = 1e-3
-    lr: float = 1e-4
-    lr_groups: str = ""
-    schedule: str = "cosine"
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    train: str = "all"
-    gradient_checkpointing: bool = False
-    checkpoint_layers: str = ""
-    compile: bool = False
-    cuda_graph: bool = False
-    deterministic: bool = False
-    shard: bool = True
-    offload_teacher: bool = False
-    eval_every: int = 100
-    eval_windows: int = 24
-    stop_when_flat: int = 0
-    skip_bad_batches: int = 0
-    checkpoint_merge: int = 0
-    save_every: int = 500
-    save_minutes: float = 0.0
-    keep_last: int = 2
-    seed: int = 0
+    tokens: int | None = option(None, "Length: total training tokens, padding included.", above=0)
+    steps: int | None = option(None, "Length: optimizer steps.", above=0)
+    stage: str = option("distill", "distill, or align: first fit each mixer to its attention layer.")
+    loss: str = option("reverse-kl", "reverse-kl, forward-kl, js, ce or a mixture: reverse-kl=.9,ce=.1.")
+    temperature: float = option(1.0, "Softmax temperature of the divergences.")
+    mask: str = option("assistant", "assistant: compute the loss on assistant tokens; none: on every token of one stream.")
+    batch_size: int = option(16, "Sequences per optimizer step.", above=0)
+    micro_batch_size: int | None = option(None, "Sequences per forward pass [default: what fits, by the plan].", above=0)
+    seq_len: int = option(2048, "Tokens per sequence.", least=2)
+    lr_mixer: float = option(1e-3, "Peak learning rate of the mixers.", above=0)
+    lr: float = option(1e-4, "Peak learning rate of all other parameters.", above=0)
+    lr_groups: str = option("", "PATTERN=RATE,...: peak rates by parameter name, before the two above.")
+    schedule: str = option("cosine", "Learning-rate schedule: cosine, wsd or linear.")
+    warmup_steps: int = option(50, "Warm-up steps, at most half of the run.", least=0)
+    weight_decay: float = option(0.0, "Weight decay of matrices.", least=0)
+    clip: float = option(1.0, "Largest gradient norm.", above=0)
+    train: str = option("all", "all, body (not embeddings and head), mixers, or PATTERN,... of parameter names.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
+    checkpoint_layers: str = option("", "Gradient checkpointing of these layers only, as 3,5-8.")
+    compile: bool = option(False, "torch.compile the layers: a minute at first, then faster steps.")
+    cuda_graph: bool = option(False, "Capture the step as one CUDA graph.")
+    deterministic: bool = option(False, "The same bits every time, at some cost on a GPU.")
+    shard: bool = option(True, "Shard weights over processes (FSDP); else replicate them.")
+    offload_teacher: bool = option(False, "Keep the teacher's layers in host memory: less GPU memory, slower.")
+    eval_every: int = option(100, "Steps between held-out evaluations, 0: at start and end only.", least=0)
+    eval_windows: int = option(24, "Held-out sequences to evaluate on.", above=0)
+    stop_when_flat: int = option(0, "Early-stopping patience: evaluations without a better reverse KL, 0: never.", least=0)
+    skip_bad_batches: int = option(0, "Skip up to this many batches with a non-finite gradient.", least=0)
+    checkpoint_merge: int = option(0, "The result is the mean of the last K saved states, 0: the last one.", least=0)
+    save_every: int = option(500, "Steps between resumable states, 0: none.", least=0)
+    save_minutes: float = option(0.0, "Minutes between resumable states, 0: by steps only.", least=0)
+    keep_last: int = option(2, "Resumable states to keep.", above=0)
+    seed: int = option(0, "Random seed.", least=0)
 
     def __post_init__(self) -> None:
-        sizes = ("batch_size", "micro_batch_size", "seq_len", "tokens", "steps", "eval_windows", "keep_last")
-        check_positive(self, (*sizes, "lr_mixer", "lr", "clip"))
-        naturals = (
-            "warmup_steps",
-            "weight_decay",
-            "eval_every",
-            "save_every",
-            "save_minutes",
-            "stop_when_flat",
-            "skip_bad_batches",
-            "checkpoint_merge",
-        )
-        for name in naturals:
-            if getattr(self, name) < 0:
-                raise InputError(f"{setting(name)} {getattr(self, name)} must not be negative")
+        check_bounds(self)
         if self.stage not in STAGES:
             raise InputError(f"{setting('stage')} {self.stage} is unknown; use {' or '.join(STAGES)}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"{setting('schedule')} {self.schedule} is unknown; use {', '.join(SCHEDULES)}")
         if self.stop_when_flat and not self.eval_every:
-            raise InputError(f"{setting('stop_when_flat')} looks at the held-out measures; give {setting('eval_every')}")
+            raise InputError(f"{setting('stop_when_flat')} needs held-out evaluations; give {setting('eval_every')}")
         if self.cuda_graph and (self.stage != "distill" or self.gradient_checkpointing or self.checkpoint_layers):
             raise InputError(f"{setting('cuda_graph')} needs {setting('stage')} distill and no gradient checkpointing")
         if self.cuda_graph and self.offload_teacher:
@@ -115,8 +91,6 @@ class DistillSettings:
             )
         self.recomputed(None)
         self.rates()
-        if self.seq_len < 2:
-            raise InputError(f"{setting('seq_len')} must be at least 2")
         if self.tokens is None and self.steps is None:
             raise InputError(f"say how long: {setting('tokens')} or {setting('steps')}")
 
@@ -127,8 +101,8 @@ class DistillSettings:
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     def recomputed(self, layers: int | None) -> set[int]:
-        """Which of so many layers keep only their input and run again in backward. InputError for one that is not there; with
-        None it is not known how many there are."""
+        """Which of so many layers keep only their input and run again in backward. InputError for
+        one that is not there; with None it is not known how many there are."""
         if not self.checkpoint_layers:
             return set(range(layers or 0)) if self.gradient_checkpointing else set()
         chosen = set(parse_indices(self.checkpoint_layers, "checkpoint_layers"))

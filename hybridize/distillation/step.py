@@ -1,4 +1,5 @@
-"""The gradient of one optimizer step: micro-batch by micro-batch, launched kernel by kernel or as one CUDA graph.
+"""The gradient of one optimizer step: micro-batch by micro-batch, launched kernel by kernel or as
+one CUDA graph.
 
 Knows nothing of optimizers, data or files.
 """
@@ -22,8 +23,9 @@ from hybridize.runtime.forward import hidden_states, output_weight, soft_cap
 
 
 class Student(nn.Module):
-    """The student as the module that is called: FSDP gathers all of its weights that are no layer's for the call's duration,
-    the output matrix too, which the loss takes without the head's own forward."""
+    """The student as the module that is called: FSDP gathers all of its weights that are no layer's
+    for the call's duration, the output matrix too, which the loss takes without the head's own
+    forward."""
 
     def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,11 +41,13 @@ def chosen(t: Tensor, kept: Tensor | None) -> Tensor:
 
 
 class Accumulator:
-    """Adds the gradient of the mean loss over all kept tokens of a batch to the student's, micro-batch by micro-batch.
+    """Adds the gradient of the mean loss over all kept tokens of a batch to the student's,
+    micro-batch by micro-batch.
 
-    Under several ranks each has its own rows; gradients are then averages over ranks of sums that `ranks.size` scaled up,
-    the gradient of the mean over all ranks' tokens again. graph: replay micro-batches of full size as a CUDA graph, where
-    `can_graph` says so; from the first batch on, gradients must then be zeroed in place and never set to None.
+    Under several ranks each has its own rows; gradients are then averages over ranks of sums that
+    `ranks.size` scaled up, the gradient of the mean over all ranks' tokens again. graph: replay
+    micro-batches of full size as a CUDA graph, where `can_graph` says so; from the first batch on,
+    gradients must then be zeroed in place and never set to None.
     """
 
     def __init__(
@@ -76,7 +80,8 @@ class Accumulator:
         return self.ranks.sum(total) / self.ranks.size
 
     def one(self, part: Batch, count: int) -> Tensor:
-        """Adds the gradient of one micro-batch; returns its part of the mean over `count` tokens, times the number of ranks."""
+        """Adds the gradient of one micro-batch; returns its part of the mean over `count` tokens,
+        times the number of ranks."""
         if self.wanted and self.graph is None:
             self.graph = _StepGraph(self.student, self.teacher, part)
         if self.graph is not None and self.graph.fits(part):
@@ -91,7 +96,8 @@ class Accumulator:
 def backward(student: Student, teacher: nn.Module | None, part: Batch, scale: float | Tensor, kept: Tensor | None) -> Tensor:
     """Adds the gradient of one micro-batch and returns its part of the loss, detached.
 
-    kept [n] bool: the tokens to compare, None for all; scale: what each one's loss is multiplied by, see chunked_loss.
+    kept [n] bool: the tokens to compare, None for all; scale: what each one's loss is multiplied
+    by, see chunked_loss.
     """
     dtype = student.dtype
     guide: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -111,11 +117,12 @@ def backward(student: Student, teacher: nn.Module | None, part: Batch, scale: fl
 
 
 class _StepGraph:
-    """Forward and backward of a micro-batch of one shape, captured once and replayed: no Python and no launches in between.
+    """Forward and backward of a micro-batch of one shape, captured once and replayed: no Python and
+    no launches in between.
 
-    Small models wait for their launches most of the time. Holds the activations of a micro-batch for as long as it lives. Rows
-    are packed, or not, as in `like`, with room for twice as many documents a row; packed rows only without `mamba` layers,
-    which look for documents on the host.
+    Small models wait for their launches most of the time. Holds the activations of a micro-batch
+    for as long as it lives. Rows are packed, or not, as in `like`, with room for twice as many
+    documents a row; packed rows only without `mamba` layers, which look for documents on the host.
     """
 
     def __init__(self, student: Student, teacher: nn.Module | None, like: Batch) -> None:
@@ -145,8 +152,8 @@ class _StepGraph:
 
 
 def can_graph(*models: Any) -> bool:
-    """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing on the host, and without
-    experts, whose tokens are counted there."""
+    """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing
+    on the host, and without experts, whose tokens are counted there."""
     given = [model for model in models if model is not None]
     if any(has_experts(model) for model in given):
         return False

@@ -1,4 +1,5 @@
-"""What a run shows of itself: speed against the machine's peak, trackers by name, a curve. Knows nothing of training."""
+"""What a run shows of itself: speed against the machine's peak, trackers by name, a curve. Knows
+nothing of training."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, 
 
 
 def model_flops(student: Any, teacher: Any) -> int:
-    """FLOPs a token of training: 2 N forward and 2 N back through the student, 2 for each weight that is trained, 2 N for the
-    teacher; N without the embedding table, and of experts those that a token goes through; no credit for recomputation nor for
-    attention's products."""
+    """FLOPs a token of training: 2 N forward and 2 N back through the student, 2 for each weight
+    that is trained, 2 N for the teacher; N without the embedding table, and of experts those that a
+    token goes through; no credit for recomputation nor for attention's products."""
 
     def size(model: Any, trained: bool = False) -> int:
         table = model.get_input_embeddings().weight
@@ -33,15 +34,17 @@ def model_flops(student: Any, teacher: Any) -> int:
     return 4 * size(student) + 2 * size(student, trained=True) + (0 if teacher is None else 2 * size(teacher))
 
 
-# Shares of an H100's peak that training steps were measured at, by hidden size (docs/performance.md), with --compile and, where
-# it can be had, --cuda-graph; between them they are interpolated.
+# Shares of an H100's peak that training steps were measured at, by hidden size
+# (docs/performance.md), with --compile and, where it can be had, --cuda-graph; between them they
+# are interpolated.
 MEASURED = ((576, 0.19), (896, 0.29), (3072, 0.42))
 CPU_SHARE = 0.5  # of what a matrix product reaches on a CPU; see docs/performance.md
 SQUARE = 1024  # rows and columns of that product
 
 
 def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
-    """FLOP/s that training a model of this hidden size can be expected to reach, and in words what that is a share of.
+    """FLOP/s that training a model of this hidden size can be expected to reach, and in words what
+    that is a share of.
 
     A GPU that is not there, or not in the list of PEAKS, is reckoned as an H100; a CPU is asked.
     """
@@ -79,8 +82,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Rising:
-    """Notices, once, that a loss has been above its best for long: in means over the last SPAN or so steps, LONG steps in a row
-    by more than the share TOO_MUCH. Batches differ, so a single step says nothing."""
+    """Notices, once, that a loss has been above its best for long: in means over the last SPAN or
+    so steps, LONG steps in a row by more than the share TOO_MUCH. Batches differ, so a single step
+    says nothing."""
 
     SPAN, LONG, TOO_MUCH = 20, 50, 0.2
 
@@ -105,7 +109,8 @@ class Rising:
 
 
 class Trackers:
-    """Sends metrics to the services of `names`, opened at the first record. InputError for one unknown or not installed.
+    """Sends metrics to the services of `names`, opened at the first record. InputError for one
+    unknown or not installed.
 
     TensorBoard's files lie in `place`; the others take its name.
     """

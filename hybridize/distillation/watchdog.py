@@ -16,8 +16,9 @@ from hybridize.runtime.forward import hidden_states
 
 @torch.no_grad()
 def first_bad(student: Student, parts: Sequence[Batch], ranks: Ranks) -> str:
-    """The first weight that is not finite, else the first module output in the order of the forward pass, else the gradient
-    of the last parameter in that order (backward comes from there), else the loss. All ranks ask, and all are told the same."""
+    """The first weight that is not finite, else the first module output in the order of the forward
+    pass, else the gradient of the last parameter in that order (backward comes from there), else
+    the loss. All ranks ask, and all are told the same."""
     model = student.model
     bad = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     if where := ranks.found(f"the weight {bad}" if bad else ""):

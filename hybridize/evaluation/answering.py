@@ -1,8 +1,9 @@
-"""lm-eval's model class with our way of answering: by the decoding step of hybridize/generation, over all ranks, and with a
-journal of what has been answered, so that an interrupted evaluation is gone on with.
+"""lm-eval's model class with our way of answering: by the decoding step of hybridize/generation,
+over all ranks, and with a journal of what has been answered, so that an interrupted evaluation is
+gone on with.
 
-lm-eval keeps what it is good at: tokenising, splitting a request into context and answer, scoring log-likelihoods in batches.
-Every rank runs all of lm-eval and answers its share of the requests.
+lm-eval keeps what it is good at: tokenising, splitting a request into context and answer, scoring
+log-likelihoods in batches. Every rank runs all of lm-eval and answers its share of the requests.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked f
 
 
 class Answering(HFLM):
-    """think_end: what closes a block of thinking; only what follows it is the answer, and stop sequences count from there on.
+    """think_end: what closes a block of thinking; only what follows it is the answer, and stop
+    sequences count from there on.
 
     cut: by task, how many answers reached their length without an end.
     """
@@ -76,7 +78,8 @@ class Answering(HFLM):
         return [text for text, _ in found]
 
     def _answers(self, kind: str, requests: Sequence[Any], ask: Any) -> list[Any]:
-        """One answer a request; the same request is asked once, but for samples, of which each is another."""
+        """One answer a request; the same request is asked once, but for samples, of which each is
+        another."""
         keys, seen = [], Counter[str]()
         for request in requests:
             text = json.dumps([kind, *request.args], sort_keys=True, default=str)
@@ -121,8 +124,8 @@ class Answering(HFLM):
         yield from found
 
     def _fitting(self, longest: Any) -> int:
-        """How many requests as long as this one may be read at once: their logits, in float32 and before, take half of what is
-        free on a GPU."""
+        """How many requests as long as this one may be read at once: their logits, in float32 and
+        before, take half of what is free on a GPU."""
         if self.device.type != "cuda":
             return ON_CPU
         tokens = min(self.max_length, len(self.tok_encode("".join(map(str, longest.args[:2])))))
@@ -130,7 +133,8 @@ class Answering(HFLM):
         return int(max(1, min(AUTO, room // (tokens * self.model.config.vocab_size * LOGIT))))
 
     def _check_finite(self, request: Any, answer: Any) -> None:
-        """WorkError naming task and document where a log-likelihood is not finite: the largest of such is the first choice."""
+        """WorkError naming task and document where a log-likelihood is not finite: the largest of
+        such is the first choice."""
         value = answer if isinstance(answer, float) else answer[0]
         if isinstance(value, float) and not math.isfinite(value):
             raise WorkError(_broken(request, f"a log-likelihood is {value}"))
@@ -195,7 +199,8 @@ class Answering(HFLM):
         return ids
 
     def _generation(self, told: dict[str, Any], raw: dict[str, Any]) -> Generation:
-        """The checkpoint's own generation settings, and over them what a task asks for, as transformers' generate has it."""
+        """The checkpoint's own generation settings, and over them what a task asks for, as
+        transformers' generate has it."""
         own, samples = vars(self.model.generation_config), bool(told["do_sample"])
         made = {**own, **{key: value for key, value in told.items() if key in FOLLOWED}}
         drawn = {key: raw.get(key, own.get(key)) for key in DRAWN}
@@ -253,7 +258,8 @@ def last_boxed(text: str) -> str | None:
 
 
 class Majority:
-    """lm-eval's filter for maj@k: of a document's answers the first of those that say the same as most do."""
+    """lm-eval's filter for maj@k: of a document's answers the first of those that say the same as
+    most do."""
 
     def apply(self, answers: Sequence[Sequence[str]], _: Any) -> list[list[str]]:
         found = []
@@ -265,7 +271,8 @@ class Majority:
 
 
 def vote(loaded: dict[str, Any], samples: int) -> dict[str, Any]:
-    """lm-eval's loaded tasks; those that generate ask for `samples` answers, and judge their majority too."""
+    """lm-eval's loaded tasks; those that generate ask for `samples` answers, and judge their
+    majority too."""
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE != "generate_until" or any("maj@" in ensemble.name for ensemble in task._filters):
             continue

@@ -1,5 +1,5 @@
-"""How true a hybrid is to its teacher on text, without a benchmark: divergences, agreement and perplexities, also by position,
-and how long both write the same when each writes by itself."""
+"""How true a hybrid is to its teacher on text, without a benchmark: divergences, agreement and
+perplexities, also by position, and how long both write the same when each writes by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ EDGES = (0, 128, 512, 2048, 8192, 32768)  # tokens before a position, where its 
 
 
 def measure(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Any]:
-    """Means over all kept tokens, nats at temperature 1, and the same by position within the document under `positions`.
+    """Means over all kept tokens, nats at temperature 1, and the same by position within the
+    document under `positions`.
 
     batches lie on the models' device. stderr: of reverse_kl, over windows.
     """
@@ -49,7 +50,8 @@ def _means(values: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def greedy_agreement(student: Any, teacher: Any, prompts: Tensor, count: int, rows: int) -> dict[str, Any]:
-    """prompts [W, P]: both go on greedily for `count` tokens; how many of them are the same before the first that is not."""
+    """prompts [W, P]: both go on greedily for `count` tokens; how many of them are the same before
+    the first that is not."""
     lengths: list[int] = []
     for part in prompts.split(rows):
         told: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}

@@ -1,4 +1,5 @@
-"""What a task reports: every metric under every filter, with each document's score, and which of them are held by a gate."""
+"""What a task reports: every metric under every filter, with each document's score, and which of
+them are held by a gate."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ TOLERANCE = 1e-9  # within which two figures are equal: what rounding can do to 
 
 
 def figures_of(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
-    """By lm-eval's name (`metric,filter`): value, direction, and the documents' scores in their order, None without such.
+    """By lm-eval's name (`metric,filter`): value, direction, and the documents' scores in their
+    order, None without such.
 
     found: lm-eval's results with samples. WorkError naming task and figure where one is not finite.
     """
@@ -45,7 +47,8 @@ def _values(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def main_figure(figures: Mapping[str, Any], samples: int = 1) -> str:
-    """The figure that a task is called by: acc before acc_norm, exact_match for generation; the majority's of samples."""
+    """The figure that a task is called by: acc before acc_norm, exact_match for generation; the
+    majority's of samples."""
     names = [key for key in figures if samples > 1 and key.endswith(f"maj@{samples}")] or list(figures)
     for wanted in ("acc", "exact_match", "acc_norm", "f1"):
         for key in names:
@@ -72,8 +75,9 @@ def matching(figures: Mapping[str, Any], name: str) -> list[str]:
 
 
 def held(figures: Mapping[str, dict[str, Any]], samples: int = 1, name: str | None = None, where: str = "") -> list[str]:
-    """Which figures a gate holds: those called `name`, else every accuracy-like one (of several samples the majority's), else
-    the main one. InputError naming what there is where nothing has that name."""
+    """Which figures a gate holds: those called `name`, else every accuracy-like one (of several
+    samples the majority's), else the main one. InputError naming what there is where nothing has
+    that name."""
     if name is not None:
         chosen = matching(figures, name)
         if not chosen:
@@ -94,7 +98,8 @@ def document_scores(samples: Sequence[dict[str, Any]], key: str) -> list[dict[st
 
 
 def chance_of(samples: Sequence[dict[str, Any]]) -> float | None:
-    """What guessing would get right of a multiple-choice task: the mean of one over the number of choices. None for others."""
+    """What guessing would get right of a multiple-choice task: the mean of one over the number of
+    choices. None for others."""
     shares = {}
     for sample in samples:
         answers = sample["filtered_resps"]

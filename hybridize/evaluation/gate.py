@@ -1,6 +1,8 @@
-"""The gate between two results of the same settings: per figure the difference, how sure it is, and whether it may pass.
+"""The gate between two results of the same settings: per figure the difference, how sure it is, and
+whether it may pass.
 
-Both answered the same documents, so everything is paired: what the two got alike says nothing and adds no noise.
+Both answered the same documents, so everything is paired: what the two got alike says nothing and
+adds no noise.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ PASS, FAIL, UNKNOWN = "pass", "fail", "cannot tell"
 
 @dataclass(frozen=True)
 class Rule:
-    """When a drop of more than `max_drop` fails: by its point value, or with `confidence` only where the interval of that level
-    lies above it as a whole (a drop that is sure; over several figures by Holm's procedure), or with `strict` already where the
-    interval reaches above it (a drop that cannot be ruled out; each figure at the full level). max_drop None: nothing fails.
+    """When a drop of more than `max_drop` fails: by its point value, or with `confidence` only
+    where the interval of that level lies above it as a whole (a drop that is sure; over several
+    figures by Holm's procedure), or with `strict` already where the interval reaches above it (a
+    drop that cannot be ruled out; each figure at the full level). max_drop None: nothing fails.
     allow_inconclusive: documents that can tell nothing do not keep the gate from being met."""
 
     max_drop: float | None = None
@@ -48,7 +51,8 @@ class Rule:
             raise InputError(f"{setting('confidence')} {self.confidence} must be at least 0.5 and less than 1")
         if self.strict and self.confidence is not None:
             raise InputError(
-                f"{setting('strict')} and {setting('confidence')} contradict each other: one fails unless sure, the other if sure"
+                f"{setting('strict')} and {setting('confidence')} contradict each other: "
+                "one fails unless sure, the other if sure"
             )
 
     @property
@@ -69,10 +73,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """drop: baseline - candidate in the direction in which the figure is better; positive means worse than the baseline.
+    """drop: baseline - candidate in the direction in which the figure is better; positive means
+    worse than the baseline.
 
-    paired: the documents' differences, None where the figure is no mean over documents. chance: what guessing gets, of an
-    accuracy-like figure; None for others. seed: of the bootstrap.
+    paired: the documents' differences, None where the figure is no mean over documents. chance:
+    what guessing gets, of an accuracy-like figure; None for others. seed: of the bootstrap.
     """
 
     task: str
@@ -94,7 +99,8 @@ class Drop:
         return None if self.chance is None else 1 / self.documents
 
     def blind(self, max_drop: float) -> str | None:
-        """Why these documents cannot tell whether the drop is larger than `max_drop`, if they cannot."""
+        """Why these documents cannot tell whether the drop is larger than `max_drop`, if they
+        cannot."""
         if self.chance is None:
             return None
         if self.baseline <= self.chance + max_drop + TOLERANCE:
@@ -125,7 +131,8 @@ class Verdict:
 
 
 def judge(drops: Sequence[Drop], rule: Rule) -> list[Verdict]:
-    """Every figure's outcome. WorkError where the rule goes by an interval that a figure does not have."""
+    """Every figure's outcome. WorkError where the rule goes by an interval that a figure does not
+    have."""
     if rule.max_drop is None:
         return [Verdict(drop, PASS) for drop in drops]
     if rule.strict or rule.confidence is not None:
@@ -156,7 +163,8 @@ def judge(drops: Sequence[Drop], rule: Rule) -> list[Verdict]:
 
 
 def by_task(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """A task fails where any of its figures does; it passes where none fails and one passes; else its documents cannot tell."""
+    """A task fails where any of its figures does; it passes where none fails and one passes; else
+    its documents cannot tell."""
     found: dict[str, str] = {}
     for verdict in verdicts:
         outcomes = {found.get(verdict.drop.task, UNKNOWN), verdict.outcome}
@@ -173,10 +181,11 @@ def passes(verdicts: Sequence[Verdict], rule: Rule) -> bool:
 def compare(
     candidate: dict[str, Any], baseline: dict[str, Any], chosen: Mapping[str, str] | None = None, seed: int = 0
 ) -> list[Drop]:
-    """Two objects of results.json, paired over documents: each figure that a gate holds, of all tasks and groups asked for.
+    """Two objects of results.json, paired over documents: each figure that a gate holds, of all
+    tasks and groups asked for.
 
-    chosen: by task or group, which figures (see figures.held). InputError when they were measured differently, on other
-    documents, or have no such figure.
+    chosen: by task or group, which figures (see figures.held). InputError when they were measured
+    differently, on other documents, or have no such figure.
     """
     check_comparable(candidate["settings"], candidate.get("ran"), baseline)
     chosen, samples = dict(chosen or {}), candidate["settings"].get("samples", 1)
@@ -244,8 +253,8 @@ def _drop(
 
 
 def _weighed(parts: list[torch.Tensor], drop: float) -> tuple[torch.Tensor, ...] | None:
-    """Differences so that their mean is the group's drop: over all documents, or over tasks that weigh the same; None where
-    it is neither."""
+    """Differences so that their mean is the group's drop: over all documents, or over tasks that
+    weigh the same; None where it is neither."""
     joined = torch.cat(parts)
     if abs(float(joined.mean()) - drop) <= 1e-6:
         return (joined,)
@@ -253,8 +262,8 @@ def _weighed(parts: list[torch.Tensor], drop: float) -> tuple[torch.Tensor, ...]
 
 
 def _side(ours: dict[str, Any], theirs: dict[str, Any] | None, task: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figure `key` of both, the baseline's scores in the order of the candidate's documents. InputError unless both have
-    it and answered the same documents."""
+    """The figure `key` of both, the baseline's scores in the order of the candidate's documents.
+    InputError unless both have it and answered the same documents."""
     mine, other = figures_in(ours).get(key), None if theirs is None else figures_in(theirs).get(key)
     if theirs is None or mine is None or other is None:
         raise InputError(f"the baseline has no {key} for task {task}")

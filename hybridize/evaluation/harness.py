@@ -1,4 +1,5 @@
-"""lm-eval over a model that is in memory: its tasks, requests and metrics, our loading. Knows nothing of gates or scores."""
+"""lm-eval over a model that is in memory: its tasks, requests and metrics, our loading. Knows
+nothing of gates or scores."""
 
 from __future__ import annotations
 
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
 
 _RUNS = re.compile(r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)")  # in the source of a task's judge
 Progress = Callable[[int, int], None]  # requests answered, of how many
-# read, and what its last positions should predict -> log-probability, and whether each token was the most likely
+# read, and what its last positions should predict -> log-probability, and whether each token was
+# the most likely
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides an evaluation's figures. limit: documents per task, or their share below 1; batch_size: a number, `auto`
-    or `auto:N`; gen_kwargs as lm-eval reads them (a=b,c=d); samples: answers to each document of a generating task; think_end:
-    what closes a block of thinking, which is no part of an answer; recall_lengths: tokens, of the tasks of `recall`."""
+    """What decides an evaluation's figures. limit: documents per task, or their share below 1;
+    batch_size: a number, `auto` or `auto:N`; gen_kwargs as lm-eval reads them (a=b,c=d); samples:
+    answers to each document of a generating task; think_end: what closes a block of thinking, which
+    is no part of an answer; recall_lengths: tokens, of the tasks of `recall`."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
@@ -100,7 +103,8 @@ def task_names(text: str) -> tuple[str, ...]:
 
 
 def check_think_end(tokenizer: Any, text: str | None) -> None:
-    """InputError where `text` would never be seen in what a model writes, since special tokens are not shown."""
+    """InputError where `text` would never be seen in what a model writes, since special tokens are
+    not shown."""
     if text is not None and text not in tokenizer.decode(
         tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True
     ):
@@ -108,7 +112,8 @@ def check_think_end(tokenizer: Any, text: str | None) -> None:
 
 
 def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
-    """lm-eval's task manager, with every task name checked against it. InputError names the unknown ones.
+    """lm-eval's task manager, with every task name checked against it. InputError names the unknown
+    ones.
 
     tokenizer: what lengths of `recall` are counted in.
     """
@@ -144,7 +149,8 @@ def _with_recall(manager: Any, settings: EvalSettings, tokenizer: Any) -> Any:
 
 
 def repeatable(manager: Any) -> Any:
-    """The same task manager for several runs in a row: tasks, and their data, are loaded in the first."""
+    """The same task manager for several runs in a row: tasks, and their data, are loaded in the
+    first."""
 
     kept, load = copy.copy(manager), functools.cache(lambda names: manager.load(list(names)))
     kept.load = lambda names: load(tuple(names))
@@ -152,8 +158,8 @@ def repeatable(manager: Any) -> Any:
 
 
 def check_code(manager: Any, settings: EvalSettings, confirmed: bool) -> None:
-    """Loads the tasks; InputError naming the first that runs what a model writes, unless that is `confirmed`: one that lm-eval
-    marks so, or whose judge starts processes or executes text."""
+    """Loads the tasks; InputError naming the first that runs what a model writes, unless that is
+    `confirmed`: one that lm-eval marks so, or whose judge starts processes or executes text."""
     for name, task in _loaded(manager, settings).items():
         if not confirmed and (getattr(task, "UNSAFE_CODE", False) or _RUNS.search(_source_of_judge(task))):
             raise InputError(
@@ -172,7 +178,8 @@ def _source_of_judge(task: Any) -> str:
 
 
 def check_metrics(manager: Any, settings: EvalSettings, chosen: Mapping[str, str]) -> None:
-    """Loads the tasks; InputError for a --metric that names no task or group asked for, or no figure of it."""
+    """Loads the tasks; InputError for a --metric that names no task or group asked for, or no
+    figure of it."""
     loaded = _load(manager, settings)
     for name, metric in chosen.items():
         tasks = [loaded["tasks"][name]] if name in loaded["tasks"] else []
@@ -185,7 +192,8 @@ def check_metrics(manager: Any, settings: EvalSettings, chosen: Mapping[str, str
 
 
 def check_choices(manager: Any, settings: EvalSettings) -> None:
-    """Loads the tasks; InputError naming the first that asks for more than the log-likelihoods of answers."""
+    """Loads the tasks; InputError naming the first that asks for more than the log-likelihoods of
+    answers."""
     for name, task in _loaded(manager, settings).items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
             raise InputError(f"task {name} is of kind {task.OUTPUT_TYPE}; layers can be scored by tasks of choices only")
@@ -214,12 +222,13 @@ def evaluate(
     model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None,
     journal: Journal | None = None, ranks: Ranks | None = None, progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """lm-eval's results with per-document samples, and under `cut`, by task, how many answers ended for their length only.
-    WorkError where lm-eval fails (its data cannot be had).
+    """lm-eval's results with per-document samples, and under `cut`, by task, how many answers ended
+    for their length only. WorkError where lm-eval fails (its data cannot be had).
 
-    answer: takes the model's place; it is told all that is to be read and predicted, and gives log-probability and whether that
-    was the most likely answer, for each. For tasks that `check_choices` passes. journal: of what has been answered; ranks:
-    among which requests are split; only the first has the results, the others an empty object.
+    answer: takes the model's place; it is told all that is to be read and predicted, and gives
+    log-probability and whether that was the most likely answer, for each. For tasks that
+    `check_choices` passes. journal: of what has been answered; ranks: among which requests are
+    split; only the first has the results, the others an empty object.
     """
     from hybridize.compat.lm_eval import HFLM, hushed, simple_evaluate
 
@@ -262,7 +271,8 @@ def evaluate(
 
 
 def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per document of a multiple-choice task: log-probability of the right answer minus that of the best wrong one."""
+    """Per document of a multiple-choice task: log-probability of the right answer minus that of the
+    best wrong one."""
     found = []
     for sample in samples:
         if isinstance(sample["filtered_resps"][0], str):

@@ -1,4 +1,5 @@
-"""How far a paired difference can be trusted: score intervals for right and wrong answers, the bootstrap for other scores."""
+"""How far a paired difference can be trusted: score intervals for right and wrong answers, the
+bootstrap for other scores."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ _STEPS = 60  # of a bisection: below the last bit of a float64
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences baseline - candidate of one figure, by document; positive: the candidate is worse.
+    """Differences baseline - candidate of one figure, by document; positive: the candidate is
+    worse.
 
-    parts: one tensor [n] for each subtask of a group that weighs its subtasks equally, else a single one. binary: every score
-    was right or wrong, so that each difference is -1, 0 or 1. bounded: every score lies between 0 and 1.
+    parts: one tensor [n] for each subtask of a group that weighs its subtasks equally, else a
+    single one. binary: every score was right or wrong, so that each difference is -1, 0 or 1.
+    bounded: every score lies between 0 and 1.
     """
 
     parts: tuple[Tensor, ...]
@@ -47,8 +50,8 @@ class Paired:
 
     @property
     def by_score(self) -> bool:
-        """Whether the score interval is used: for right and wrong answers, and where no two bounded scores differ, of which a
-        bootstrap would be sure."""
+        """Whether the score interval is used: for right and wrong answers, and where no two bounded
+        scores differ, of which a bootstrap would be sure."""
         return (self.binary and len(self.parts) == 1) or (self.bounded and not (self.lost or self.won))
 
     def interval(self, level: float, seed: int = 0) -> tuple[float, float]:
@@ -74,8 +77,9 @@ class Paired:
 
 
 def score_statistic(lost: int, won: int, count: int, drop: float) -> float:
-    """How many standard errors the mean difference (lost - won) / count lies above `drop`, the variance being the likeliest one
-    where `drop` is true. For a difference of paired proportions (Tango, Statistics in Medicine 17, 1998, equation 6)."""
+    """How many standard errors the mean difference (lost - won) / count lies above `drop`, the
+    variance being the likeliest one where `drop` is true. For a difference of paired proportions
+    (Tango, Statistics in Medicine 17, 1998, equation 6)."""
     a, c = 2 * count, -won * drop * (1 - drop)
     b = -lost - won + (2 * count - lost + won) * drop
     share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # of documents that only the candidate gets right
@@ -85,8 +89,8 @@ def score_statistic(lost: int, won: int, count: int, drop: float) -> float:
 
 
 def score_interval(lost: int, won: int, count: int, level: float) -> tuple[float, float]:
-    """The drops that `score_statistic` does not rule out at this two-sided level. It keeps its level also where no document, or
-    every one, is answered alike."""
+    """The drops that `score_statistic` does not rule out at this two-sided level. It keeps its
+    level also where no document, or every one, is answered alike."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     mean = (lost - won) / count
 
@@ -105,7 +109,8 @@ def score_interval(lost: int, won: int, count: int, level: float) -> tuple[float
 def resampled(differences: Tensor, seed: int) -> Tensor:
     """Means of RESAMPLES draws of n of the differences [n], with replacement (Efron 1979); float64."""
     count, generator = len(differences), torch.Generator().manual_seed(seed)
-    # equal differences are drawn together: how often each value comes is multinomial, whatever the number of documents
+    # equal differences are drawn together: how often each value comes is multinomial, whatever the
+    # number of documents
     values, times = differences.unique(return_counts=True)
     if len(values) == 1:
         return values.double().expand(RESAMPLES)
@@ -131,14 +136,16 @@ def bootstrap(values: Tensor, level: float, seed: int) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of `lost` against `won` discordant pairs, alike under the null (McNemar 1947, binomial form)."""
+    """Two-sided exact p of `lost` against `won` discordant pairs, alike under the null (McNemar
+    1947, binomial form)."""
     total, fewer = lost + won, min(lost, won)
     tail = sum(math.comb(total, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
 def holm(chances: Sequence[float], alpha: float) -> list[bool]:
-    """Which of these p values are rejected so that any false rejection at all has at most the chance `alpha` (Holm 1979)."""
+    """Which of these p values are rejected so that any false rejection at all has at most the
+    chance `alpha` (Holm 1979)."""
     order = sorted(range(len(chances)), key=lambda at: chances[at])
     found = [False] * len(chances)
     for rank, at in enumerate(order):

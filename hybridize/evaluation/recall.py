@@ -1,7 +1,9 @@
-"""Tasks that ask for something said long before, made from a seed in lengths of the checkpoint's own tokens; no download.
+"""Tasks that ask for something said long before, made from a seed in lengths of the checkpoint's
+own tokens; no download.
 
-What likelihood hides: a hybrid may keep its perplexity and lose what it was told. The kinds are those of needle-in-a-haystack
-tests and of RULER (2404.06654, section 3), in texts of our own: filler.txt, in an order of its own for every document.
+What likelihood hides: a hybrid may keep its perplexity and lose what it was told. The kinds are
+those of needle-in-a-haystack tests and of RULER (2404.06654, section 3), in texts of our own:
+filler.txt, in an order of its own for every document.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]
 
 
 def _variables(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
-    """A value that is handed on from variable to variable: which have it? As RULER's variable tracking with one chain."""
+    """A value that is handed on from variable to variable: which have it? As RULER's variable
+    tracking with one chain."""
     names = [f"{letter}{draw.randint(1, 9)}" for letter in draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", CHAIN)]
     value = _number(draw)
     hidden = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names))]
@@ -91,7 +94,8 @@ def parse_lengths(text: str | None) -> tuple[int, ...]:
 
 
 def make_document(tokenizer: Any, kind: str, length: int, seed: int, number: int) -> Document:
-    """One document of at most `length` tokens, answer and ROOM included: `text`, `answer`, and `prefix`, how that begins."""
+    """One document of at most `length` tokens, answer and ROOM included: `text`, `answer`, and
+    `prefix`, how that begins."""
     draw = random.Random(f"{seed} {kind} {length} {number}")
     hidden, question, prefix, answer = KINDS[kind](draw, length)
     sizes = _sizes(tokenizer)
@@ -132,7 +136,8 @@ def _sizes(tokenizer: Any) -> dict[str, int]:
 
 
 def judge(document: Document, answers: Sequence[str]) -> dict[str, float]:
-    """Whether the answer begins with the numbers that were asked for, in their order, or with all the variables alone."""
+    """Whether the answer begins with the numbers that were asked for, in their order, or with all
+    the variables alone."""
     wanted = document["answer"].split()
     if wanted[0].isdecimal():
         said = re.findall(r"\d+", answers[0])

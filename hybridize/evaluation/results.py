@@ -18,7 +18,8 @@ FORMAT = 1
 
 
 def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str, ran: dict[str, Any]) -> dict[str, Any]:
-    """results.json's object out of lm-eval's own. `checkpoint`: the content hash; `ran`: device, type, engine."""
+    """results.json's object out of lm-eval's own. `checkpoint`: the content hash; `ran`: device,
+    type, engine."""
     tasks = {}
     for task, samples in found["samples"].items():
         figures = figures_of(found, task)
@@ -39,7 +40,8 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
 
 
 def groups_of(found: dict[str, Any], asked: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of the groups that were asked for: their aggregates, in lm-eval's own weighing, and all tasks below them."""
+    """Of the groups that were asked for: their aggregates, in lm-eval's own weighing, and all tasks
+    below them."""
     below = found.get("group_subtasks", {})
 
     def leaves(name: str) -> list[str]:
@@ -69,7 +71,8 @@ def tasks_in_groups(results: dict[str, Any]) -> set[str]:
 
 
 def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
-    """Each document of each task as a line of JSON: what was asked, what the model said, what of that counts, what is right."""
+    """Each document of each task as a line of JSON: what was asked, what the model said, what of
+    that counts, what is right."""
     kept = ("doc_id", "doc_hash", "filter", "arguments", "resps", "filtered_resps", "target", "metrics")
     lines = (
         {"task": task, **{key: sample[key] for key in kept if key in sample}}
@@ -126,7 +129,8 @@ def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, basel
 
 
 def reusable(path: Path, checkpoint: str, settings: dict[str, Any], ran: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in `path`, if they are of this checkpoint (content hash), settings, number type and lm-eval; else None."""
+    """The results in `path`, if they are of this checkpoint (content hash), settings, number type
+    and lm-eval; else None."""
     if not path.is_file():
         return None
     try:

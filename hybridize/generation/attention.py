@@ -1,7 +1,8 @@
-"""Attention of one new token a sequence over keys and values that lie at fixed places, each sequence with its own count.
+"""Attention of one new token a sequence over keys and values that lie at fixed places, each
+sequence with its own count.
 
-`kernel` is a Triton kernel on a CUDA device, `torch` is plain PyTorch. Both read a key and a value once for all the query
-heads that share them.
+`kernel` is a Triton kernel on a CUDA device, `torch` is plain PyTorch. Both read a key and a value
+once for all the query heads that share them.
 
 Shape legend: B sequences, H query heads, K key/value heads, S places, d head size.
 """
@@ -33,9 +34,11 @@ def decode_attention(
     cap: float | None = None,
     engine: str | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v over the first min(counts, S) places of each sequence; cap: Gemma 2's soft cap on the logits.
+    """softmax(scale q k^T) v over the first min(counts, S) places of each sequence; cap: Gemma 2's
+    soft cap on the logits.
 
-    query [B, H, d]; keys, values [B, K, S, d]; counts [B] int, at least 1. Returns [B, H, d] in values' dtype.
+    query [B, H, d]; keys, values [B, K, S, d]; counts [B] int, at least 1. Returns [B, H, d] in
+    values' dtype.
     """
     if engine is None:
         engine = "kernel" if query.is_cuda and triton_missing() is None else "torch"
@@ -55,7 +58,8 @@ def decode_attention(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, counts: Tensor, **told: Any
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention functions: query [B, H, 1, d] -> ([B, 1, H, d], None). A window is the cache's affair."""
+    """As transformers calls attention functions: query [B, H, 1, d] -> ([B, 1, H, d], None). A
+    window is the cache's affair."""
     scale = told.get("scaling") or query.shape[-1] ** -0.5
     return decode_attention(query[:, :, 0], key, value, counts, scale, told.get("softcap")).unsqueeze(1), None
 

@@ -1,4 +1,5 @@
-"""What sequences leave behind while they are decoded, at fixed addresses: keys and values, windows and states.
+"""What sequences leave behind while they are decoded, at fixed addresses: keys and values, windows
+and states.
 
 Nothing here is ever grown or moved, so a captured step can read and write it for ever.
 """
@@ -17,8 +18,8 @@ from hybridize.modeling import MIXER_LAYER, HybridConfig, HybridForCausalLM
 
 
 class _Places:
-    """Keys and values [B, K, S, d] of one attention layer. A window of S tokens is a ring: what order keys stand in is nothing
-    to attention, since their positions are turned into them."""
+    """Keys and values [B, K, S, d] of one attention layer. A window of S tokens is a ring: what
+    order keys stand in is nothing to attention, since their positions are turned into them."""
 
     def __init__(self, rows: int, heads: int, places: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         self.keys, self.values = (torch.zeros(rows, heads, places, width, device=device, dtype=dtype) for _ in range(2))
@@ -29,7 +30,8 @@ class _Places:
 
 
 def _mixer_layer(mixer: Any, rows: int, device: torch.device, dtype: torch.dtype) -> LinearAttentionLayer:
-    """transformers' layer of a mixer's window and state, as if a prefix had been read: mixers step on from it in place."""
+    """transformers' layer of a mixer's window and state, as if a prefix had been read: mixers step
+    on from it in place."""
     layer = LinearAttentionLayer()
     window = torch.zeros(rows, mixer.conv1d.weight.shape[0], mixer.conv1d.kernel_size[0], device=device, dtype=dtype)
     layer.lazy_initialization(conv_states=window)
@@ -40,7 +42,8 @@ def _mixer_layer(mixer: Any, rows: int, device: torch.device, dtype: torch.dtype
 
 
 class DecodeCache:
-    """Of `rows` sequences with up to `length` tokens each. `lengths` [rows]: how many each has; a step's tokens go there."""
+    """Of `rows` sequences with up to `length` tokens each. `lengths` [rows]: how many each has; a
+    step's tokens go there."""
 
     def __init__(self, model: HybridForCausalLM, rows: int, length: int, dtype: torch.dtype) -> None:
         config, device = model.config, model.device
@@ -60,7 +63,8 @@ class DecodeCache:
         return 0
 
     def begin_step(self) -> None:
-        """To be called before each step: where in a layer of so many places the step's keys and values go."""
+        """To be called before each step: where in a layer of so many places the step's keys and
+        values go."""
         sizes = {layer.keys.shape[2] for layer in self.layers if isinstance(layer, _Places)}
         self._at = {size: self.lengths % size for size in sizes}
 
@@ -73,7 +77,8 @@ class DecodeCache:
         return layer.keys, layer.values
 
     def take(self, rows: Sequence[int], read: Any, length: int) -> None:
-        """Takes over what prefill left in transformers' cache `read`, row by row, of prompts of `length` tokens."""
+        """Takes over what prefill left in transformers' cache `read`, row by row, of prompts of
+        `length` tokens."""
         index = torch.tensor(rows, device=self.lengths.device)
         for mine, theirs in zip(self.layers, read.layers, strict=True):
             if isinstance(mine, _Places):

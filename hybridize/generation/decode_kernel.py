@@ -1,7 +1,8 @@
-"""The Triton kernel behind `decode_attention`: flash decoding, keys and values of a sequence split over several programs.
+"""The Triton kernel behind `decode_attention`: flash decoding, keys and values of a sequence split
+over several programs.
 
-Bound by the bytes of keys and values, each read once (2 B K n d elements for n places filled). The split sizes follow `counts`
-on the device, so that one captured launch serves every length.
+Bound by the bytes of keys and values, each read once (2 B K n d elements for n places filled). The
+split sizes follow `counts` on the device, so that one captured launch serves every length.
 """
 
 from __future__ import annotations

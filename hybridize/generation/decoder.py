@@ -1,6 +1,8 @@
-"""One step of decoding for many sequences: a captured CUDA graph where that can be, the same calls one by one elsewhere.
+"""One step of decoding for many sequences: a captured CUDA graph where that can be, the same calls
+one by one elsewhere.
 
-Teachers and hybrids go through the same code, so that what is compared is the model. Knows nothing of text.
+Teachers and hybrids go through the same code, so that what is compared is the model. Knows nothing
+of text.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from hybridize.runtime.device import captured
 from .attention import NAME
 from .cache import DecodeCache
 
-# logits [B, V], how many tokens each row has [B], and those tokens [B, L] -> the next token of each, [B]
+# logits [B, V], how many tokens each row has [B], and those tokens [B, L] -> the next token of
+# each, [B]
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,7 +36,8 @@ def can_capture(model: HybridForCausalLM) -> bool:
 
 
 def looks_at_the_longest(config: HybridConfig) -> bool:
-    """Whether the model's rotary tables depend on the longest sequence, so that none can be decoded beside another."""
+    """Whether the model's rotary tables depend on the longest sequence, so that none can be decoded
+    beside another."""
     told = getattr(config, "rope_parameters", None) or {}
     kinds = [told, *(part for part in told.values() if isinstance(part, dict))]
     return any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
@@ -48,8 +52,9 @@ def check_decodable(config: HybridConfig) -> None:
 class Decoder:
     """`rows` sequences of up to `length` tokens, each at its own place. All on the model's device.
 
-    history [rows, length + 1]: the tokens so far, then a place for what full rows go on to write; `cache.lengths` [rows] of
-    them have been read by the model, and the one after those is next. pick is captured too and must not look at the host.
+    history [rows, length + 1]: the tokens so far, then a place for what full rows go on to write;
+    `cache.lengths` [rows] of them have been read by the model, and the one after those is next.
+    pick is captured too and must not look at the host.
     """
 
     def __init__(
@@ -67,7 +72,8 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[int], ids: Tensor) -> Tensor:
-        """Reads prompts ids [len(rows), T] of one length into these rows and picks their first tokens. Gives the logits."""
+        """Reads prompts ids [len(rows), T] of one length into these rows and picks their first
+        tokens. Gives the logits."""
         length = ids.shape[1]
         if length >= self.length:
             raise ValueError(f"a prompt of {length} tokens leaves no room in {self.length}")
@@ -86,7 +92,8 @@ class Decoder:
         return self.pick(every, self.cache.lengths, self.history)[index]
 
     def step(self) -> None:
-        """Every row reads its newest token and picks the one after it. A full row writes beside its tokens."""
+        """Every row reads its newest token and picks the one after it. A full row writes beside its
+        tokens."""
         if self._graph is None:
             self._step()
         else:

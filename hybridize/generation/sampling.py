@@ -1,6 +1,8 @@
-"""Which token comes next, with transformers' options, without a look at the host: it runs inside a captured step.
+"""Which token comes next, with transformers' options, without a look at the host: it runs inside a
+captured step.
 
-Every sequence has random numbers of its own, drawn beforehand, so what it says does not depend on its neighbours or its row.
+Every sequence has random numbers of its own, drawn beforehand, so what it says does not depend on
+its neighbours or its row.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ class SamplingSettings:
 
 
 def distribution(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
-    """logits [B, V] -> probabilities [B, K], falling, and whose they are [B, K]; for a temperature above 0.
+    """logits [B, V] -> probabilities [B, K], falling, and whose they are [B, K]; for a temperature
+    above 0.
 
-    In transformers' order: temperature, the K most likely, the fewest whose mass reaches top_p (Holtzman et al., 1904.09751),
-    those of at least min_p of the first one's probability (2407.01082); the first always stays.
+    In transformers' order: temperature, the K most likely, the fewest whose mass reaches top_p
+    (Holtzman et al., 1904.09751), those of at least min_p of the first one's probability
+    (2407.01082); the first always stays.
     """
     scaled = logits.float() / settings.temperature
     count = min(settings.top_k or scaled.shape[-1], scaled.shape[-1])
@@ -54,10 +58,11 @@ def distribution(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Rules:
-    """What makes tokens less likely or impossible, in transformers' terms, whether answers are sampled or not.
+    """What makes tokens less likely or impossible, in transformers' terms, whether answers are
+    sampled or not.
 
-    suppress, begin_suppress (for an answer's first token alone), banned: token ids; min_length counts the prompt, min_new does
-    not: before them none of `ends` can come.
+    suppress, begin_suppress (for an answer's first token alone), banned: token ids; min_length
+    counts the prompt, min_new does not: before them none of `ends` can come.
     """
 
     repetition_penalty: float = 1.0
@@ -80,9 +85,9 @@ class Rules:
 
 
 def ruled(logits: Tensor, history: Tensor, lengths: Tensor, starts: Tensor, rules: Rules) -> Tensor:
-    """logits [B, V] under `rules`, as float32. The first lengths[b] of history [B, L] are row b's tokens so far, the first
-    starts[b] of them its prompt. Asks nothing of the device, so a CUDA graph can hold it.
-    """
+    """logits [B, V] under `rules`, as float32. The first lengths[b] of history [B, L] are row b's
+    tokens so far, the first starts[b] of them its prompt. Asks nothing of the device, so a CUDA
+    graph can hold it."""
     scores = logits.float()
     if rules.repetition_penalty != 1:  # Keskar et al., 1909.05858, section 4.1
         there = torch.arange(history.shape[1], device=history.device) < lengths.unsqueeze(1)
@@ -137,7 +142,8 @@ class Sampler:
         self.broken = torch.zeros(rows, dtype=torch.bool, device=device)  # a logit was NaN or infinite
 
     def begin(self, row: int, prompt: int, seed: int) -> None:
-        """This row's next sequence begins: a prompt of so many tokens, and whatever follows from the seed."""
+        """This row's next sequence begins: a prompt of so many tokens, and whatever follows from
+        the seed."""
         self.starts[row] = prompt
         self.broken[row] = False
         if self.settings.temperature > 0:

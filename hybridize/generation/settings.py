@@ -1,4 +1,5 @@
-"""A checkpoint's generation settings: what of them is followed, what is refused by name, and which tokens end an answer."""
+"""A checkpoint's generation settings: what of them is followed, what is refused by name, and which
+tokens end an answer."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ REFUSED_IN_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Generation:
-    """How a checkpoint's answers are drawn. ends: tokens that end one; others: settings, with their values, that change what
-    is written and are not followed here."""
+    """How a checkpoint's answers are drawn. ends: tokens that end one; others: settings, with their
+    values, that change what is written and are not followed here."""
 
     sampling: SamplingSettings
     rules: Rules
@@ -42,10 +43,12 @@ class Generation:
 
 
 def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, asked: Mapping[str, Any]) -> Generation:
-    """The settings of the checkpoint directory `path` with this config.json, and over them what the user has `asked` for.
+    """The settings of the checkpoint directory `path` with this config.json, and over them what the
+    user has `asked` for.
 
-    asked: temperature (0 is greedy), top_k, top_p and min_p, None where nothing is asked. Unasked, a checkpoint samples only
-    where its `do_sample` says so. InputError where the file cannot be read.
+    asked: temperature (0 is greedy), top_k, top_p and min_p, None where nothing is asked. Unasked,
+    a checkpoint samples only where its `do_sample` says so. InputError where the file cannot be
+    read.
     """
     from transformers import GenerationConfig
 
@@ -68,8 +71,8 @@ def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, asked
 
 
 def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool, ends: Iterable[int]) -> Generation:
-    """made: generation settings by name, in transformers' terms; drawn: temperature, top_k, top_p and min_p, None where unset;
-    samples: whether answers are sampled at all."""
+    """made: generation settings by name, in transformers' terms; drawn: temperature, top_k, top_p
+    and min_p, None where unset; samples: whether answers are sampled at all."""
     unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     chosen = {key: value if drawn.get(key) is None else drawn[key] for key, value in unset.items()}
     if not samples:
@@ -96,7 +99,8 @@ def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool
 
 
 def ends_of(said: Iterable[Any], tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: what generation settings and config say, and where both are silent the tokenizer's own."""
+    """Tokens that end an answer: what generation settings and config say, and where both are silent
+    the tokenizer's own."""
     ends = {end for one in said for end in (one if isinstance(one, list | tuple) else [one]) if end is not None}
     return frozenset(ends or ({tokenizer.eos_token_id} - {None}))
 

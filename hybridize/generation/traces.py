@@ -1,4 +1,5 @@
-"""The file that answers are written to: lines as they come into FILE.part, FILE itself, in order, once all are there."""
+"""The file that answers are written to: lines as they come into FILE.part, FILE itself, in order,
+once all are there."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from hybridize.generation.writing import Written
 def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written) -> dict[str, Any]:
     """The line to distil on: what was asked in `row`, and the answer's text with all its tokens.
 
-    Encoding it gives back the prompt and the answer's ids: where the text alone does not say them, as with templates that cut
-    reasoning out or tokenizers with several ways to say the same, they are in `token_ids`.
+    Encoding it gives back the prompt and the answer's ids: where the text alone does not say them,
+    as with templates that cut reasoning out or tokenizers with several ways to say the same, they
+    are in `token_ids`.
     """
     text = decoded(encoder.tokenizer, answer.ids)
     line = question_of(encoder, row, where)
@@ -34,7 +36,8 @@ def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written)
 
 
 def question_of(encoder: Encoder, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The part of a line that is known before there is an answer. InputError where it cannot be written as JSON."""
+    """The part of a line that is known before there is an answer. InputError where it cannot be
+    written as JSON."""
     question = read_question(row, where)
     if isinstance(question, Pair) and encoder.template:
         question = question.as_chat().question
@@ -59,7 +62,8 @@ def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, ids: list[in
 
 
 class Traces:
-    """settings: all that decides the answers; another run's are not gone on with. InputError where something is in the way."""
+    """settings: all that decides the answers; another run's are not gone on with. InputError where
+    something is in the way."""
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.path = path
@@ -82,7 +86,8 @@ class Traces:
         self.journal.put(self.lines[key])
 
     def finish(self) -> list[dict[str, Any]]:
-        """All answers in the order of their prompts. Empty ones are not written: there is nothing to learn from them."""
+        """All answers in the order of their prompts. Empty ones are not written: there is nothing
+        to learn from them."""
         lines = [self.lines[key] for key in sorted(self.lines)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines if line["tokens"])
         write_text_atomic(self.path, text)

@@ -1,4 +1,5 @@
-"""Many prompts through one decoder: a row is taken up by the next prompt as soon as its sequence has ended."""
+"""Many prompts through one decoder: a row is taken up by the next prompt as soon as its sequence
+has ended."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Written:
-    """ids: the answer without the end token; ended: by such a token or by `stop`, not by its length; broken: a logit of it was
-    not finite, and what was picked from it means nothing."""
+    """ids: the answer without the end token; ended: by such a token or by `stop`, not by its
+    length; broken: a logit of it was not finite, and what was picked from it means nothing."""
 
     key: tuple[int, int]
     ids: list[int]
@@ -62,9 +63,9 @@ def write(
     rows: int, rules: Rules | None = None, stop: Callable[[tuple[int, int], list[int]], bool] = lambda *_: False,
     stride: int = STRIDE,
 ) -> Iterator[Written]:  # fmt: skip
-    """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows: sequences side by side; stop: told
-    of every answer's tokens so far, each `stride` steps, and True where there need be no more.
-    """
+    """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows:
+    sequences side by side; stop: told of every answer's tokens so far, each `stride` steps, and
+    True where there need be no more."""
     sampler = Sampler(settings, rows, new, model.device, rules)
     decoder = Decoder(model, rows, longest + new, sampler)
     waiting, running = iter(wanted), dict[int, Wanted]()

@@ -1,6 +1,8 @@
-"""What is known of a family of checkpoints, gathered from their own files: layout, lineage, tasks, fidelity, speed, training.
+"""What is known of a family of checkpoints, gathered from their own files: layout, lineage, tasks,
+fidelity, speed, training.
 
-Nothing is measured, no weight is read. A file that cannot be read is named. Paths are shown without the machine's folders.
+Nothing is measured, no weight is read. A file that cannot be read is named. Paths are shown without
+the machine's folders.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ Key = tuple[str, str]  # a task or group, and which of its figures
 
 @dataclass(frozen=True)
 class Figure:
-    """main: what the task or group is called by. low, high: its interval at LEVEL, where documents' scores are known."""
+    """main: what the task or group is called by. low, high: its interval at LEVEL, where documents'
+    scores are known."""
 
     value: float
     better: bool
@@ -44,7 +47,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint in another format. parent: of which checkpoint. verified: what its own card says of that, if it says it."""
+    """A checkpoint in another format. parent: of which checkpoint. verified: what its own card says
+    of that, if it says it."""
 
     name: str
     form: str
@@ -56,10 +60,11 @@ class Export:
 class Entry:
     """A checkpoint, or a results file without one.
 
-    origin: the teacher's place and content hash, as the manifest has them. baseline: the teacher's results that an evaluation
-    left beside the entry's own. figures: of tasks and groups, in the order of the
-    file. drops: the same held against the teacher's; apart: why they cannot be. steps, generations: bench.json's. loss, kl:
-    training tokens since the teacher, and what was logged then.
+    origin: the teacher's place and content hash, as the manifest has them. baseline: the teacher's
+    results that an evaluation left beside the entry's own. figures: of tasks and groups, in the
+    order of the file. drops: the same held against the teacher's; apart: why they cannot be. steps,
+    generations: bench.json's. loss, kl: training tokens since the teacher, and what was logged
+    then.
     """
 
     name: str
@@ -101,7 +106,8 @@ class Entry:
 
 @dataclass
 class Report:
-    """entries: in the order of conversion. lost: exports whose checkpoint is not among them. bases: the folders given."""
+    """entries: in the order of conversion. lost: exports whose checkpoint is not among them. bases:
+    the folders given."""
 
     entries: list[Entry]
     problems: list[str]
@@ -120,14 +126,16 @@ class Report:
         return max(have, key=lambda key: (have[key], key[0] * key[1], key), default=None)
 
     def teacher(self, entry: Entry) -> Entry | None:
-        """What `entry` was made from in the beginning, by place, else by the content that was evaluated."""
+        """What `entry` was made from in the beginning, by place, else by the content that was
+        evaluated."""
         place, content = entry.origin
         others = [other for other in self.entries if other is not entry and other.mixers == 0]
         same = (o for o in others if content and o.results is not None and o.results.get("checkpoint") == content)
         return next((other for other in others if other.path == place), None) or next(same, None)
 
     def shown(self, path: str | Path) -> str:
-        """A path as a reader may see it: from a folder that was given, else its name; hub ids as they are."""
+        """A path as a reader may see it: from a folder that was given, else its name; hub ids as
+        they are."""
         text = str(path)
         if hub := re.search(r"models--([^/]+)/snapshots/", text):
             return hub[1].replace("--", "/")
@@ -147,7 +155,8 @@ class Report:
 
 
 def collect(paths: Sequence[Path]) -> Report:
-    """Checkpoints below `paths` with their eval/ folders, and every results.json and bench.json that lies among them.
+    """Checkpoints below `paths` with their eval/ folders, and every results.json and bench.json
+    that lies among them.
 
     InputError where there is nothing at all.
     """
@@ -214,7 +223,8 @@ def _guarded(report: Report, file: Path, step: Callable[[], Any]) -> None:
 
 
 def _ordered(report: Report) -> None:
-    """In the order of conversion: every teacher, then what was made of it, by Mamba layers and place in the lineage."""
+    """In the order of conversion: every teacher, then what was made of it, by Mamba layers and
+    place in the lineage."""
     teachers = [entry for entry in report.entries if any(report.teacher(other) is entry for other in report.entries)]
 
     def place(entry: Entry) -> tuple[Any, ...]:
@@ -313,7 +323,8 @@ def _add_baseline(report: Report, entry: Entry, file: Path) -> None:
 
 
 def _set_tasks(entry: Entry, found: dict[str, Any]) -> None:
-    """Groups by their own aggregates, and tasks that are in no group; recall tasks are told by length."""
+    """Groups by their own aggregates, and tasks that are in no group; recall tasks are told by
+    length."""
     groups = found.get("groups") or {}
     inside = tasks_in_groups(found)
     figures: dict[Key, Figure] = {}
@@ -342,8 +353,9 @@ def _spread(figure: dict[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _interval(scores: torch.Tensor) -> tuple[float | None, float | None]:
-    """Of the mean at LEVEL: Wilson's score interval (JASA 22, 1927) where documents are right or wrong, since a bootstrap of
-    answers that are all alike is sure of itself; else the bootstrap over documents."""
+    """Of the mean at LEVEL: Wilson's score interval (JASA 22, 1927) where documents are right or
+    wrong, since a bootstrap of answers that are all alike is sure of itself; else the bootstrap
+    over documents."""
     count = len(scores)
     if count < 2:
         return None, None

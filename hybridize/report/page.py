@@ -1,4 +1,5 @@
-"""The report as one page of HTML that needs nothing beside it: no script, no network, charts inside.
+"""The report as one page of HTML that needs nothing beside it: no script, no network, charts
+inside.
 
 Whatever comes from a file is escaped: names and settings are the checkpoints' own words.
 """
@@ -93,7 +94,8 @@ def change(value: float) -> str:
 
 
 def headline(report: Report) -> str:
-    """How much faster, how much lost, at how many layers: of the stage with most Mamba layers that has results."""
+    """How much faster, how much lost, at how many layers: of the stage with most Mamba layers that
+    has results."""
     found = [entry for entry in report.entries if entry.mixers and (entry.figures or entry.fidelity or entry.steps)]
     if not found:
         return ""

@@ -1,4 +1,5 @@
-"""The report's charts as inline SVG: no library, no script, colours that the page's style sets for light and dark.
+"""The report's charts as inline SVG: no library, no script, colours that the page's style sets for
+light and dark.
 
 Every text is escaped here: names are the checkpoints' own words.
 """
@@ -33,8 +34,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, joined by a line where there are several. colour: of the page's; None is a faint line without dots
-    that joins what others drew. label: written beside the last point. spread: where the interval of each y begins and ends."""
+    """Points of one colour, joined by a line where there are several. colour: of the page's; None
+    is a faint line without dots that joins what others drew. label: written beside the last point.
+    spread: where the interval of each y begins and ends."""
 
     name: str
     points: tuple[Point, ...]
@@ -45,7 +47,8 @@ class Series:
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> tuple[Point, ...]:
-    """At most so many of them, evenly chosen, first and last among them; those that are not finite are left out."""
+    """At most so many of them, evenly chosen, first and last among them; those that are not finite
+    are left out."""
     good = [point for point in points if all(map(math.isfinite, point))]
     if len(good) <= most:
         return tuple(good)
@@ -135,7 +138,8 @@ Quality = tuple[float, tuple[Point, ...]]  # and its interval, where there is on
 
 
 def _quality(report: Report) -> tuple[Axis, list[Quality | None]]:
-    """Of each entry: the share of the teacher's figures that it keeps, else the mean of its tasks, else agreement."""
+    """Of each entry: the share of the teacher's figures that it keeps, else the mean of its tasks,
+    else agreement."""
     entries = report.entries
     pairs = [(entry, teacher) for entry in entries if entry.drops and (teacher := report.teacher(entry)) is not None]
     keys = [key for key in keys_of(report, True) if all(_kept(entry, key) for entry, _ in pairs)]

@@ -1,4 +1,5 @@
-"""Where models run and how: device, compute type, memory limits, determinism, compiled layers and CUDA graphs."""
+"""Where models run and how: device, compute type, memory limits, determinism, compiled layers and
+CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from hybridize.errors import InputError, setting
+from hybridize.modeling import engine_for, mixer_class
+from hybridize.notes import Notes
 
 T = TypeVar("T")
 CGROUP = Path("/sys/fs/cgroup")  # of Linux, version 2, as a container sees its own
@@ -19,7 +22,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. InputError when the device is not there."""
-    # the Mamba-2 kernels try their configurations for 100 s at first use: kept in Triton's cache, they do so once a machine
+    # the Mamba-2 kernels try their configurations for 100 s at first use: kept in Triton's cache,
+    # they do so once a machine
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +37,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def be_deterministic() -> None:
-    """From here on every sum on CUDA is taken in one order, or the operation that cannot says so. Before the first use of CUDA.
+    """From here on every sum on CUDA is taken in one order, or the operation that cannot says so.
+    Before the first use of CUDA.
 
     mamba-ssm and causal-conv1d look at torch's switch too, all but Mamba-1's scan.
     """
@@ -42,7 +47,8 @@ def be_deterministic() -> None:
 
 
 def pick_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
-    """`auto` computes in bfloat16 on CUDA and float32 elsewhere. `training` refuses float16, whose gradients underflow."""
+    """`auto` computes in bfloat16 on CUDA and float32 elsewhere. `training` refuses float16, whose
+    gradients underflow."""
     if training and name == "float16":
         raise InputError(f"{setting('dtype')} float16 loses small gradients; train with bfloat16 or float32")
     if name == "auto":
@@ -59,15 +65,17 @@ def pick_compute(device: str, dtype: str, training: bool = False) -> tuple[torch
 
 
 def planned_on(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What a --dry-run reckons with: the device that would run, or a GPU where one is asked for that this machine lacks."""
+    """What a --dry-run reckons with: the device that would run, or a GPU where one is asked for
+    that this machine lacks."""
     elsewhere = device.partition(":")[0] == "cuda" and not torch.cuda.is_available()
     where = torch.device("cuda") if elsewhere else pick_device(device)
     return where, pick_dtype(dtype, where, training=True)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have of a device: of a CPU also what the system would give back, within the container's
-    limit, in equal parts for all processes of a torchrun on this machine."""
+    """Bytes that this process can still have of a device: of a CPU also what the system would give
+    back, within the container's limit, in equal parts for all processes of a torchrun on this
+    machine."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
@@ -84,26 +92,37 @@ def free_memory(device: torch.device) -> int:
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
-    """Of a GPU no more than so much from here on: what is only kept for later is given up first, and beyond that memory is out.
-    A CPU knows no such limit."""
+    """Of a GPU no more than so much from here on: what is only kept for later is given up first,
+    and beyond that memory is out. A CPU knows no such limit."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         total = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), index)
 
 
+def note_tuning(device: torch.device, mixer: dict[str, Any] | None, notes: Notes) -> None:
+    """Why the first step may be silent for minutes, where that can be. mixer: the config's entry."""
+    if mixer is not None and mixer_class(mixer).tunes and engine_for(device) == "kernel":
+        notes.note("the first step ever on a machine takes minutes: the mixer's kernels try their configurations, and remember")
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has the device that is planned for."""
+    return device.type != "cuda" or torch.cuda.is_available()
+
+
 def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What a result file says about where its figures come from."""
-    from hybridize.modeling import engine_for
-
     return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "engine": engine_for(device)}
 
 
 def keep_compiled_apart() -> None:
-    """A cache of compiled code for each kind of CPU and number of threads. To be called before anything is compiled.
+    """A cache of compiled code for each kind of CPU and number of threads. To be called before
+    anything is compiled.
 
-    torch keeps one for all: code for wide vectors that a narrower setting found there gave a loss of 67 instead of 122, without
-    a word, and the other way round it aborts (torch 2.13; `ATEN_CPU_CAPABILITY=avx2` after `avx512`, and before).
+    torch keeps one for all: code for wide vectors that a narrower setting found there gave a loss
+    of 67 instead of 122, without a word, and the other way round it aborts (torch 2.13;
+    `ATEN_CPU_CAPABILITY=avx2` after `avx512`, and before).
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -114,19 +133,22 @@ def keep_compiled_apart() -> None:
 
 
 def compile_layers(model: Any) -> None:
-    """torch.compile for each decoder layer in place: a graph a kind of layer, so 60 layers compile as fast as 3.
+    """torch.compile for each decoder layer in place: a graph a kind of layer, so 60 layers compile
+    as fast as 3.
 
     The scans stay calls of their own kernels.
     """
     keep_compiled_apart()
-    # transformers runs all layers through one wrapper, whose graphs (kinds x masks x training) would soon reach the limit of 8
+    # transformers runs all layers through one wrapper, whose graphs (kinds x masks x training)
+    # would soon reach the limit of 8
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.base_model.layers:
         layer.compile()
 
 
 def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """`run` as a CUDA graph, and what it returned, which each replay fills anew. What it reads must live as long."""
+    """`run` as a CUDA graph, and what it returned, which each replay fills anew. What it reads must
+    live as long."""
     aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):

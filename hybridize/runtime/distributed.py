@@ -1,4 +1,5 @@
-"""The processes of one run under torchrun: who they are, sums over them, and models sharded over them (FSDP2).
+"""The processes of one run under torchrun: who they are, sums over them, and models sharded over
+them (FSDP2).
 
 One process is a run without any of this: nothing is wrapped, sums are the tensors themselves.
 """
@@ -31,7 +32,8 @@ BUCKET_BYTES = 64 << 20  # gradients that travel together
 
 @dataclass(frozen=True)
 class Ranks:
-    """group: over which processes talk, and wait for one that writes or has more to do; no GPU waits there."""
+    """group: over which processes talk, and wait for one that writes or has more to do; no GPU
+    waits there."""
 
     rank: int = 0
     size: int = 1
@@ -49,7 +51,8 @@ class Ranks:
         return tensor
 
     def first(self, value: Any) -> Any:
-        """What the first rank has, on all: clocks and files may look different from rank to rank, decisions must not."""
+        """What the first rank has, on all: clocks and files may look different from rank to rank,
+        decisions must not."""
         if self.size > 1:
             box = [value]
             dist.broadcast_object_list(box, 0, self.group)
@@ -73,11 +76,13 @@ class Ranks:
             dist.barrier(self.group)
 
     def another_group(self) -> Any:
-        """A group of the same ranks for a thread of its own, whose messages would get among those of the training."""
+        """A group of the same ranks for a thread of its own, whose messages would get among those
+        of the training."""
         return dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
 
     def share(self, rows: int, what: str) -> slice:
-        """This rank's part of `rows` sequences. InputError unless all parts are equal, since ranks work in step."""
+        """This rank's part of `rows` sequences. InputError unless all parts are equal, since ranks
+        work in step."""
         if rows % self.size:
             raise InputError(f"{setting(what)} {rows} cannot be split evenly over {self.size} processes")
         part = rows // self.size
@@ -90,9 +95,11 @@ def world_size() -> int:
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
-    """The process group that torchrun announces in the environment, and this rank's own device; one rank without it.
+    """The process group that torchrun announces in the environment, and this rank's own device; one
+    rank without it.
 
-    In the middle of a step ranks wait for one another as long as torch's defaults have it (10 minutes on GPUs), else PATIENCE.
+    In the middle of a step ranks wait for one another as long as torch's defaults have it (10
+    minutes on GPUs), else PATIENCE.
     """
     size = world_size()
     if size == 1:
@@ -102,7 +109,8 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, rank, _ = next(rendezvous("env://"))
-        # torchrun --max-restarts hands on the store of the processes that died, in which their addresses still are
+        # torchrun --max-restarts hands on the store of the processes that died, in which their
+        # addresses still are
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo beside NCCL: checkpoints are written from the CPU's copies
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -117,7 +125,8 @@ def leave() -> None:
 
 
 def small(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A_log, D and dt bias: whole on every rank and float32 under every policy, since bfloat16 loses decays and steps."""
+    """A_log, D and dt bias: whole on every rank and float32 under every policy, since bfloat16
+    loses decays and steps."""
     return {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in FLOAT32}
 
 
@@ -134,11 +143,13 @@ def fill(model: nn.Module, module: nn.Module, source: CheckpointReader, device: 
 def shard(
     root: nn.Module, model: Any, ranks: Ranks, device: torch.device, dtype: torch.dtype | None, source: CheckpointReader | None
 ) -> None:
-    """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`, which holds it.
+    """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`,
+    which holds it.
 
-    Weights that belong to neither stay whole. dtype: what weights are gathered and computed in; gradients are summed in
-    float32. `root` must be what is called. source: where weights without storage are read from, layer by layer, so that no
-    rank ever holds more than its share and one layer.
+    Weights that belong to neither stay whole. dtype: what weights are gathered and computed in;
+    gradients are summed in float32. `root` must be what is called. source: where weights without
+    storage are read from, layer by layer, so that no rank ever holds more than its share and one
+    layer.
     """
     mesh = init_device_mesh(device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -160,13 +171,15 @@ def shard(
 
 
 def reshard(root: nn.Module) -> None:
-    """Parameters are their shards again: a forward pass without a backward leaves those of the root gathered."""
+    """Parameters are their shards again: a forward pass without a backward leaves those of the root
+    gathered."""
     if isinstance(root, FSDPModule):
         root.reshard()
 
 
 def average_gradients(model: nn.Module, ranks: Ranks) -> None:
-    """The mean over the ranks for all parameters that are whole on each, as FSDP has it for those that it sharded."""
+    """The mean over the ranks for all parameters that are whole on each, as FSDP has it for those
+    that it sharded."""
     if ranks.size == 1:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]

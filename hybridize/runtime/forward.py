@@ -25,7 +25,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Final hidden states [B, T, D], after the last norm, as the output matrix wants them; computed in `dtype`."""
+    """Final hidden states [B, T, D], after the last norm, as the output matrix wants them; computed
+    in `dtype`."""
     told = {}
     if batch.positions is not None and model.config._attn_implementation == attention.NAME:
         told["cu_seq_lens_q"] = batch.boundaries(batch.documents)
@@ -35,7 +36,8 @@ def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def before_output(model: Any, hidden: Tensor) -> Tensor:
-    """Final hidden states as the output matrix alone makes logits of them: some families divide the logits (Granite)."""
+    """Final hidden states as the output matrix alone makes logits of them: some families divide the
+    logits (Granite)."""
     scaling = getattr(model.config, "logits_scaling", 1.0)
     return hidden if scaling == 1 else hidden / scaling
 

@@ -18,7 +18,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the network."""
+    """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the
+    network."""
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     told = _how(config, path, dtype)
@@ -29,7 +30,8 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remot
 
 
 def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
-    """What loading must be told of a model with this config; InputError where it cannot be had in `dtype`."""
+    """What loading must be told of a model with this config; InputError where it cannot be had in
+    `dtype`."""
     shape = getattr(config, "mixer", None)
     if dtype == torch.float16 and shape is not None and not mixer_class(shape).fits_float16:
         raise InputError(
@@ -40,7 +42,8 @@ def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
 
 
 def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
-    """A teacher or hybrid as our own class, whose layers can be run one by one; in eval mode, weights as `dtype`."""
+    """A teacher or hybrid as our own class, whose layers can be run one by one; in eval mode,
+    weights as `dtype`."""
     config = hybrid_config(source.config)
     told = _how(config, source.path, dtype)
     model = HybridForCausalLM.from_pretrained(source.path, config=config, dtype=dtype, **told)
@@ -48,14 +51,16 @@ def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dty
 
 
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The same model without its weights, for a caller that puts them in piece by piece; buffers are real."""
+    """The same model without its weights, for a caller that puts them in piece by piece; buffers
+    are real."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     told, make = _how(config, path, dtype), transformers.AutoModelForCausalLM.from_config
     return without_storage(lambda: make(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)).eval()
 
 
 def without_storage(make: Callable[[], M]) -> M:
-    """The model that `make` makes, its weights tied and on the meta device, none of them drawn; buffers are real."""
+    """The model that `make` makes, its weights tied and on the meta device, none of them drawn;
+    buffers are real."""
     from accelerate import init_empty_weights
 
     from hybridize.compat.transformers import no_init_weights

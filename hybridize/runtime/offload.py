@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 
 def offload(model: Any, device: torch.device) -> None:
-    """Moves a model that is on the CPU and never trained to `device`, all but the weights of its layers.
+    """Moves a model that is on the CPU and never trained to `device`, all but the weights of its
+    layers.
 
-    Those are kept on the host, page-locked for a GPU, and each pass copies every layer once, so a pass costs at least the bytes
-    of the layers over the bus (16 GB of an 8 B model at 55 GB/s: 0.3 s), however many tokens it has. Copies and layers share a
-    stream: a layer's room is free again as soon as it has run.
+    Those are kept on the host, page-locked for a GPU, and each pass copies every layer once, so a
+    pass costs at least the bytes of the layers over the bus (16 GB of an 8 B model at 55 GB/s: 0.3
+    s), however many tokens it has. Copies and layers share a stream: a layer's room is free again
+    as soon as it has run.
     """
     for layer in model.base_model.layers:
         held = [(p, p.data.pin_memory() if device.type == "cuda" else p.data) for p in layer.parameters()]

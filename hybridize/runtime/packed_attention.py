@@ -1,7 +1,9 @@
-"""Attention over whole rows without a mask: causal, and within the documents that are packed beside one another in a row.
+"""Attention over whole rows without a mask: causal, and within the documents that are packed beside
+one another in a row.
 
-transformers makes a mask of T x T for packed rows, with which no fast kernel works, and looks at positions on the host to
-find out. Here the boundaries come as an argument, `cu_seq_lens_q`, which is transformers' own name for them.
+transformers makes a mask of T x T for packed rows, with which no fast kernel works, and looks at
+positions on the host to find out. Here the boundaries come as an argument, `cu_seq_lens_q`, which
+is transformers' own name for them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def can_attend(model: Any, length: int) -> bool:
 
 
 def use_packed_attention(model: Any) -> None:
-    """Lets all attention layers of a model call `attend`; forward must then be told the boundaries of packed rows."""
+    """Lets all attention layers of a model call `attend`; forward must then be told the boundaries
+    of packed rows."""
     register_attention(NAME, attend)
     model.config._attn_implementation = NAME
 
@@ -40,9 +43,11 @@ def use_packed_attention(model: Any) -> None:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, d], key and value [B, H', T, d] -> ([B, T, H, d], None), as transformers calls attention functions.
+    """query [B, H, T, d], key and value [B, H', T, d] -> ([B, T, H, d], None), as transformers
+    calls attention functions.
 
-    cu_seq_lens_q int32 [N + 1] among kwargs: where each document begins among all B * T positions, see Batch.boundaries.
+    cu_seq_lens_q int32 [N + 1] among kwargs: where each document begins among all B * T positions,
+    see Batch.boundaries.
     """
     bounds = kwargs.pop("cu_seq_lens_q", None)
     if bounds is None:

@@ -1,8 +1,8 @@
 """All MMR candidates of one process in training, side by side.
 
-A batch goes through the teacher once and through the untouched student once; a candidate runs from its own layer on, and shares
-calls with the others: a layer takes all that have begun below it, as rows of one batch.
-Shapes: B sequences, T tokens, D hidden size.
+A batch goes through the teacher once and through the untouched student once; a candidate runs from
+its own layer on, and shares calls with the others: a layer takes all that have begun below it, as
+rows of one batch. Shapes: B sequences, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
+from hybridize.distillation.optimize import Optimization
 from hybridize.distillation.plan import kept_bytes
-from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import chosen
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM, converted_layer
@@ -33,7 +32,8 @@ SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
 
 
 def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, values: dict[str, Tensor]) -> nn.Module:
-    """A converted copy of one layer: a mixer with `values`, float32 and to be trained; all else shared with the original."""
+    """A converted copy of one layer: a mixer with `values`, float32 and to be trained; all else
+    shared with the original."""
     original, before = student.model.layers[layer], student.config.mixer
     student.config.mixer = mixer
     try:
@@ -68,10 +68,12 @@ class Candidates:
         dtype: torch.dtype,
         room: int | None = None,
     ) -> None:
-        """mixer: the new mixers' config entry; starts: for each candidate layer the parameters that its mixer starts with.
+        """mixer: the new mixers' config entry; starts: for each candidate layer the parameters that
+        its mixer starts with.
 
-        student, teacher: on one device, left as they are but for the type of the student's frozen projections, which becomes
-        `dtype`. room: bytes for the activations of a group, None: of all side by side.
+        student, teacher: on one device, left as they are but for the type of the student's frozen
+        projections, which becomes `dtype`. room: bytes for the activations of a group, None: of all
+        side by side.
         """
         self.student, self.teacher, self.settings, self.dtype = student, teacher, settings, dtype
         self.loss = replace(Loss.parse(settings.loss), soft_cap=soft_cap(student))
@@ -84,12 +86,15 @@ class Candidates:
         for model in (student, teacher):
             if device.type == "cuda" and attention.can_attend(model, settings.seq_len):
                 attention.use_packed_attention(model)
-        self.optimizer = make_optimizer(self.mixed, settings)
+        parts = [self.mixed[str(layer)] for layer in self.layers]
+        self.optimization = Optimization(self.mixed, settings, parts=parts)
+        self.optimizer = self.optimization.adamw
         self.losses: list[Tensor] = []  # of each step, [candidates] in the order of `layers`
         self.groups = self._groups(room)
 
     def _groups(self, room: int | None) -> list[list[int]]:
-        """Neighbours whose activations fit side by side, by what `plan` says of a layer that is trained."""
+        """Neighbours whose activations fit side by side, by what `plan` says of a layer that is
+        trained."""
         config, tokens = self.student.config, self.settings.batch_size * self.settings.seq_len
         room = sys.maxsize if room is None else room
         device = output_weight(self.student).device.type
@@ -107,6 +112,11 @@ class Candidates:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step of every candidate."""
+        losses = self.optimization.take(len(self.losses), lambda: self._gradients(batch))
+        self.losses.append(losses)
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Adds every candidate's gradient; returns their losses, in the order of `layers`."""
         heard = self._untouched(batch)
         kept, count = batch.keep.flatten(), max(1, batch.kept)
         logits = None
@@ -123,16 +133,10 @@ class Candidates:
                 values.append(chunked_loss(ours, weight, logits, None, labels, self.loss, scale=1 / count, dtype=self.dtype))
             torch.stack(values).sum().backward()
             found += [value.detach() for value in values]
-        self.losses.append(torch.stack(found))
-        for layer in self.layers:
-            clip_gradients(self.mixed[str(layer)], self.settings.clip)
-        settings = self.settings
-        rate = factor(settings.schedule, len(self.losses) - 1, settings.total_steps, settings.warmup_steps)
-        update(self.optimizer, rate)
-        self.optimizer.zero_grad()
+        return torch.stack(found)
 
-    def _told(self, batch: Batch, times: int, hidden: Tensor) -> dict[str, dict[str, Any]]:
-        """What layers are told of the batch, `times` over."""
+    def _inputs(self, batch: Batch, times: int, hidden: Tensor) -> dict[str, dict[str, Any]]:
+        """The kwargs of each kind of layer for the batch, `times` over."""
         more: dict[str, Any] = {}
         if batch.positions is None:
             at = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
@@ -150,7 +154,7 @@ class Candidates:
         """What each candidate's layer hears [B, T, D]: the student's own hidden states below it."""
         with autocast(batch.ids.device, self.dtype):
             hidden = self.student.model.embed(batch.ids)
-            told, heard = self._told(batch, 1, hidden), {}
+            told, heard = self._inputs(batch, 1, hidden), {}
             for index, layer in enumerate(self.student.model.layers[: self.layers[-1] + 1]):
                 heard[index] = hidden
                 if index < self.layers[-1]:
@@ -158,7 +162,8 @@ class Candidates:
         return {layer: heard[layer] for layer in self.layers}
 
     def _forward(self, batch: Batch, group: list[int], heard: dict[int, Tensor]) -> Sequence[Tensor]:
-        """Final hidden states [B, T, D] of each candidate of a group, which enter one by one as the layers go up."""
+        """Final hidden states [B, T, D] of each candidate of a group, which enter one by one as the
+        layers go up."""
         model, begun = self.student.model, []
         hidden: Tensor | None = None
         with autocast(batch.ids.device, self.dtype):
@@ -167,11 +172,11 @@ class Candidates:
                 if hidden is not None:
                     hidden = model.layers[index](hidden, **told[self.student.config.layer_types[index]])
                 if index in group:
-                    alone = self._told(batch, 1, heard[index])[MIXER_LAYER]
+                    alone = self._inputs(batch, 1, heard[index])[MIXER_LAYER]
                     fresh = self.mixed[str(index)](heard[index], **alone)
                     begun.append(index)
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                    told = self._told(batch, len(begun), hidden)
+                    told = self._inputs(batch, len(begun), hidden)
             assert hidden is not None
             return before_output(self.student, model.norm(hidden)).chunk(len(begun))
 
@@ -202,7 +207,8 @@ class Candidates:
 def train(
     candidates: Candidates, batches: Iterable[Batch], state: Path | None = None, progress: Progress = lambda *_: None
 ) -> Tensor:
-    """The losses [steps, candidates] of all steps, going on from `state` where that file is; it is written every SAVE_EVERY.
+    """The losses [steps, candidates] of all steps, going on from `state` where that file is; it is
+    written every SAVE_EVERY.
 
     batches: one a step, from the first step on also when some are done; on the student's device.
     """

@@ -1,6 +1,8 @@
-"""Leave-one-out: what the model loses when one layer is taken away (Apriel-H1, 2511.02651, section 3).
+"""Leave-one-out: what the model loses when one layer is taken away (Apriel-H1, 2511.02651, section
+3).
 
-Either the drop of a task's metric through lm-eval, or the rise of the KL to the teacher on text. One sweep tries all layers.
+Either the drop of a task's metric through lm-eval, or the rise of the KL to the teacher on text.
+One sweep tries all layers.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,36 +22,35 @@ from hybridize.data.packing import Batch
 from hybridize.distillation.losses import divergence
 from hybridize.errors import InputError, WorkError, setting
 from hybridize.evaluation.figures import document_scores, figures_of, main_figure
-from hybridize.evaluation.harness import EvalSettings, evaluate, margins
+from hybridize.evaluation.harness import (
+    EvalSettings,
+    check_choices,
+    evaluate,
+    margins,
+    open_tasks,
+    repeatable,
+    task_names,
+)
+from hybridize.inputs import check_weights, warn_of_length, windows_beside_teacher
 from hybridize.modeling import HybridForCausalLM
+from hybridize.notes import Notes
+from hybridize.runtime.device import ran_on
 from hybridize.runtime.forward import CHUNK_TOKENS, autocast, before_output, hidden_states, token_logits
-from hybridize.scoring.scorer import Progress, attention_layers
+from hybridize.runtime.loading import load_model, load_tokenizer
+from hybridize.scoring.scorer import Progress, Scorer, attention_layers
+from hybridize.scoring.settings import LooSettings
+from hybridize.scoring.setup import Ranking, Setup
 from hybridize.scoring.sweep import Instead, Node, portions, sweep, tree
-from hybridize.scoring.uncertainty import scored
+from hybridize.scoring.uncertainty import rank_uncertainty, scored
 
-METRICS = ("accuracy", "margin", "kl")
 ABLATIONS: dict[str, Instead] = {
     "block": lambda _, layer, hidden, told: hidden,
     "mixer": lambda _, layer, hidden, told: _silenced(layer)(hidden),
 }
+UNCERTAIN = 0.5  # of all ranks, in the median: from here on a ranking says little
 STATE_BYTES = 1 << 30  # hidden states of all variants at once on a CPU; a GPU spends a quarter of what it has left
-Request = tuple[Sequence[int], Sequence[int]]  # what the model reads, and what its last positions should predict
+Question = tuple[Sequence[int], Sequence[int]]  # what the model reads, and what its last positions should predict
 Answer = tuple[float, bool]  # log-probability of that, and whether each token was the most likely one
-
-
-@dataclass(frozen=True)
-class LooSettings:
-    """metric `accuracy` (the tasks' own figure), `margin` (log-probability of the right answer minus the best wrong one) or
-    `kl` (nats a token, forward KL from the teacher); ablate the whole `block` or the `mixer` alone."""
-
-    metric: str = "accuracy"
-    ablate: str = "block"
-
-    def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise InputError(f"{setting('metric')} {self.metric} is unknown; use {', '.join(METRICS)}")
-        if self.ablate not in ABLATIONS:
-            raise InputError(f"{setting('ablate')} {self.ablate} is unknown; use {' or '.join(ABLATIONS)}")
 
 
 class _Silence(nn.Module):
@@ -59,7 +59,8 @@ class _Silence(nn.Module):
 
 
 def _silenced(layer: Any) -> Any:
-    """The layer with an attention that says nothing, whatever norms and factors its family has around it."""
+    """The layer with an attention that says nothing, whatever norms and factors its family has
+    around it."""
     other = copy.copy(layer)
     other._modules = {**layer._modules, "self_attn": _Silence()}
     return other
@@ -67,7 +68,7 @@ def _silenced(layer: Any) -> Any:
 
 @torch.no_grad()
 def answers(
-    model: HybridForCausalLM, requests: Sequence[Request], what: str, rows: int, progress: Progress = lambda *_: None
+    model: HybridForCausalLM, requests: Sequence[Question], what: str, rows: int, progress: Progress = lambda *_: None
 ) -> list[list[Answer]]:
     """Every request's answer: of the untouched model, then without each attention layer in turn.
 
@@ -118,22 +119,23 @@ def loo_tasks(
     manager: Any,
     progress: Progress = lambda *_: None,
 ) -> dict[str, list[LayerScore]]:
-    """Scores by the metric asked for, and, where that is accuracy, by the margin too if the tasks have one: it is there anyway.
+    """Scores by the metric asked for, and, where that is accuracy, by the margin too if the tasks
+    have one: it is there anyway.
 
-    Score = mean drop over all documents of all tasks, each task weighing the same. manager: see `repeatable`, for tasks that
-    `check_choices` passes.
+    Score = mean drop over all documents of all tasks, each task weighing the same. manager: see
+    `repeatable`, for tasks that `check_choices` passes.
     """
     layers, variant = attention_layers(model), 0
     known: dict[Any, list[Answer]] = {}
 
-    def answer(requests: Sequence[Request]) -> list[Answer]:
+    def answer(requests: Sequence[Question]) -> list[Answer]:
         keys = [(tuple(read), tuple(wanted)) for read, wanted in requests]
         if not known:
             table = answers(model, requests, settings.ablate, int(tasks.batch_size), progress)
             known.update({key: [row[number] for row in table] for number, key in enumerate(keys)})
         return [known[key][variant] for key in keys]
 
-    def nothing(requests: Sequence[Request]) -> list[Answer]:
+    def nothing(requests: Sequence[Question]) -> list[Answer]:
         return [(-1.0, False)] * len(requests)
 
     _per_document(evaluate(model, tokenizer, tasks, manager, nothing), settings.metric)  # whether there will be a score at all
@@ -184,7 +186,8 @@ def loo_kl(
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
-    """Score = rise of the forward KL from `teacher` on the kept tokens of `batches`, which are drawn again for the spread.
+    """Score = rise of the forward KL from `teacher` on the kept tokens of `batches`, which are
+    drawn again for the spread.
 
     teacher: another model, or None where it is `model` untouched.
     """
@@ -204,7 +207,8 @@ def kl_changes(
     sign: float = 1.0,
     progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
-    """Score = sign times what each change (see sweep) adds to the forward KL from `teacher`, or `model` where that is None."""
+    """Score = sign times what each change (see sweep) adds to the forward KL from `teacher`, or
+    `model` where that is None."""
     sums, tokens = [], []
     for number, batch in enumerate(batches, start=1):
         node, kept = Node(batch.ids, positions=batch.positions), batch.keep.flatten()
@@ -229,3 +233,78 @@ def _forward_kls(model: Any, variants: Tensor, teacher: Any, theirs: Tensor, dty
             log_q = F.log_softmax(token_logits(model, ours[part], dtype), -1)
             total[number] += divergence("forward-kl", log_q, log_p).double().sum()
     return total.cpu()
+
+
+class LooScorer(Scorer):
+    """Leave-one-out on lm-eval tasks, or on text by the KL divergence from the teacher."""
+
+    kind = "loo"
+    summary = "Rank layers by what removing each alone costs."
+    settings = LooSettings
+
+    def score(self, setup: Setup, settings: LooSettings) -> Ranking:
+        """As in Scorer."""
+        found, used = (_on_text if settings.metric == "kl" else _on_tasks)(setup, settings)
+        said = {"metric": settings.metric, "ablate": settings.ablate, **used, **ran_on(*setup.compute)}
+        label = f"{settings.metric} lost, {settings.ablate} removed"
+        return Ranking(found, settings.metric, label, {**said, "seed": setup.request.seed})
+
+
+def _on_text(setup: Setup, settings: LooSettings) -> tuple[list[LayerScore], dict[str, Any]]:
+    """Scores by KL, and what they were measured on."""
+    request, (device, dtype), notes = setup.request, setup.compute, setup.notes
+    batch_size = batch_for_spread(settings.batch_size, settings.windows)
+    warn_of_length(setup.source, settings.seq_len, notes)
+    origin, text, held_out = windows_beside_teacher(
+        setup.source, request.checkpoint, request.teacher, request.data, setup.encoder, limit=request.limit,
+        windows=settings.windows, seq_len=settings.seq_len, batch_size=batch_size, notes=notes,
+    )  # fmt: skip
+    check_weights(setup.source, origin, notes=notes)
+    batches = [batch.to(device) for batch in held_out]
+    notes.doing("loading the models")
+    same = origin.path == setup.source.path
+    teacher = None if same else load_model(origin.path, device, dtype, request.trust_remote_code)
+    found = loo_kl(setup.student(dtype), teacher, settings, batches, dtype, setup.counted("texts"))
+    return found, {"data": text, "windows": settings.windows, "seq_len": settings.seq_len, "mask": request.mask}
+
+
+def batch_for_spread(batch_size: int, windows: int) -> int:
+    """At most `batch_size`, and so small that there are eight batches where there are as many
+    windows: scores are resampled by batches."""
+    return max(1, min(batch_size, windows // 8))
+
+
+def _on_tasks(setup: Setup, settings: LooSettings) -> tuple[list[LayerScore], dict[str, Any]]:
+    """Scores by lm-eval tasks, and what they were measured on; warns where they can hardly tell
+    layers apart."""
+    request, notes = setup.request, setup.notes
+    evaluation = EvalSettings(
+        task_names(settings.tasks), settings.num_fewshot, request.limit, settings.batch_size, settings.apply_chat_template,
+        None, settings.include_path, request.seed,
+    )  # fmt: skip
+    manager = repeatable(open_tasks(evaluation))
+    check_choices(manager, evaluation)
+    check_weights(setup.source, notes=notes)
+    tokenizer = load_tokenizer(setup.source.path, request.trust_remote_code)
+    notes.doing("preparing the tasks")
+    progress = setup.counted("texts")
+    found = loo_tasks(setup.student(setup.compute[1]), tokenizer, settings, evaluation, manager, progress)
+    _warn_of_uncertainty(notes, settings.metric, found[settings.metric], found.get("margin"))
+    return found[settings.metric], evaluation.to_json()
+
+
+def _warn_of_uncertainty(notes: Notes, metric: str, found: list[LayerScore], margin: list[LayerScore] | None) -> None:
+    """Says so when a metric ranks hardly anything, and which one would."""
+    width = rank_uncertainty(found)
+    sharper = rank_uncertainty(margin) if metric == "accuracy" and margin else None
+    if width is None or width <= UNCERTAIN:
+        return
+    by = setting("metric")
+    other = f"{by} kl on your data may do better"
+    if sharper is not None and sharper < width:
+        other = f"{by} margin can (a rank is uncertain by {sharper:.0%} of all ranks)"
+    if metric == "margin" or sharper is not None:  # measured: docs/how-to/choosing-layers.md
+        other += f"; on a small model the layers that {by} kl and score-mmr chose trained far better than the margin's"
+    notes.warn(
+        f"{metric} can hardly tell these layers apart: a rank is uncertain by {width:.0%} of all ranks in the median; {other}"
+    )

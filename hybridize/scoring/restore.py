@@ -1,14 +1,17 @@
-"""What each attention layer would be worth if all others were mixers: from a student whose attention layers are all converted
-and briefly aligned, one is given back at a time, and the KL that this recovers is its score (after KL-guided selection,
-2512.20569).
+"""What each attention layer would be worth if all others were mixers: from a student whose
+attention layers are all converted and briefly aligned, one is given back at a time, and the KL that
+this recovers is its score (after KL-guided selection, 2512.20569).
 
-Where leave-one-out asks what the untouched model loses without a layer, this asks what the finished hybrid would gain by it.
+Where leave-one-out asks what the untouched model loses without a layer, this asks what the finished
+hybrid would gain by it.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,39 +21,17 @@ from hybridize.checkpoint.scores import LayerScore
 from hybridize.data.packing import Batch
 from hybridize.distillation.align import Aligner
 from hybridize.distillation.losses import Loss
-from hybridize.distillation.optimize import clip_gradients, make_optimizer, update
-from hybridize.distillation.schedule import factor
-from hybridize.distillation.settings import DistillSettings, check_positive
+from hybridize.distillation.optimize import Optimization
 from hybridize.distillation.step import Student
 from hybridize.errors import InputError, WorkError, setting
+from hybridize.inputs import check_weights, warn_of_length
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
+from hybridize.runtime.device import note_tuning
 from hybridize.scoring.candidates import converted
-from hybridize.scoring.loo import kl_changes
-from hybridize.scoring.scorer import Progress
-
-
-@dataclass(frozen=True)
-class RestoreSettings:
-    """Alignment: `steps` steps of `batch_size` sequences of `seq_len` tokens, at `lr_mixer`; 0 steps compare mere starts."""
-
-    steps: int = 100
-    batch_size: int = 8
-    seq_len: int = 512
-    lr_mixer: float = 1e-3
-    mask: str = "assistant"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise InputError(f"{setting('steps')} {self.steps} must not be negative")
-        check_positive(self, ("batch_size", "seq_len", "lr_mixer"))
-
-    def as_distill(self) -> DistillSettings:
-        """The alignment in the trainer's terms."""
-        return DistillSettings(
-            stage="align", mask=self.mask, steps=max(1, self.steps), batch_size=self.batch_size, seq_len=self.seq_len,
-            lr_mixer=self.lr_mixer, warmup_steps=min(10, self.steps // 2), seed=self.seed,
-        )  # fmt: skip
+from hybridize.scoring.loo import batch_for_spread, kl_changes
+from hybridize.scoring.scorer import Progress, Scorer
+from hybridize.scoring.settings import RestoreSettings
+from hybridize.scoring.setup import Ranking, Setup
 
 
 def restore(
@@ -67,7 +48,8 @@ def restore(
 ) -> list[LayerScore]:
     """Score = the forward KL from `teacher` on `heldout` that giving the layer back takes away.
 
-    student: becomes the one with all attention layers converted; starts: their mixers' parameters; training: a batch a step.
+    student: becomes the one with all attention layers converted; starts: their mixers' parameters;
+    training: a batch a step.
     """
     config, originals = student.config, {}
     kinds = list(config.layer_types)
@@ -79,16 +61,13 @@ def restore(
     student.requires_grad_(False)
     for layer in originals:  # mixers that were there before stay as they are
         student.model.layers[layer].mixer.requires_grad_(True)  # type: ignore[union-attr]
-    optimizer = make_optimizer(student, plain)
+    optimization = Optimization(student, plain)
     aligner = Aligner(Student(student, Loss(), dtype), teacher, settings.batch_size)
     aligner.layers = sorted(originals)
     value = torch.zeros(())
     student.train()
     for step, batch in zip(range(settings.steps), training, strict=False):
-        value = aligner(batch)
-        clip_gradients(student, plain.clip)
-        update(optimizer, factor(plain.schedule, step, settings.steps, plain.warmup_steps))
-        optimizer.zero_grad()
+        value = optimization.take(step, functools.partial(aligner, batch))
         progress(step + 1, settings.steps)
     if not bool(torch.isfinite(value)):
         raise WorkError(f"the alignment's loss is not finite; try a lower {setting('lr_mixer')}")
@@ -102,3 +81,37 @@ def restore(
     layers = sorted(originals)
     more = sorted({kinds[layer] for layer in layers})
     return kl_changes(student, teacher, layers, given_back, heldout, dtype, kinds=more, sign=-1.0, progress=progress)
+
+
+class RestoreScorer(Scorer):
+    """KL recovered by giving one attention layer back to the fully converted model."""
+
+    kind = "restore"
+    summary = "Rank layers by what giving attention back recovers."
+    settings = RestoreSettings
+    trains = True
+
+    def score(self, setup: Setup, settings: RestoreSettings) -> Ranking:
+        """As in Scorer."""
+        (device, dtype), notes = setup.compute, setup.notes
+        warn_of_length(setup.source, settings.seq_len, notes)
+        batch_size = batch_for_spread(settings.batch_size, settings.windows)
+        held_out = setup.corpus.held_out(settings.windows, settings.seq_len, batch_size)
+        setup.check_filled(settings.seq_len)
+        if not held_out:
+            raise InputError(
+                f"the held-out rows of {setup.data} do not fill one sequence of {settings.seq_len} tokens; "
+                f"a smaller {setting('seq_len')} or {setting('eval_data')} may"
+            )
+        check_weights(setup.source, setup.origin, notes=notes)
+        notes.doing("loading the models")
+        student, teacher = setup.student(torch.float32), setup.teacher()
+        note_tuning(device, setup.shape, notes)
+        batches = setup.corpus.training(settings.seed, settings.seq_len, settings.batch_size)
+        training = (batch.to(device) for batch in itertools.islice(batches, settings.steps))
+        found = restore(
+            student, teacher, setup.shape, setup.starts(), training, [batch.to(device) for batch in held_out], settings,
+            dtype, setup.counted("steps"), notes.note,
+        )  # fmt: skip
+        said = asdict(settings) | setup.described()
+        return Ranking(found, "kl recovered", "KL recovered by giving a layer back", said, mixed=True)

@@ -1,10 +1,11 @@
-"""All variants of a model with one layer changed, in one pass: what lies below it, and what texts share, is computed once.
+"""All variants of a model with one layer changed, in one pass: what lies below it, and what texts
+share, is computed once.
 
-Layer by layer, every variant that there is so far goes through the same layer side by side: the untouched model, and one more
-for each layer that something else has stood in for. Of N layers that makes N (N + 1) / 2 layer passes, where N + 1 runs take
-N (N + 1). Texts form a tree in which a node is what all its descendants begin with: its keys, values and states are computed
-once.
-Knows nothing of tasks or scores.
+Layer by layer, every variant that there is so far goes through the same layer side by side: the
+untouched model, and one more for each layer that something else has stood in for. Of N layers that
+makes N (N + 1) / 2 layer passes, where N + 1 runs take N (N + 1). Texts form a tree in which a node
+is what all its descendants begin with: its keys, values and states are computed once. Knows nothing
+of tasks or scores.
 
 Shapes: V variants, the untouched model first; R rows of a node, T tokens, D hidden size.
 """
@@ -23,9 +24,11 @@ from torch import Tensor
 from hybridize.compat.transformers import DynamicLayer
 from hybridize.modeling import CACHE, MIXER_LAYER, new_cache
 
-# layer number, the layer, what it hears [R, T, D], and what each kind of layer is told -> what comes out in its place
+# layer number, the layer, what it hears [R, T, D], and what each kind of layer is told -> what
+# comes out in its place
 Instead = Callable[[int, Any, Tensor, dict[str, dict[str, Any]]], Tensor]
-# tokens that a node must spare its descendants, all of them together: a GPU reads these many while it waits for one more launch
+# tokens that a node must spare its descendants, all of them together: a GPU reads these many while
+# it waits for one more launch
 SHARED = {"cpu": 32, "cuda": 4096}
 PADDED = 0.06  # share of a row that may be padding: variants fill a batch as well as rows do
 AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through a layer in one call, if a node is no larger
@@ -33,7 +36,8 @@ AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through a layer in one 
 
 @dataclass(eq=False)
 class Node:
-    """ids [R, T] go on after the one row of `parent`, which ends at position `offset`; shorter rows are filled up on the right.
+    """ids [R, T] go on after the one row of `parent`, which ends at position `offset`; shorter rows
+    are filled up on the right.
 
     positions [R, T] only for rows of packed documents. texts: which text each row ends.
     """
@@ -50,7 +54,8 @@ class Node:
 
 
 def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.device) -> list[Node]:
-    """The leaves of a tree over `texts`, each its token ids and how many of its last tokens must lie in its leaf.
+    """The leaves of a tree over `texts`, each its token ids and how many of its last tokens must
+    lie in its leaf.
 
     rows: at most so many in a leaf. No text may stand there twice.
     """
@@ -71,7 +76,8 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
             leaves.append(Node(made.to(device), parent, offset, texts=group))
 
     def grow(group: list[int], offset: int, parent: Node | None, loose: list[int]) -> None:
-        """group: texts in order of their ids, the same up to `offset`; those that no node is worth while for go to `loose`."""
+        """group: texts in order of their ids, the same up to `offset`; those that no node is worth
+        while for go to `loose`."""
         first, last = ids[group[0]], ids[group[-1]]
         same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
         end = min([same, *(len(ids[text]) - texts[text][1] for text in group)])
@@ -98,7 +104,8 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
 
 
 def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
-    """Leaves with their ancestors, ancestors first, of at most `tokens` tokens together where one leaf alone is no more."""
+    """Leaves with their ancestors, ancestors first, of at most `tokens` tokens together where one
+    leaf alone is no more."""
     portion: dict[Node, None] = {}
     for leaf in leaves:
         more = [node for node in leaf.path if node not in portion]
@@ -111,7 +118,8 @@ def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
 
 
 def layer_passes(model: Any, layers: Sequence[int]) -> tuple[int, int]:
-    """How many layers a token goes through in one sweep, and in as many separate runs; the larger part of the floor."""
+    """How many layers a token goes through in one sweep, and in as many separate runs; the larger
+    part of the floor."""
     count = len(model.model.layers)
     return count + sum(count - 1 - layer for layer in layers), count * (len(layers) + 1)
 
@@ -120,11 +128,12 @@ def layer_passes(model: Any, layers: Sequence[int]) -> tuple[int, int]:
 def sweep(
     model: Any, nodes: Sequence[Node], layers: Sequence[int], instead: Instead, kinds: Sequence[str] = ()
 ) -> dict[Node, Tensor]:
-    """The hidden states [V, R, T, D] after the last norm of each leaf: untouched, then with each of `layers` changed, in order.
+    """The hidden states [V, R, T, D] after the last norm of each leaf: untouched, then with each of
+    `layers` changed, in order.
 
-    model: a HybridForCausalLM, with or without mixers. nodes: ancestors before descendants. instead: what is done in place of
-    a layer; where nodes have parents it must not look at other positions. kinds: of layers that `instead` runs and the model
-    lacks.
+    model: a HybridForCausalLM, with or without mixers. nodes: ancestors before descendants.
+    instead: what is done in place of a layer; where nodes have parents it must not look at other
+    positions. kinds: of layers that `instead` runs and the model lacks.
     """
     backbone = model.model
     parents = {node.parent for node in nodes}

@@ -1,4 +1,5 @@
-"""How far a ranking can be believed: the bootstrap over what was measured, for scores and for ranks (Efron, 1979)."""
+"""How far a ranking can be believed: the bootstrap over what was measured, for scores and for ranks
+(Efron, 1979)."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ Measured = tuple[Tensor, Tensor]  # values [units, layers], each a sum over `wei
 
 
 def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = False) -> list[LayerScore]:
-    """Scores with standard errors and rank intervals. A score is the mean over parts of sum of values / sum of weights.
+    """Scores with standard errors and rank intervals. A score is the mean over parts of sum of
+    values / sum of weights.
 
-    measured: parts, which weigh the same. Units (questions, batches, steps) are drawn again within each part, the same for all
-    layers; with `seeds` the parts are runs of other seeds and are drawn again themselves. Few units spread less when drawn
-    again than they should (ten steps: intervals of 90% held 81%), so the draws are widened as Student's t has it.
+    measured: parts, which weigh the same. Units (questions, batches, steps) are drawn again within
+    each part, the same for all layers; with `seeds` the parts are runs of other seeds and are drawn
+    again themselves. Few units spread less when drawn again than they should (ten steps: intervals
+    of 90% held 81%), so the draws are widened as Student's t has it.
     """
     generator = torch.Generator().manual_seed(0)
     score = torch.stack([values.sum(0) / weights.sum() for values, weights in measured]).mean(0)
@@ -49,8 +52,9 @@ def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = Fa
 
 
 def _students(freedom: int) -> float:
-    """How much further Student's t of so many degrees of freedom reaches than the normal distribution, at SURE, two-sided
-    (expansion of Cornish and Fisher; Abramowitz and Stegun, 26.7.5)."""
+    """How much further Student's t of so many degrees of freedom reaches than the normal
+    distribution, at SURE, two-sided (expansion of Cornish and Fisher; Abramowitz and Stegun,
+    26.7.5)."""
     if freedom < 1:
         return 1.0
     z, v = NormalDist().inv_cdf(0.5 + SURE / 2), freedom
@@ -60,13 +64,15 @@ def _students(freedom: int) -> float:
 
 
 def _places(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """[resamples, layers] -> the first and the last rank that each layer may claim among its equals, from 1, float64."""
+    """[resamples, layers] -> the first and the last rank that each layer may claim among its
+    equals, from 1, float64."""
     one, other = scores.unsqueeze(2), scores.unsqueeze(1)
     near = 1e-9 * scores.abs().max().clamp(min=1e-300)
     return (one > other + near).sum(2).double() + 1, (one >= other - near).sum(2).double()
 
 
-def vagueness(scores: Sequence[LayerScore]) -> float | None:
-    """The median width of the rank intervals as a share of all ranks, 0 to 1; None where there are none."""
+def rank_uncertainty(scores: Sequence[LayerScore]) -> float | None:
+    """The median width of the rank intervals as a share of all ranks, 0 to 1; None where there are
+    none."""
     widths = [score.ranks[1] - score.ranks[0] for score in scores if score.ranks is not None]
     return statistics.median(widths) / max(1, len(scores) - 1) if widths else None

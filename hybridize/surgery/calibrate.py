@@ -19,7 +19,7 @@ from hybridize.surgery.observe import LayerObservation
 GATE = 2.0  # what z is on every token at the start: silu(2) = 1.76, well on the open side
 TAP = 0.1  # the convolution's last tap: small enough for SiLU to be nearly linear, so that q k and v keep their signs
 STEP = 0.1  # delta at the start
-NEARER = 10.0  # a state forgets this many times faster than the attention looks back: see docs/method.md
+NEARER = 10.0  # a state forgets this many times faster than the attention looks back: see docs/concepts/method.md
 DRIFT_SHARE = 1.0  # of the drift: what out_proj is asked to take back
 RIDGE_Z, RIDGE_OUT = 1e-3, 1e-2  # of the mean diagonal
 

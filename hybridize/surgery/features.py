@@ -1,6 +1,6 @@
 """What a teacher's attention has beside the plain one, and what becomes of each: read from the
 family's own module and from the contract that surgery goes by, for reports and for the table in
-docs/families.md."""
+docs/reference/families.md."""
 
 from __future__ import annotations
 

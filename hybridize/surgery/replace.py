@@ -136,7 +136,8 @@ def starting_values(
             values = {name: value.cpu() for name, value in mixer.state_dict().items()}
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
-                _ = source.hash, donor.hash  # which name the tensor, if it is the weights
+                source.check_weights()  # it may be theirs, and they name the tensor
+                donor.check_weights()
                 raise WorkError(
                     f"layer {layer}: {name} is not finite, though all weights are; {setting('calibrate', False)}, or other text"
                 )

@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from hybridize.checkpoint.scores import LayerScore, Scores
+from hybridize.checkpoint.manifest import ancestors
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.checkpoint.scores import LayerScore, Scores, explain_no_scores, find_scores, read_scores
 from hybridize.errors import InputError, setting
+from hybridize.notes import SILENT, Notes
+from hybridize.parsing import check_either, parse_indices
 from hybridize.surgery.teacher import Teacher
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a user says of the layers: how many are to be mixers in all, by the ranking `scores`; or
+    `indices`, as 3,5-8."""
+
+    layers: int | None = None
+    indices: str | None = None
+    scores: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_either("say which layers", f"{setting('layers')} N", self.layers, f"{setting('indices')} LIST", self.indices)
+        if self.indices is not None and self.scores is not None:
+            raise InputError(f"{setting('scores')} has no use beside {setting('indices')}")
+
+
+def choose_layers(
+    source: CheckpointReader, name: str, teacher: Teacher, selection: Selection, notes: Notes = SILENT
+) -> tuple[list[int], Scores | None]:
+    """The layers to convert, and the ranking that chose them, if one did. name: what the user calls
+    the checkpoint."""
+    if selection.indices is not None:
+        return check_indices(teacher, parse_indices(selection.indices)), None
+    assert selection.layers is not None
+    count = needed(teacher, selection.layers)
+    if not count:
+        return [], None
+    path = selection.scores or find_scores(source.path, name)
+    if path is None:
+        raise InputError(explain_no_scores(source.path, name))
+    ranking, inherited = read_scores(path), False
+    if ranking.checkpoint != source.hash:
+        line = ancestors(source.path)
+        if ranking.checkpoint not in line:
+            raise InputError(f"{path} was measured on another checkpoint than {name}; score this one")
+        inherited = True
+        notes.warn(
+            f"{path} was measured on {line[ranking.checkpoint]}, which {name} was made from: its scores know nothing of what "
+            "has been converted and trained since"
+        )
+    notes.note(f"layers by {path} ({ranking.kind}, {ranking.metric})")
+    try:
+        chosen = lowest(teacher, ranking, count, inherited)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    cut = max(place for place, layer in enumerate(ranking.ranking(), 1) if layer in chosen)  # layers below it may be gone
+    tied = [layer for layer in ambiguous_at_cut(ranking.layers, cut) if layer not in teacher.mixer_layers]
+    if tied:
+        names = ", ".join(map(str, tied))
+        notes.warn(f"the cut after {count} layers falls inside a tie: {names} could be on either side of it (90% of resamples)")
+    return chosen, ranking
+
+
 def check_indices(teacher: Teacher, indices: list[int]) -> list[int]:
+    """The same in order. InputError for a layer that is not there or no attention."""
     for index in indices:
         if index >= len(teacher.layer_types):
             raise InputError(f"there is no layer {index}: the model has layers 0 to {len(teacher.layer_types) - 1}")
@@ -40,6 +99,6 @@ def lowest(teacher: Teacher, scores: Scores, count: int, inherited: bool = False
     return sorted([layer for layer in scores.ranking() if layer in wanted][:count])
 
 
-def astride(scores: Sequence[LayerScore], count: int) -> list[int]:
+def ambiguous_at_cut(scores: Sequence[LayerScore], count: int) -> list[int]:
     """Layers that may well be on either side of a cut after the `count` lowest."""
     return sorted(s.layer for s in scores if s.ranks is not None and s.ranks[0] <= count < s.ranks[1])

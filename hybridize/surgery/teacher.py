@@ -4,6 +4,7 @@ or a refusal by name."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,3 +184,20 @@ def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> 
     ours, theirs = (getattr(hybrid_config(r.config), "final_logit_softcapping", None) for r in (student, teacher))
     if ours != theirs:
         raise InputError(f"{student.path} caps its logits at {ours}, its teacher {teacher.path} at {theirs}: they must agree")
+
+
+def check_donor(donor: CheckpointReader, teacher: Teacher, layers: Sequence[int]) -> None:
+    """InputError unless `donor` has the attention of `teacher` in all layers that are to start from
+    it."""
+    theirs = read_teacher(donor)
+    shapes = [(t.hidden, t.heads, t.kv_heads, t.head_dim) for t in (teacher, theirs)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{donor.path} has another attention shape than the checkpoint")
+    attention = [(t.tensors, t.scale, t.norm_bc, t.eps) for t in (teacher, theirs)]
+    if attention[0] != attention[1]:
+        raise InputError(
+            f"{donor.path} has another attention than the checkpoint: other biases, norms, tensors or another scale"
+        )
+    lacking = [layer for layer in layers if layer not in theirs.attention_layers]
+    if lacking:
+        raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")

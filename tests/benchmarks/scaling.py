@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from hybridize.distillation.loop import Training
+from hybridize.distillation.optimize import choose_trained
 from hybridize.distillation.plan import GIB, plan
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
@@ -35,6 +36,7 @@ def timed(
     """Median ms of a step and the spread, peak GiB of this rank, MFU of all ranks together at 989 TFLOP/s each."""
     dtype = torch.bfloat16
     student, teacher = models(shape, "mamba2", device, dtype)
+    choose_trained(student, settings)  # what is frozen takes no gradient
     flops, vocabulary = model_flops(student, teacher), student.config.vocab_size
     torch.manual_seed(0)
     batch = random_batch(settings.batch_size, settings.seq_len, vocabulary, documents, torch.device("cpu"))

@@ -22,8 +22,9 @@ from hybridize.evaluation.harness import EvalSettings, evaluate, open_tasks, rep
 from hybridize.runtime.device import DTYPES, pick_device
 from hybridize.runtime.loading import load_hybrid, load_model, load_tokenizer, quiet_transformers
 from hybridize.scoring import loo
-from hybridize.scoring.loo import LooSettings, answers, loo_tasks
+from hybridize.scoring.loo import answers, loo_tasks
 from hybridize.scoring.scorer import attention_layers
+from hybridize.scoring.settings import LooSettings
 from hybridize.scoring.sweep import layer_passes, tree
 
 

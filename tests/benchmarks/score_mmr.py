@@ -18,7 +18,8 @@ import torch
 from hybridize.modeling import HybridConfig, HybridForCausalLM, converted_layer
 from hybridize.runtime.packed_attention import use_packed_attention
 from hybridize.scoring.candidates import Candidates
-from hybridize.scoring.mmr import MmrSettings, alone
+from hybridize.scoring.mmr import alone
+from hybridize.scoring.settings import MmrSettings
 from tests.benchmarks.distill import SHAPES, models, random_batch
 
 

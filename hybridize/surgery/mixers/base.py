@@ -23,12 +23,14 @@ class MixerKind:
     """How mixers of one kind come out of attention layers. Names and shapes are those of its class
     in hybridize.modeling.
 
-    kind: as in the class. parts: what `calibrate` can set, in the order in which it does. Only
-    `targets` has no default here; without `vectors` a conversion cannot be verified, and says so.
+    kind: as in the class. parts: what `calibrate` can set, in the order in which it does;
+    default_parts: those that it does unasked. Only `targets` has no default here; without `vectors`
+    a conversion cannot be verified, and says so.
     """
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ()
+    default_parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def mixer(self) -> type[Mixer]:

@@ -26,6 +26,7 @@ class SelectiveKind(MixerKind):
     """
 
     parts = ("z", "conv", "decay", "scale", "out")
+    default_parts = ("z", "conv", "decay", "scale")  # with `out` the start is better and the end is worse: docs/results.md
     expanded: ClassVar[bool]
 
     def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:

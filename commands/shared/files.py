@@ -1,0 +1,28 @@
+"""Where commands write, and how many processes they run in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def result_file(target: Path, name: str, replaceable: bool, what: str = "results go") -> Path:
+    """`name` in the folder `target`; InputError where it may not be written."""
+    from hybridize.checkpoint.writer import check_writable
+    from hybridize.errors import InputError, setting
+
+    path = target / name
+    if path.exists() and not replaceable:
+        raise InputError(f"{path} exists; give another {setting('output')} or {setting('overwrite')}")
+    if target.is_file():
+        raise InputError(f"{target} is a file; {what} into a directory")
+    check_writable(path)
+    return path
+
+
+def refuse_ranks(command: str) -> None:
+    """InputError under torchrun, for a command that would do the same on every rank."""
+    from hybridize.errors import InputError
+    from hybridize.runtime.distributed import world_size
+
+    if world_size() > 1:
+        raise InputError(f"{command} runs in one process, not under torchrun")

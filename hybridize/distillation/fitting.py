@@ -1,0 +1,92 @@
+"""How many sequences fit at once, and what a run is expected to take, from configs and the memory
+that is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.distillation.plan import GIB, Plan, micro_that_fits, plan
+from hybridize.distillation.settings import DistillSettings
+from hybridize.distillation.watch import expected_flops
+from hybridize.errors import InputError, setting
+from hybridize.modeling import mixer_class
+from hybridize.notes import Notes
+from hybridize.runtime.device import free_memory, is_here
+from hybridize.runtime.distributed import Ranks
+from hybridize.surgery.teacher import empty_model
+
+ROOM = 0.9  # share of the free memory that a plan may fill
+
+
+@dataclass(frozen=True)
+class Expected:
+    """plan: memory and FLOPs; settings: with the micro-batch that it is of; fitted: whether that
+    was chosen by what is free; hours: at a speed that is `share` in words."""
+
+    plan: Plan
+    settings: DistillSettings
+    fitted: bool
+    hours: float
+    share: str
+
+
+def check_layers(settings: DistillSettings, config: dict[str, Any], ranks: Ranks, device: torch.device | None = None) -> None:
+    """InputError when the run cannot be of these layers, on so many ranks, or on this device, where
+    one is given."""
+    ranks.share(settings.batch_size, "batch_size")
+    settings.sharded(ranks.size)
+    settings.recomputed(config.get("num_hidden_layers", 0))
+    shape = config.get("mixer")
+    mixer = None if not shape else mixer_class(shape)
+    if settings.cuda_graph and settings.mask != "none" and mixer is not None and not mixer.graphs_documents:
+        raise InputError(
+            f"{setting('cuda_graph')} with documents side by side cannot hold {mixer.kind} layers; "
+            f"{setting('mask')} none has no documents"
+        )
+    if device is None:
+        return
+    if settings.cuda_graph and device.type != "cuda":
+        raise InputError(f"{setting('cuda_graph')} needs a CUDA device")
+    if settings.deterministic and device.type == "cuda" and mixer is not None and not mixer.deterministic:
+        raise InputError(f"{setting('deterministic')}: the CUDA scan of {mixer.kind} layers adds in no fixed order")
+
+
+def expected(
+    student: dict[str, Any], teacher: dict[str, Any] | None, settings: DistillSettings, ranks: int, device: torch.device,
+    dtype: torch.dtype,
+) -> Expected:  # fmt: skip
+    """What a run takes, from the configs of student and teacher alone."""
+    ours, theirs = (None if raw is None else empty_model(raw, "the checkpoint") for raw in (student, teacher))
+    fitted = settings.micro_batch_size is None and settings.stage != "align" and is_here(device)
+    if fitted:
+        free = ROOM * free_memory(device)
+        micro, _ = micro_that_fits(ours, theirs, settings, ranks, dtype, device.type, free)
+        settings = replace(settings, micro_batch_size=micro)
+    found = plan(ours, theirs, settings, ranks, dtype, device.type)
+    speed, share = expected_flops(device, student["hidden_size"])
+    return Expected(found, settings, fitted, found.flops / (speed * ranks) / 3600, share)
+
+
+def with_micro(
+    source: CheckpointReader, teacher: CheckpointReader | None, settings: DistillSettings, device: torch.device,
+    dtype: torch.dtype, ranks: Ranks, notes: Notes, advice: str,
+) -> DistillSettings:  # fmt: skip
+    """The settings with the sequences at once that fit into what memory is free, where nobody has
+    said how many. advice: what to do where even one may not."""
+    if settings.micro_batch_size is not None or settings.stage == "align":
+        return settings
+    student, origin = (None if r is None else empty_model(r.config, str(r.path)) for r in (source, teacher))
+    free = free_memory(device)
+    fits, wanted = micro_that_fits(student, origin, settings, ranks.size, dtype, device.type, ROOM * free)
+    micro = min(ranks.all(fits))
+    rows = settings.batch_size // ranks.size
+    said = f"the plan takes {wanted / GIB:.1f} GiB, {free / GIB:.1f} are free"
+    if ranks.main and micro < rows:
+        notes.note(f"{micro} of {rows} sequences at once ({setting('micro_batch_size')}): {said}")
+    if ranks.main and wanted > free:
+        notes.warn(f"{said}: it may run out of memory; {advice}")
+    return replace(settings, micro_batch_size=micro)

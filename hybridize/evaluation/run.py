@@ -1,0 +1,126 @@
+"""An evaluation from checkpoint to results file: resumable, reusing what has been measured, over
+one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridize.checkpoint.atomic import clear_leftovers, write_json_atomic, write_text_atomic
+from hybridize.checkpoint.journal import Journal
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.checkpoint.scores import beside
+from hybridize.errors import InputError, setting
+from hybridize.evaluation.harness import EvalSettings, evaluate, generates
+from hybridize.evaluation.results import check_comparable, make_results, read_results, reusable, sample_lines
+from hybridize.generation.decoder import looks_at_the_longest
+from hybridize.inputs import check_weights, open_checkpoint
+from hybridize.modeling import hybrid_config
+from hybridize.notes import SILENT, Notes
+from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.loading import load_hybrid, load_model
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """One command's evaluation of one checkpoint or two. manager: of the tasks, see
+    harness.repeatable; target: the folder that results go to; ran: where figures come from, see
+    device.ran_on."""
+
+    settings: EvalSettings
+    manager: Any
+    target: Path
+    device: torch.device
+    dtype: torch.dtype
+    ran: dict[str, str]
+    ranks: Ranks
+    resume: bool = False
+    overwrite: bool = False
+    log_samples: bool = False
+    trust_remote_code: bool = False
+    notes: Notes = SILENT
+
+    def results(self, reader: CheckpointReader, tokenizer: Any, baseline: bool = False) -> dict[str, Any]:
+        """The checkpoint's results, written into `target` as well; nothing on any rank but the
+        first.
+
+        baseline: they go to baseline.json, which is always replaced.
+        """
+        prefix = "baseline-" if baseline else ""
+        path, answers = self.target / ("baseline.json" if baseline else "results.json"), f"{prefix}answers.part.jsonl"
+        check_weights(reader, notes=self.notes)
+        kept = None
+        if self.resume and self.ranks.main:
+            kept = reusable(path, reader.hash, self.settings.to_json(), self.ran)
+        kept = self.ranks.first(kept)
+        if kept is not None:
+            if self.ranks.main:
+                (self.target / answers).unlink(missing_ok=True)  # killed after the results were there
+                clear_leftovers(path)
+            return dict(kept)
+        if path.exists() and not self.overwrite and not baseline:
+            raise InputError(
+                f"{path} is of another checkpoint or other settings; give another {setting('output')} or {setting('overwrite')}"
+            )
+        journal = None
+        if self.ranks.main:
+            identity = {**self.settings.to_json(), **self.ran, "checkpoint": reader.hash}
+            journal = Journal(self.target / answers, identity, self.resume, self.overwrite)
+        found = self._evaluated(reader, tokenizer, journal)
+        if journal is None:
+            return {}
+        results = make_results(found, self.settings, reader.hash, self.ran)
+        if self.settings.apply_chat_template:
+            results["chat_template"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+        if self.log_samples:
+            write_text_atomic(self.target / f"{prefix}samples.jsonl", sample_lines(found["samples"]))
+        write_json_atomic(path, results)
+        journal.remove()
+        return results
+
+    def _evaluated(self, reader: CheckpointReader, tokenizer: Any, journal: Journal | None) -> dict[str, Any]:
+        """lm-eval's own results."""
+        self.notes.doing(f"loading {reader.path}")
+        generating = generates(self.manager, self.settings)
+        if generating and not looks_at_the_longest(hybrid_config(reader.config)):  # our own class decodes faster
+            model: Any = load_hybrid(reader, self.device, self.dtype)
+        else:
+            model = load_model(reader.path, self.device, self.dtype, self.trust_remote_code)
+        started = time.monotonic()
+        self.notes.doing("preparing the tasks")
+
+        def progress(done: int, count: int) -> None:
+            left = f", {(time.monotonic() - started) / done * (count - done) / 60:,.1f} minutes left" if done else ""
+            self.notes.progress(f"{done:,} of {count:,} requests{left}", last=done == count)
+
+        return evaluate(
+            model, tokenizer, self.settings, self.manager, journal=journal, ranks=self.ranks, progress=progress
+        )  # fmt: skip
+
+
+def find_baseline(
+    name: str | None, target: Path, settings: dict[str, Any], ran: dict[str, str], notes: Notes = SILENT
+) -> tuple[dict[str, Any] | None, CheckpointReader | None]:
+    """The baseline's results, where there are such that can be used, and else the checkpoint to
+    measure.
+
+    name: a checkpoint, or a results file of the same settings.
+    """
+    if name is None:
+        return None, None
+    if Path(name).is_file():
+        found = read_results(Path(name))
+        check_comparable(settings, ran, found)
+        return found, None
+    own = open_checkpoint(name, notes=notes)
+    for path in (beside(own.path, name, "eval") / "results.json", target / "baseline.json"):
+        kept = reusable(path, own.hash, settings, ran)
+        if kept is not None:
+            notes.note(f"the baseline's figures are those of {path}: same checkpoint, same settings")
+            return kept, None
+    return None, own
