@@ -13,7 +13,7 @@ import typer.core
 from hybridize import __version__
 
 from .shared.interrupts import interruptible
-from .shared.output import EXIT_INTERRUPTED
+from .shared.output import EXIT_INPUT, EXIT_INTERRUPTED
 
 # The groups of `hybridize --help`, in the order of use. A line is whole at 80 columns: at most 58
 # characters.
@@ -46,15 +46,50 @@ GROUPS = {
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)
 
 
+OUTSIDE = "Extensions"
+
+
 class _Grouped(typer.core.TyperGroup):
-    """The commands under the headings of GROUPS, in place of one list. Typer brings its own click,
-    whose types are private."""
+    """The commands under the headings of GROUPS, in place of one list, and after them the scorers
+    of extensions. Typer brings its own click, whose types are private."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._extend()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        self._extend()
+        return super().get_command(ctx, cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = max(map(len, COMMANDS))
-        for heading, commands in GROUPS.items():
+        outside = {f"score_{kind}": scorer.summary for kind, scorer in self._extend().items()}
+        for heading, commands in {**GROUPS, **({OUTSIDE: outside} if outside else {})}.items():
             with formatter.section(heading):
                 formatter.write_dl([(name.replace("_", "-").ljust(width), line) for name, line in commands.items()])
+
+    def _extend(self) -> dict[str, Any]:
+        """Loads extensions and adds a command for each scorer that they have; returns these scorers
+        by kind."""
+        from hybridize.errors import InputError
+        from hybridize.extensions import load_extensions
+
+        try:
+            load_extensions()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_INPUT)
+        known = sys.modules.get("hybridize.scoring.scorers")  # which nothing but an extension has imported by now
+        found = {} if known is None else {k: s for k, s in known.SCORERS.items() if f"score_{k}" not in COMMANDS}
+        for kind, scorer in found.items():
+            name = f"score-{kind}"
+            if name not in self.commands:
+                from .shared.scoring import command_of
+
+                alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+                alone.command(name)(command_of(scorer))
+                self.add_command(typer.main.get_command(alone), name)
+        return found
 
 
 app = typer.Typer(

@@ -104,12 +104,10 @@ def command_of(scorer: Scorer) -> Callable[..., None]:
     """The command of a scorer that another package has registered: its settings as flags, and those
     of every scorer."""
 
-    @guarded
-    @expanded
     def command(
         checkpoint: opt.Checkpoint = "./teacher",
         *,
-        settings: scorer.settings,  # type: ignore[name-defined]
+        settings: Any,
         text: Text,
         mixers: Converting,
         place: Place,
@@ -120,8 +118,9 @@ def command_of(scorer: Scorer) -> Callable[..., None]:
         request = request_of(checkpoint, text, place, machine, mask=mask, seed=seed, mixers=mixers)
         run_scorer(speech.output(), scorer, request, settings)
 
+    command.__annotations__["settings"] = scorer.settings
     command.__doc__ = f"""Reads a checkpoint; writes CHECKPOINT/scores/{scorer.kind}.json. {scorer.summary}
 
     Higher means convert later.
     """
-    return command
+    return guarded(expanded(command))

@@ -1,0 +1,45 @@
+"""Packages that add mixers, families, formats, scorers or losses of their own. Importing one registers what it has.
+
+They are found under the entry point `hybridize.extensions`, each of which names a module, and in the
+environment variable HYBRIDIZE_EXTENSIONS: modules, or paths of Python files, with commas between.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from hybridize.errors import InputError, first_line
+
+GROUP, VARIABLE = "hybridize.extensions", "HYBRIDIZE_EXTENSIONS"
+
+
+def load_extensions() -> list[str]:
+    """Imports all of them, once; returns their names. InputError naming the first that cannot be imported."""
+    named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    installed = [point.value for point in metadata.entry_points(group=GROUP)]
+    for name in [*installed, *named]:
+        _load(name)
+    return [*installed, *named]
+
+
+@functools.cache
+def _load(name: str) -> None:
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = Path(name).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever an extension's own code raises
+        raise InputError(f"the extension {name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
