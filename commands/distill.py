@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
     from hybridize.data.corpus import Corpus
     from hybridize.distillation.run_dir import RunDir
-    from hybridize.runtime.distributed import Ranks
+    from hybridize.runtime.distributed import DistributedContext
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     run: RunDir
-    ranks: Ranks
+    ranks: DistributedContext
 
 
 def _check_early(settings: DistillSettings, target: Path, running: Running, dry_run: bool) -> None:
@@ -152,10 +152,10 @@ def _show_plan(
     """What the run takes on the device that would run it."""
     from hybridize.distillation.fitting import check_layers, expected
     from hybridize.runtime.device import planned_on
-    from hybridize.runtime.distributed import Ranks, world_size
+    from hybridize.runtime.distributed import DistributedContext, world_size
 
     ranks, guide = world_size(), _guide(origin, settings)
-    check_layers(settings, source.config, Ranks(0, ranks))
+    check_layers(settings, source.config, DistributedContext(0, ranks))
     where, compute = planned_on(machine.device, machine.dtype)
     found = expected(source.config, None if guide is None else guide.config, settings, ranks, where, compute)
     out.result(plan_json(found, where.type), lambda: print("\n".join(plan_lines(found, ranks, where.type))))

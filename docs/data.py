@@ -1,4 +1,5 @@
-"""Writes the table of chat templates in docs/how-to/data.md: what is trained under each, by the code that decides.
+"""Writes the table of chat templates in docs/how-to/data.md: what is trained under each, by the
+code that decides.
 
 PYTHONPATH=. python docs/data.py [OUT]
 """
@@ -28,7 +29,7 @@ def trained(family: Family) -> tuple[list[str], int]:
     parts = Encoder(tokenizer, "assistant", family.template).encode(CHAT, "the chat").parts()
     found = []
     for part in parts:
-        keep = [False, *part.keep, False]
+        keep = [False, *part.loss_mask, False]
         edges = [at for at in range(len(part.ids) + 1) if keep[at] != keep[at + 1]]
         found += [text_of(tokenizer, part.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     return found, len(parts)

@@ -1,4 +1,5 @@
-"""Writes docs/reference/families.md: every family, what its attention has, and what becomes of it, by the code that decides.
+"""Writes docs/reference/families.md: every family, what its attention has, and what becomes of it,
+by the code that decides.
 
 PYTHONPATH=. python docs/families.py [OUT]
 """

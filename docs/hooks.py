@@ -1,4 +1,5 @@
-"""mkdocs hooks: the reference pages that are made from the command line and from the packages, so that they cannot go stale."""
+"""mkdocs hooks: the reference pages that are made from the command line and from the packages, so
+that they cannot go stale."""
 
 from __future__ import annotations
 
@@ -20,14 +21,16 @@ DEFAULT = re.compile(r"\s*\[(?:default: )?(?P<default>[^\[\]]*?)(?:(?:; )?(?P<ra
 
 
 def packages() -> list[str]:
-    """Packages of the library with at least one public module, as dotted names. The commands have pages of their own."""
+    """Packages of the library with at least one public module, as dotted names. The commands have
+    pages of their own."""
     found = {file.parent for file in (ROOT / "hybridize").rglob("*.py") if (file.parent / "__init__.py").is_file()}
     names = sorted(".".join(folder.relative_to(ROOT).parts) for folder in found)
     return [name for name in names if "commands" not in name.split(".")]
 
 
 def api_page(package: str) -> str:
-    """A heading, and a stub for mkdocstrings for the package itself and for each public module of it."""
+    """A heading, and a stub for mkdocstrings for the package itself and for each public module of
+    it."""
     folder = ROOT / package.replace(".", "/")
     modules = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
     names = [package, *(f"{package}.{module}" for module in modules)]

@@ -1,4 +1,5 @@
-"""Draws docs/quality-speed.png, quality against speed, from two tables of docs/results.md, so that figures stand there alone.
+"""Draws docs/quality-speed.png, quality against speed, from two tables of docs/results.md, so that
+figures stand there alone.
 
 python docs/picture.py
 """

@@ -27,8 +27,8 @@ from hybridize.modeling import causal_conv, gated_norm, selective_scan, ssd_scan
 from hybridize.runtime.device import pick_device
 
 KERNELS = {"causal-conv1d": "causal_conv1d", "mamba-ssm": "mamba_ssm.ops.selective_scan_interface"}
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # kernel and torch engine, relative to the largest value
-EXACT = 1e-5  # torch engine and a float64 recurrence
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # kernel and torch backend, relative to the largest value
+EXACT = 1e-5  # torch backend and a float64 recurrence
 BUILD = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
 
 
@@ -209,29 +209,29 @@ def _compiler() -> Finding:
 def _checked(
     name: str, check: Callable[[torch.device, torch.dtype, str], float], device: torch.device, kernels: bool
 ) -> Finding:
-    """The torch engine against float64, and where there are kernels, those against the torch
-    engine."""
+    """The torch backend against float64, and where there are kernels, those against the torch
+    backend."""
     told = []
     runs = [("torch", torch.float32)] + [("kernel", dtype) for dtype in CLOSE if kernels]
-    for engine, dtype in runs:
-        bound = EXACT if engine == "torch" else CLOSE[dtype]
+    for backend, dtype in runs:
+        bound = EXACT if backend == "torch" else CLOSE[dtype]
         try:
-            far = check(device, dtype, engine)
+            far = check(device, dtype, backend)
         except Exception as error:
-            return Finding(name, "fault", _launch(engine, error), _rebuild())
+            return Finding(name, "fault", _launch(backend, error), _rebuild())
         kind = str(dtype).removeprefix("torch.")
         if not far <= bound:
-            return Finding(name, "fault", f"{engine} engine, {kind}: {far:.1e} off, at most {bound:.0e}", _rebuild())
-        told.append(f"{engine} {kind} {far:.0e}")
+            return Finding(name, "fault", f"{backend} backend, {kind}: {far:.1e} off, at most {bound:.0e}", _rebuild())
+        told.append(f"{backend} {kind} {far:.0e}")
     return Finding(name, "ok", ", ".join(told))
 
 
-def _launch(engine: str, error: Exception) -> str:
+def _launch(backend: str, error: Exception) -> str:
     text = first_line(error)
     if "no kernel image" in text:
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-        return f"{engine} engine: imports, but has no code for this GPU (sm_{major}{minor}): {text}"
-    return f"{engine} engine fails: {type(error).__name__}: {text}"
+        return f"{backend} backend: imports, but has no code for this GPU (sm_{major}{minor}): {text}"
+    return f"{backend} backend fails: {type(error).__name__}: {text}"
 
 
 def _rebuild() -> str:
@@ -250,12 +250,12 @@ def _far(found: Tensor, wanted: Tensor) -> float:
     return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
 
 
-def _conv(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+def _conv(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     x, weight, bias = (t.to(device, dtype) for t in _drawn((2, 40, 64), (64, 4), (64,)))
     given = [t.double().cpu() for t in (x, weight, bias)]
     padded = torch.nn.functional.pad(given[0], (0, 0, 3, 0))
     plain = given[2] + sum(padded[:, tap : tap + 40] * given[1][:, tap] for tap in range(4))
-    return _far(causal_conv(x, weight, bias, engine=engine), plain * torch.sigmoid(plain))
+    return _far(causal_conv(x, weight, bias, backend=backend), plain * torch.sigmoid(plain))
 
 
 def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -268,30 +268,30 @@ def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     return torch.stack(out, 1)
 
 
-def _mamba(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+def _mamba(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     x, dt, A, B, C, D, bias = _drawn((2, 40, 64), (2, 40, 64), (64, 16), (2, 40, 4, 16), (2, 40, 4, 16), (64,), (64,))
     x, dt, B, C = (t.to(device, dtype) for t in (x, dt, B, C))
     A, D, bias = (t.to(device, torch.float32) for t in (-A.exp(), D, bias))
-    y, _ = selective_scan(x, dt, A, B, C, D, bias, engine=engine)
+    y, _ = selective_scan(x, dt, A, B, C, D, bias, backend=backend)
     x, dt, B, C, A, D, bias = (t.double().cpu() for t in (x, dt, B, C, A, D, bias))
     groups = lambda t: t.unflatten(-1, (4, 16))  # noqa: E731
     delta = groups(torch.nn.functional.softplus(dt + bias)).unsqueeze(-1)
     return _far(y, _recurrence(groups(x), delta, A.unflatten(0, (4, 16)), B, C, groups(D)).flatten(2))
 
 
-def _mamba2(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+def _mamba2(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     x, dt, A, B, C, D, bias = _drawn((2, 40, 4, 64), (2, 40, 4), (4,), (2, 40, 4, 64), (2, 40, 4, 64), (4,), (4,))
     x, dt, B, C = (t.to(device, dtype) for t in (x, dt, B / 8, C))
     A, D, bias = (t.to(device, torch.float32) for t in (-A.exp(), D, bias))
-    y, _ = ssd_scan(x, dt, A, B, C, D, bias, engine=engine)
+    y, _ = ssd_scan(x, dt, A, B, C, D, bias, backend=backend)
     x, dt, B, C, A, D, bias = (t.double().cpu() for t in (x, dt, B, C, A, D, bias))
     delta = torch.nn.functional.softplus(dt + bias)[..., None, None]
     return _far(y, _recurrence(x, delta, A[:, None, None], B, C, D[:, None]))
 
 
-def _norm(device: torch.device, dtype: torch.dtype, engine: str) -> float:
+def _norm(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     y, z, weight = (t.to(device, dtype) for t in _drawn((2, 40, 64), (2, 40, 64), (64,)))
-    found = gated_norm(y, z, weight, 1e-5, 16, engine=engine)
+    found = gated_norm(y, z, weight, 1e-5, 16, backend=backend)
     y, z, weight = (t.double().cpu() for t in (y, z, weight))
     gated = (y * z * torch.sigmoid(z)).unflatten(-1, (4, 16))
     return _far(found, (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight)

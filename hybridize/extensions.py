@@ -1,7 +1,9 @@
-"""Packages that add mixers, families, formats, scorers or losses of their own. Importing one registers what it has.
+"""Packages that add mixers, families, formats, scorers or losses of their own. Importing one
+registers what it has.
 
-They are found under the entry point `hybridize.extensions`, each of which names a module, and in the
-environment variable HYBRIDIZE_EXTENSIONS: modules, or paths of Python files, with commas between.
+They are found under the entry point `hybridize.extensions`, each of which names a module, and in
+the environment variable HYBRIDIZE_EXTENSIONS: modules, or paths of Python files, with commas
+between.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ GROUP, VARIABLE = "hybridize.extensions", "HYBRIDIZE_EXTENSIONS"
 
 
 def load_extensions() -> list[str]:
-    """Imports all of them, once; returns their names. InputError naming the first that cannot be imported."""
+    """Imports all of them, once; returns their names. InputError naming the first that cannot be
+    imported."""
     named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     installed = [point.value for point in metadata.entry_points(group=GROUP)]
     for name in [*installed, *named]:

@@ -1,4 +1,5 @@
-"""Chat templates of many families, written anew. Each treats roles, contents, tools and thoughts as the family's own does."""
+"""Chat templates of many families, written anew. Each treats roles, contents, tools and thoughts as
+the family's own does."""
 
 # ruff: noqa: RUF001 - the fullwidth bars are DeepSeek's own
 
@@ -11,15 +12,16 @@ from dataclasses import dataclass
 class Family:
     """One chat template and what is known about it.
 
-    end: what ends an answer, with the whitespace that the template writes before the end token; empty where there is none.
-    lead: what an answer written in full has between the generation prompt and its text.
-    opens: the thinking block that the generation prompt leaves open; closes: how the template closes one that holds nothing.
-    specials: the special tokens of its tokenizer, among them bos and eos, which the template is given.
-    call_end: what ends a turn that calls tools, where that is not `end`.
-    system, tools, documents: which of these it shows; reasoning: it shows `reasoning_content`.
-    consecutive, leading, trailing: it takes two answers in a row, an answer before any question, a question without an answer.
-    beside: it can be judged when it is given a system text and tools at once; parts: a content may be a list of parts.
-    options: one set of chat_template_kwargs that changes what it writes.
+    end: what ends an answer, with the whitespace that the template writes before the end token;
+    empty where there is none. lead: what an answer written in full has between the generation
+    prompt and its text. opens: the thinking block that the generation prompt leaves open; closes:
+    how the template closes one that holds nothing. specials: the special tokens of its tokenizer,
+    among them bos and eos, which the template is given. call_end: what ends a turn that calls
+    tools, where that is not `end`. system, tools, documents: which of these it shows; reasoning: it
+    shows `reasoning_content`. consecutive, leading, trailing: it takes two answers in a row, an
+    answer before any question, a question without an answer. beside: it can be judged when it is
+    given a system text and tools at once; parts: a content may be a list of parts. options: one set
+    of chat_template_kwargs that changes what it writes.
     """
 
     name: str
@@ -196,7 +198,8 @@ MISTRAL2 = (
 
 
 def mistral3(gap: str, answer: str) -> str:
-    """The third Mistral template. gap: stands between a control token and what follows it; answer: how an answer is written."""
+    """The third Mistral template. gap: stands between a control token and what follows it; answer:
+    how an answer is written."""
     template = (
         SPLIT + r"{% set ns = namespace(count=0, last=-1) %}{% for m in rest %}"
         r"{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"

@@ -149,13 +149,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Draws without a generator of their own are the same in every run; HYBRIDIZE_TEST_SEED gives others."""
+    """Draws without a generator of their own are the same in every run; HYBRIDIZE_TEST_SEED gives
+    others."""
     torch.manual_seed(int(os.environ.get("HYBRIDIZE_TEST_SEED", "0")))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def untuned() -> None:
-    """One small configuration for each Triton kernel: trying them all takes a minute a shape, and no test reads a clock."""
+    """One small configuration for each Triton kernel: trying them all takes a minute a shape, and
+    no test reads a clock."""
     if kernels_missing() is not None:
         return
     import mamba_ssm.ops.triton as home
@@ -168,7 +170,8 @@ def untuned() -> None:
 
 
 def interrupt_after(steps: int) -> Callable[..., None]:
-    """What may stand in for `Optimization.update`: it raises an interrupt once it has taken so many steps."""
+    """What may stand in for `Optimization.update`: it raises an interrupt once it has taken so many
+    steps."""
     from hybridize.distillation.optimize import Optimization
 
     update, count = Optimization.update, list[int]()
@@ -183,7 +186,8 @@ def interrupt_after(steps: int) -> Callable[..., None]:
 
 
 def worst(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest difference relative to the size of `other`; printed, so that a failure shows how far off it is."""
+    """Largest difference relative to the size of `other`; printed, so that a failure shows how far
+    off it is."""
     assert one.shape == other.shape
     one, other = one.detach().double().cpu(), other.detach().double().cpu()
     assert torch.isfinite(one).all()
@@ -193,10 +197,10 @@ def worst(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def rounding(model: torch.nn.Module, run: Callable[[], Sequence[torch.Tensor]], draws: int = 3) -> list[float]:
-    """What float32 explains of a difference between two ways to compute the same: how far each result of `run` moves where
-    every weight is off by one unit in its last place. Two ways round every operation once or so differently, as such weights
-    would; so a small multiple of this bounds their difference on any CPU, however the sums cancel.
-    """
+    """What float32 explains of a difference between two ways to compute the same: how far each
+    result of `run` moves where every weight is off by one unit in its last place. Two ways round
+    every operation once or so differently, as such weights would; so a small multiple of this
+    bounds their difference on any CPU, however the sums cancel."""
     base, moved = [value.detach().clone() for value in run()], []
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for seed in range(draws):

@@ -60,7 +60,8 @@ def replaced(home: Path, data: bytes) -> Iterator[None]:
 
 
 def read_all(path: Path) -> None:
-    """What commands look at before they do anything, each reader by itself; InputError is an answer."""
+    """What commands look at before they do anything, each reader by itself; InputError is an
+    answer."""
     from hybridize.errors import InputError
 
     def answered(step: Any) -> Any:
@@ -129,7 +130,8 @@ def changed_json(draw: st.DrawFn, text: bytes) -> bytes:
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
-    """A byte flipped, a stretch cut out, doubled or overwritten, or the end gone; near the front as often as anywhere."""
+    """A byte flipped, a stretch cut out, doubled or overwritten, or the end gone; near the front as
+    often as anywhere."""
     near = draw(st.booleans())
     at = draw(st.integers(0, min(len(data), 4000) if near else len(data)))
     how = draw(st.sampled_from(["flip", "cut", "end", "put", "twice"]))

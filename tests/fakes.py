@@ -1,5 +1,5 @@
-"""Stand-ins for the step kernels of mamba-ssm and causal-conv1d, by their documented shapes: CI has no GPU, and what our code
-hands to them can be wrong in ways of its own."""
+"""Stand-ins for the step kernels of mamba-ssm and causal-conv1d, by their documented shapes: CI has
+no GPU, and what our code hands to them can be wrong in ways of its own."""
 
 from __future__ import annotations
 

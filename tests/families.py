@@ -17,7 +17,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 LOCAL = ["sliding_attention", "full_attention"] * 2
-# name -> model_type and what its config has beside COMMON; several of one family where features differ
+# name -> model_type and what its config has beside COMMON; several of one family where features
+# differ
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),

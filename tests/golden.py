@@ -1,12 +1,14 @@
-"""Hashes of what the commands write, to compare one version of the code with another on one machine:
+"""Hashes of what the commands write, to compare one version of the code with another on one
+machine:
 
     python -m tests.golden before.json                      # in the old checkout
     python -m tests.golden after.json --against before.json # in the new one
 
-It runs `replace` for each family and mixer, three scorers, a two-step `distill` of each stage and each export, on tiny random
-teachers. Of safetensors files it hashes tensors by name, so that the order of writing does not count; of JSON files all but
-what names a place, a time, a version or the code itself. It also lists the keys of each `--json` result. No test runs this:
-other processors round otherwise.
+It runs `replace` for each family and mixer, three scorers, a two-step `distill` of each stage and
+each export, on tiny random teachers. Of safetensors files it hashes tensors by name, so that the
+order of writing does not count; of JSON files all but what names a place, a time, a version or the
+code itself. It also lists the keys of each `--json` result. No test runs this: other processors
+round otherwise.
 """
 
 from __future__ import annotations

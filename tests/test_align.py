@@ -1,4 +1,5 @@
-"""Alignment against autograd through layers called one by one here, and what it does to a conversion."""
+"""Alignment against autograd through layers called one by one here, and what it does to a
+conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from tests.test_training import batch
 
 def by_hand(student: HybridForCausalLM, teacher: HybridForCausalLM, data: Batch) -> torch.Tensor:
     """The mean relative error in float64, its gradient left in the student."""
-    length, kept = data.ids.shape[1], data.keep.flatten()
+    length, kept = data.ids.shape[1], data.loss_mask.flatten()
     hidden = teacher.model.embed_tokens(data.ids)
     rotary = teacher.model.rotary_emb(hidden, position_ids=torch.arange(length).unsqueeze(0))
     ahead = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1).expand(len(data.ids), 1, -1, -1)
@@ -47,7 +48,7 @@ def test_error_and_gradient_of_every_mixer(kind: str, micro: int) -> None:
             value = by_hand(student, teacher, batch(0))
         else:
             plain = batch(0)
-            rows = Batch(plain.ids, None, plain.labels, plain.keep)
+            rows = Batch(plain.ids, None, plain.labels, plain.loss_mask)
             value = Aligner(Student(student, Loss(), torch.float32), teacher, micro)(rows)
         grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
         found.append((value, grads))
@@ -68,7 +69,8 @@ def test_documents_do_not_see_each_other(kind: str) -> None:
 
 
 def test_the_command(tmp_path: Path, cli: Runner, teacher: Path, traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but mixers changes, the error falls, and so does the divergence that nobody asked it to lower."""
+    """Nothing but mixers changes, the error falls, and so does the divergence that nobody asked it
+    to lower."""
     monkeypatch.chdir(tmp_path)
     cli("replace", teacher, "--indices", "1,2", "--no-calibrate", "-o", "h2")
     common = ("--data", traces, "--batch-size", 2, "--seq-len", 48, "--lr-mixer", 1e-2, "--warmup-steps", 2)

@@ -1,4 +1,5 @@
-"""eval's way of answering: stock lm-eval's answers, whatever the batch, the ranks and the interruptions; votes and thinking."""
+"""eval's way of answering: stock lm-eval's answers, whatever the batch, the ranks and the
+interruptions; votes and thinking."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def said(found: dict[str, Any]) -> dict[str, list[tuple[int, Any]]]:
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_answers_are_those_of_stock_lm_eval(place: Path, batch_size: int) -> None:
-    """On the untouched teacher: the same texts and choices, log-likelihoods within 1e-4; batched with padding, and not."""
+    """On the untouched teacher: the same texts and choices, log-likelihoods within 1e-4; batched
+    with padding, and not."""
     chosen = EvalSettings(("tiny_choice", "tiny_exact"), batch_size=batch_size, include_path="tasks")
     manager, tokenizer = repeatable(open_tasks(chosen)), load_tokenizer(place / "teacher")
     stock = HFLM(pretrained=load_model(place / "teacher", CPU, torch.float32), tokenizer=tokenizer, batch_size=batch_size)
@@ -138,7 +140,8 @@ def test_resuming_takes_no_other_run_s_results(place: Path, cli: Runner) -> None
 
 
 def test_a_temperature_alone_samples(place: Path, cli: Runner) -> None:
-    """lm-eval takes it so; answers to one question then differ, and temperature 0 cannot be sampled at."""
+    """lm-eval takes it so; answers to one question then differ, and temperature 0 cannot be sampled
+    at."""
     task = (place / "tasks/exact.yaml").read_text()
     (place / "tasks/exact.yaml").write_text(
         task.replace("max_gen_toks: 6", "max_gen_toks: 6, temperature: 1.5") + "repeats: 4\n"

@@ -1,4 +1,5 @@
-"""Attention within packed documents: boundaries, the kernel against float64 attention of each document alone, whole models."""
+"""Attention within packed documents: boundaries, the kernel against float64 attention of each
+document alone, whole models."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ HEADS, GROUPS, WIDTH = 4, 2, 16
 
 
 def packed(lengths: list[list[int]], seed: int = 0, vocabulary: int = 64) -> Batch:
-    """Rows of documents of these lengths, which add up to the same in every row; some tokens do not count."""
+    """Rows of documents of these lengths, which add up to the same in every row; some tokens do not
+    count."""
     g = torch.Generator().manual_seed(seed)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     ids, labels = (torch.randint(2, vocabulary, positions.shape, generator=g) for _ in range(2))
@@ -50,7 +52,7 @@ def test_boundaries_are_where_documents_begin_and_survive_splitting(lengths: lis
         assert len(found) == len(part.ids) * room + 1
         assert found.tolist() == edges + [part.ids.numel()] * (len(found) - len(edges))
         assert part.documents >= max(len(row) for row in lengths[begin : begin + size])
-        assert part.kept == int(part.keep.sum())
+        assert part.kept == int(part.loss_mask.sum())
 
 
 def each_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[list[int]], scale: float) -> torch.Tensor:

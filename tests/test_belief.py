@@ -57,7 +57,8 @@ def test_equal_scores_are_no_order() -> None:
 
 
 def test_what_layers_share_does_not_blur_their_order() -> None:
-    """Questions differ a lot, layers by little, but always the same way: the resamples are the same for all layers."""
+    """Questions differ a lot, layers by little, but always the same way: the resamples are the same
+    for all layers."""
     hard = draws(50, [0.0]) * 100
     found = scored([0, 1], [(torch.cat([hard, hard + 0.1], 1), ones(hard))])
     assert [s.ranks for s in found] == [(1, 1), (2, 2)]
@@ -106,8 +107,9 @@ def test_students_quantiles(freedom: int, quantile: float) -> None:
 
 
 def test_ten_steps_hold_the_truth_as_often_as_they_say() -> None:
-    """MMR's own case, 400 experiments of eight layers, ten steps each. Drawn again as they are, ten steps gave
-    standard errors whose 90% intervals held 84%; and ranks are held at least as often as they say."""
+    """MMR's own case, 400 experiments of eight layers, ten steps each. Drawn again as they are, ten
+    steps gave standard errors whose 90% intervals held 84%; and ranks are held at least as often as
+    they say."""
     means, inside, ranked = [0.33 * layer for layer in range(8)], 0, 0
     for seed in range(400):
         values = draws(10, means, seed)

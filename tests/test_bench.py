@@ -1,4 +1,5 @@
-"""bench: what it counts against what is there, and what it does where memory is short. Times themselves are not tested."""
+"""bench: what it counts against what is there, and what it does where memory is short. Times
+themselves are not tested."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ SMALL = ("--contexts", "8,16", "--batches", "1,3", "--steps", 2, "--repeats", 1)
 
 
 def test_bytes_are_those_of_the_tensors(kind: str) -> None:
-    """A step reads all weights but the embeddings, every cached key and value, and states twice: in and out."""
+    """A step reads all weights but the embeddings, every cached key and value, and states twice: in
+    and out."""
     model = hybrid("amma", kind)
     table = model.model.embed_tokens.weight.numel() * 4
     held = Decoder(model, 3, 32).cache.bytes()

@@ -1,4 +1,5 @@
-"""Calibration: what is observed against the whole model, each part against its own definition in float64."""
+"""Calibration: what is observed against the whole model, each part against its own definition in
+float64."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def fit(*parts: str) -> Calibration:
 
 @pytest.fixture
 def case(teacher: Path, kind: str):
-    """(plain parameters, calibrate) of layer 2: `calibrated(parts)` gives the mixer, `seen` what the layer does."""
+    """(plain parameters, calibrate) of layer 2: `calibrated(parts)` gives the mixer, `seen` what
+    the layer does."""
     reader = CheckpointReader(teacher)
     surgery = plan(read_teacher(reader), [2], MixerSettings(kind))
     config = HybridConfig.from_dict(hybrid_json(reader.config, surgery))
@@ -78,7 +80,8 @@ def test_what_is_seen_is_what_the_whole_model_does(teacher: Path) -> None:
 
 @torch.no_grad()
 def test_mixers_below_change_what_is_seen(teacher: Path, tmp_path: Path, kind: str) -> None:
-    """Above converted layers, inputs and drift are those of the hybrid that comes out, heads those of the teacher."""
+    """Above converted layers, inputs and drift are those of the hybrid that comes out, heads those
+    of the teacher."""
     reader = CheckpointReader(teacher)
     surgery = plan(read_teacher(reader), [0, 2], MixerSettings(kind))
     replace(
@@ -105,7 +108,8 @@ def test_a_hybrids_own_mixers_are_run(teacher: Path, tmp_path: Path, kind: str) 
 
 
 def least_squares(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
-    """Ridge regression as an ordinary one with extra rows: argmin |x w - y|^2 + lambda |w|^2, float64, [in, out]."""
+    """Ridge regression as an ordinary one with extra rows: argmin |x w - y|^2 + lambda |w|^2,
+    float64, [in, out]."""
     x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
     extra = (strength * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
     return torch.linalg.lstsq(
@@ -140,7 +144,8 @@ def test_conv(case) -> None:
 
 
 def test_decay(case, kind: str) -> None:
-    """One step forgets NEARER / distance nats, never more than one; a step is STEP long where that allows it."""
+    """One step forgets NEARER / distance nats, never more than one; a step is STEP long where that
+    allows it."""
     plain, seen, calibrated = case
     mixer = calibrated("decay")
     forgets = torch.clamp(constants.NEARER / torch.clamp(seen.distance.double(), min=1), max=1)

@@ -138,7 +138,8 @@ def test_half_a_character_waits() -> None:
 
 
 def test_two_conversations_stay_side_by_side(place: Path, tmp_path: Path) -> None:
-    """A question that one of them cannot answer is asked of none; a system prompt that one refuses is none's."""
+    """A question that one of them cannot answer is asked of none; a system prompt that one refuses
+    is none's."""
     long = Talk(Speaker("h2", None, None, False, NOTHING), messages=[{"role": "user", "content": "x" * 300}])
     short = Talk(Speaker("teacher", None, None, False, NOTHING))
     chat._answer(chat.Output(), [short, long], "Hi?", 3, 0)

@@ -1,9 +1,11 @@
-"""What is learnt of a chat, under the templates of many families, against a statement of the rule that shares no code with it.
+"""What is learnt of a chat, under the templates of many families, against a statement of the rule
+that shares no code with it.
 
-The rule: each assistant turn is learnt in the context in which it would be generated. That is the template's own rendering of
-what precedes it, with the generation prompt (add_generation_prompt=True on messages[:i], same tools, documents and
-chat_template_kwargs), then the turn's text as it was written, reasoning included, then its end token(s). Turns share one
-sequence where that gives the same tokens, else each is a document of its own. No token of another role is ever kept.
+The rule: each assistant turn is learnt in the context in which it would be generated. That is the
+template's own rendering of what precedes it, with the generation prompt (add_generation_prompt=True
+on messages[:i], same tools, documents and chat_template_kwargs), then the turn's text as it was
+written, reasoning included, then its end token(s). Turns share one sequence where that gives the
+same tokens, else each is a document of its own. No token of another role is ever kept.
 """
 
 # ruff: noqa: RUF001 - the fullwidth bars are DeepSeek's own
@@ -68,7 +70,8 @@ def compiled(template: str) -> Template:
 
 
 def aliased(message: Message) -> Message:
-    """A message as transformers hands it to a template: nothing that is None, and its reasoning under the older name too."""
+    """A message as transformers hands it to a template: nothing that is None, and its reasoning
+    under the older name too."""
     message = {key: value for key, value in message.items() if value is not None}
     return {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
 
@@ -112,7 +115,8 @@ def plain(family: Family, prompt: str, message: Message) -> str:
 
 
 def rendered(family: Family, prompt: str, whole: str, message: Message) -> str:
-    """A turn with tool calls or reasoning: the template's text of it after the prompt, up to its end token."""
+    """A turn with tool calls or reasoning: the template's text of it after the prompt, up to its
+    end token."""
     assert whole.startswith(prompt), "the rule says nothing of a turn that the template does not write after its prompt"
     text = whole[len(prompt) :]
     end = family.call_end if message.get("tool_calls") and family.call_end else family.end
@@ -158,7 +162,8 @@ def byte_core() -> Tokenizer:
 
 
 def piece_core(family: Family) -> Tokenizer:
-    """Like sentencepiece's: words begin with a mark, unknown characters are bytes, and a text's first word has the mark too.
+    """Like sentencepiece's: words begin with a mark, unknown characters are bytes, and a text's
+    first word has the mark too.
 
     Gemma's has no such first mark, and knows newlines.
     """
@@ -208,12 +213,15 @@ def encoded(tokenizer: PreTrainedTokenizerFast, family: Family, row: Row) -> Doc
 
 
 def starts(turns: list[Turn], parts: list[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:
-    """Each turn's part and where it begins there: the one place where its context ends and something is kept."""
+    """Each turn's part and where it begins there: the one place where its context ends and
+    something is kept."""
     found = []
     for turn in turns:
         before = ids_of(tokenizer, turn.context)
         size = len(before)
-        places = [number for number, part in enumerate(parts) if part.ids[:size] == before and any(part.keep[size : size + 1])]
+        places = [
+            number for number, part in enumerate(parts) if part.ids[:size] == before and any(part.loss_mask[size : size + 1])
+        ]
         assert len(places) == 1, (turn, [text_of(tokenizer, part.ids) for part in parts])
         found.append((places[0], size))
     return found
@@ -224,7 +232,7 @@ def check(tokenizer: PreTrainedTokenizerFast, family: Family, row: Row) -> None:
     document = encoded(tokenizer, family, row)
     parts = document.parts()
     for part in [document, *parts]:
-        assert len(part.ids) == len(part.keep)
+        assert len(part.ids) == len(part.loss_mask)
     turns = [turn for turn in turns_of(family, row) if turn.learnt]
     places = starts(turns, parts, tokenizer)
     covered: list[set[int]] = [set() for _ in parts]
@@ -232,19 +240,19 @@ def check(tokenizer: PreTrainedTokenizerFast, family: Family, row: Row) -> None:
     for turn, (number, begin) in zip(turns, places, strict=True):
         part = parts[number]
         others = [place for other, place in places if other == number and place > begin]
-        end = min([*others, *(index for index in range(begin, len(part.ids)) if not part.keep[index]), len(part.ids)])
+        end = min([*others, *(index for index in range(begin, len(part.ids)) if not part.loss_mask[index]), len(part.ids)])
         assert text_of(tokenizer, part.ids[:begin]) == turn.context
         assert text_of(tokenizer, part.ids[:end])[len(turn.context) :] == turn.learnt
         assert part.ids[begin:end] in spellings(tokenizer, family, turn), "not the tokens that the tokenizer gives"
         covered[number].update(range(begin, end))
         ends.append(end)
     for part, kept in zip(parts, covered, strict=True):
-        assert kept == {index for index, flag in enumerate(part.keep) if flag}, "a token of another role is kept"
+        assert kept == {index for index, flag in enumerate(part.loss_mask) if flag}, "a token of another role is kept"
         rest = text_of(tokenizer, part.ids[max(kept) + 1 :])  # the line break that a finished chat ends with
         assert not rest.strip(), "a sequence goes on after its last answer"
         assert not rest or (part is parts[-1] and "finish" not in row)
     learnt = sum(end - begin for end, (_, begin) in zip(ends, places, strict=True))
-    assert learnt == sum(document.keep) == sum(sum(part.keep) for part in parts)
+    assert learnt == sum(document.loss_mask) == sum(sum(part.loss_mask) for part in parts)
     for index in range(1, len(turns)):
         number = places[index - 1][0]
         before = parts[number].ids[: ends[index - 1]]
@@ -256,7 +264,8 @@ def check(tokenizer: PreTrainedTokenizerFast, family: Family, row: Row) -> None:
 
 
 def spellings(tokenizer: PreTrainedTokenizerFast, family: Family, turn: Turn) -> list[list[int]]:
-    """The tokens that a turn may have: cut from the whole text's, its own, or its text's own and then its end token's own."""
+    """The tokens that a turn may have: cut from the whole text's, its own, or its text's own and
+    then its end token's own."""
     before, both = ids_of(tokenizer, turn.context), ids_of(tokenizer, turn.context + turn.learnt)
     found = [ids_of(tokenizer, turn.learnt)]
     if both[: len(before)] == before:
@@ -271,7 +280,7 @@ def pairs(family: Family, row: Row) -> list[tuple[str, str]]:
     tokenizer = byte_tokenizer(family)
     found = []
     for part in encoded(tokenizer, family, row).parts():
-        keep = [False, *part.keep, False]
+        keep = [False, *part.loss_mask, False]
         edges = [index for index in range(len(part.ids) + 1) if keep[index] != keep[index + 1]]
         for begin, end in zip(edges[::2], edges[1::2], strict=True):
             found.append((text_of(tokenizer, part.ids[:begin]), text_of(tokenizer, part.ids[begin:end])))
@@ -320,7 +329,8 @@ def result(text: str = '{"m": 4107}') -> Message:
 
 
 def must_think(family: Family, row: Row) -> bool:
-    """Whether an answer without a thought has no text: the prompt opens one, and the template has no way to close it."""
+    """Whether an answer without a thought has no text: the prompt opens one, and the template has
+    no way to close it."""
     return bool(opening(render(family, row, [ask()], prompt=True))) and not family.closes
 
 
@@ -434,7 +444,8 @@ thoughts = st.tuples(texts, texts, st.sampled_from(("<think>\n", "<think>", ""))
 
 
 def judged(family: Family, row: Row, message: Message) -> bool:
-    """Whether the template writes this turn after its prompt, as it does not where a later turn changes an earlier one."""
+    """Whether the template writes this turn after its prompt, as it does not where a later turn
+    changes an earlier one."""
     messages = row["messages"]
     return render(family, row, [*messages, message]).startswith(render(family, row, messages, prompt=True))
 
@@ -495,7 +506,8 @@ def rows(draw: st.DrawFn, families: tuple[Family, ...]) -> tuple[Family, Row]:
 
 
 def each_of(families: tuple[Family, ...], examples: int, say_of: Callable[[Family, Row], None]) -> None:
-    """Tries what is said of any row on some; the families' names alone decide which, so every run tries the same."""
+    """Tries what is said of any row on some; the families' names alone decide which, so every run
+    tries the same."""
 
     def tried(drawn: tuple[Family, Row]) -> None:
         say_of(*drawn)
@@ -510,14 +522,16 @@ def each_of(families: tuple[Family, ...], examples: int, say_of: Callable[[Famil
 
 
 def assert_alike(family: Family, row: Row) -> None:
-    """transformers writes the same text as the oracle, for every beginning of the row, with and without the prompt."""
+    """transformers writes the same text as the oracle, for every beginning of the row, with and
+    without the prompt."""
     given_to = {key: row.get(key) for key in ("tools", "documents")} | row.get("chat_template_kwargs", {})
     for count in range(1, len(row["messages"]) + 1):
         if count == 1 and row["messages"][0]["role"] == "system":
             continue  # a system text alone is no chat, and some templates say so
         for prompt in (False, True):
             messages = row["messages"][:count]
-            # one name for all templates: transformers gives them the others from 5.21 on, before it is the caller's affair
+            # one name for all templates: transformers gives them the others from 5.21 on, before it
+            # is the caller's affair
             named = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
             text = byte_tokenizer(family).apply_chat_template(
                 named, tokenize=False, add_generation_prompt=prompt, **given_to
@@ -621,8 +635,8 @@ def test_what_generation_markers_mark_is_kept(messages: list[Message]) -> None:
     (part,) = encoded(tokenizer, family, chat(*messages)).parts()
     size = len(part.ids)
     assert marked["input_ids"][:size] == part.ids
-    assert marked["assistant_masks"][:size] == [int(flag) for flag in part.keep]
-    assert sum(marked["assistant_masks"]) == sum(part.keep) > 0
+    assert marked["assistant_masks"][:size] == [int(flag) for flag in part.loss_mask]
+    assert sum(marked["assistant_masks"]) == sum(part.loss_mask) > 0
 
 
 # Learnt texts, word for word

@@ -66,7 +66,8 @@ def write_tasks(folder: Path) -> Path:
 
 @pytest.mark.parametrize("what", ["block", "mixer"])
 def test_the_sweep_answers_as_stock_lm_eval_does_on_each_ablated_model(place: Path, what: str) -> None:
-    """The real HFLM on a model whose projections are zero there: the same log-likelihoods, the same answers."""
+    """The real HFLM on a model whose projections are zero there: the same log-likelihoods, the same
+    answers."""
     settings = EvalSettings(("tiny_choice",), batch_size=4, include_path="tasks")
     tokenizer, source = load_tokenizer(place / "teacher"), CheckpointReader(place / "teacher")
     cpu, manager, known = torch.device("cpu"), repeatable(open_tasks(settings)), {}
@@ -95,7 +96,8 @@ def test_the_sweep_answers_as_stock_lm_eval_does_on_each_ablated_model(place: Pa
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with teacher/, traces.jsonl and tasks/, as a user would have it; the current directory."""
+    """A folder with teacher/, traces.jsonl and tasks/, as a user would have it; the current
+    directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYBRIDIZE_DATA", raising=False)
     make_teacher(tmp_path / "teacher")
@@ -295,7 +297,8 @@ def test_interrupted_and_resumed_on_the_command_line(place: Path, cli: Runner, m
 
 
 def test_killed_and_resumed_on_the_command_line(place: Path, cli: Runner) -> None:
-    """SIGKILL in the middle of training: the losses and the weights are those of a run that nobody killed, bit for bit."""
+    """SIGKILL in the middle of training: the losses and the weights are those of a run that nobody
+    killed, bit for bit."""
     cli("replace", "--indices", "1,2")
     plan = ("distill", "h2", "--steps", 60, "--batch-size", 4, "--seq-len", 48, "--save-every", 5, "--eval-every", 25)
     cli(*plan, "-o", "whole")
@@ -368,7 +371,8 @@ def test_the_gate(place: Path, cli: Runner) -> None:
 
 
 def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) -> None:
-    """A baseline that was evaluated alike is not evaluated again; one that was not is, and then its figures are kept."""
+    """A baseline that was evaluated alike is not evaluated again; one that was not is, and then its
+    figures are kept."""
     common = ("--tasks", "tiny_choice", "--include-path", "tasks", "--baseline", "teacher", "--overwrite")
     cli("replace", "--indices", "0-3")
     cli("eval", "h4", *common, "--max-drop", 1, "--junit", "ci/out.xml", code=3)

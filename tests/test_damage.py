@@ -1,4 +1,5 @@
-"""Damaged checkpoints: a sentence that names the file, and the tensor where there is one, before anything is written."""
+"""Damaged checkpoints: a sentence that names the file, and the tensor where there is one, before
+anything is written."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def place(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tensors(**changes: torch.Tensor | None) -> Damage:
-    """Rewrites the shard with tensors changed, added or (None) left out; __ stands for a dot. The index follows."""
+    """Rewrites the shard with tensors changed, added or (None) left out; __ stands for a dot. The
+    index follows."""
 
     def apply(path: Path) -> None:
         found = load_file(path / SHARD)

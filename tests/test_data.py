@@ -29,7 +29,7 @@ CHAT = [
 
 def kept_text(encoder: Encoder, row: dict) -> str:
     document = encoder.encode(row, "row")
-    return encoder.tokenizer.decode([t for t, keep in zip(document.ids, document.keep, strict=True) if keep])
+    return encoder.tokenizer.decode([t for t, keep in zip(document.ids, document.loss_mask, strict=True) if keep])
 
 
 def test_rows_are_tokenised_once_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,8 @@ def test_the_mask_keeps_what_the_assistant_says_and_its_end() -> None:
 
 
 def test_a_template_that_drops_earlier_thoughts() -> None:
-    """As Qwen3's: thoughts stay in the last turn only, so a rendered prefix is no prefix of the whole."""
+    """As Qwen3's: thoughts stay in the last turn only, so a rendered prefix is no prefix of the
+    whole."""
     template = (
         "{% for m in messages %}<|{{ m.role }}|>"
         "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('#')[-1] }}{% else %}{{ m.content }}{% endif %}"
@@ -71,7 +72,7 @@ def test_a_template_that_drops_earlier_thoughts() -> None:
     messages = [CHAT[0], {"role": "assistant", "content": "hm#1"}, CHAT[2], {"role": "assistant", "content": "hm#22"}]
     encoder = Encoder(make_tokenizer(), "assistant", template)
     document = encoder.encode({"messages": messages}, "row")
-    learnt = [encoder.tokenizer.decode([t for t, k in zip(p.ids, p.keep, strict=True) if k]) for p in document.parts()]
+    learnt = [encoder.tokenizer.decode([t for t, k in zip(p.ids, p.loss_mask, strict=True) if k]) for p in document.parts()]
     assert learnt == ["hm#1<|end|>", "hm#22<|end|>"]
     assert encoder.tokenizer.decode(document.parts()[1].ids) == (
         "<|user|>one?<|end|><|assistant|>1<|end|><|user|>two?<|end|><|assistant|>hm#22<|end|>"
@@ -102,13 +103,14 @@ documents = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(docs=documents, length=st.integers(2, 30))
 def test_packing_keeps_every_prediction_once_and_apart(docs: list[Document], length: int) -> None:
-    """Each kept next-token prediction inside a piece appears once, with its own position; nothing else is kept."""
-    numbered = [Document([1000 * n + i for i in d.ids], d.keep) for n, d in enumerate(docs)]
+    """Each kept next-token prediction inside a piece appears once, with its own position; nothing
+    else is kept."""
+    numbered = [Document([1000 * n + i for i in d.ids], d.loss_mask) for n, d in enumerate(docs)]
     want = sorted(
         (d.ids[i], d.ids[i + 1], i % length)
         for d in numbered
         for i in range(len(d.ids) - 1)
-        if d.keep[i + 1] and (i + 1) % length
+        if d.loss_mask[i + 1] and (i + 1) % length
     )
     got = []
     for ids, positions, labels, keep in pack_documents(numbered, length, pad=0):
@@ -124,7 +126,7 @@ def test_packing_keeps_every_prediction_once_and_apart(docs: list[Document], len
 @given(docs=documents, length=st.integers(2, 30))
 def test_a_stream_is_the_joined_text(docs: list[Document], length: int) -> None:
     joined = [token for d in docs for token in d.ids]
-    flags = [keep for d in docs for keep in d.keep]
+    flags = [keep for d in docs for keep in d.loss_mask]
     lines = list(pack_stream(docs, length))
     assert len(lines) == (len(joined) - 1) // length
     for n, (ids, positions, labels, keep) in enumerate(lines):
@@ -153,7 +155,8 @@ def test_batches_split_into_micro_batches() -> None:
 @settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_sources_keep_their_shares_of_the_tokens(weights: list[float], seed: int) -> None:
-    """At any time no source is further than its longest document from its share; each keeps its own order."""
+    """At any time no source is further than its longest document from its share; each keeps its own
+    order."""
     chance, longest = random.Random(seed), 30
 
     def source(number: int):
@@ -203,12 +206,12 @@ def test_density_and_the_example_show_what_is_learnt(tmp_path: Path) -> None:
     each = 16 // len(document.ids)  # whole documents fit into a row
     found = corpus.packing(0, 16, sample=each * 10)
     assert found.held == pytest.approx(each * len(document.ids) / 16)
-    assert found.learnt == pytest.approx(each * sum(document.keep) / 16)
+    assert found.learnt == pytest.approx(each * sum(document.loss_mask) / 16)
     assert (found.documents, found.cut, found.longest) == (each * 10, 0, len(document.ids))
     short = corpus.packing(0, len(document.ids) - 1, sample=20)
     assert (short.documents, short.cut, short.longest) == (20, 20, len(document.ids))
     decode = encoder.tokenizer.decode
-    begin = document.keep.index(True)
+    begin = document.loss_mask.index(True)
     assert corpus.example(0) == f"{decode(document.ids[:begin])}\u27e6{decode(document.ids[begin:])}\u27e7"
 
 

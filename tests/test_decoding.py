@@ -47,7 +47,7 @@ def reference(query, keys, values, counts, scale, cap):  # type: ignore[no-untyp
     accuracy=st.sampled_from([(torch.float32, 2e-5), (torch.bfloat16, 2e-2)]),
 )  # fmt: skip
 def test_decode_attention(
-    engine: str, rows: int, heads: int, group: int, places: int, width: int, cap: float | None, seed: int,
+    backend: str, rows: int, heads: int, group: int, places: int, width: int, cap: float | None, seed: int,
     accuracy: tuple[torch.dtype, float],
 ) -> None:  # fmt: skip
     dtype, most = accuracy
@@ -55,8 +55,8 @@ def test_decode_attention(
     query = torch.randn(rows, heads * group, width).to(dtype)
     keys, values = (torch.randn(rows, heads, places, width).to(dtype) for _ in range(2))
     counts = torch.randint(1, places + 5, (rows,))
-    on = "cuda" if engine == "kernel" else "cpu"
-    found = decode_attention(*(t.to(on) for t in (query, keys, values, counts)), width**-0.5, cap, engine).cpu()
+    on = "cuda" if backend == "kernel" else "cpu"
+    found = decode_attention(*(t.to(on) for t in (query, keys, values, counts)), width**-0.5, cap, backend).cpu()
     assert found.dtype == dtype
     assert (found.double() - reference(query, keys, values, counts, width**-0.5, cap)).abs().max() < most
 
@@ -66,7 +66,8 @@ def test_the_kernel_is_missing_where_there_is_no_gpu() -> None:
 
 
 def check_greedy(model: HybridForCausalLM, prompt: torch.Tensor, made: list[int], count: int) -> None:
-    """Every token is the likeliest by the logits of a plain forward pass over all of it, or as likely up to rounding."""
+    """Every token is the likeliest by the logits of a plain forward pass over all of it, or as
+    likely up to rounding."""
     assert len(made) == count
     ids = torch.cat([prompt, torch.tensor(made, device=prompt.device)]).unsqueeze(0)
     with torch.no_grad():
@@ -167,7 +168,8 @@ def test_what_is_held_is_what_was_said(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_step_kernels_are_told_what_the_scans_are_told(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step in place, by stand-ins for the kernels, against one by the scan over a sequence of one."""
+    """A step in place, by stand-ins for the kernels, against one by the scan over a sequence of
+    one."""
     fakes.install(monkeypatch)
     torch.manual_seed(0)
     batch, inner, n, groups, taps = 3, 24, 4, 6, 4
@@ -175,9 +177,9 @@ def test_the_step_kernels_are_told_what_the_scans_are_told(dtype: torch.dtype, m
     B, C = (torch.randn(batch, 1, groups, n).to(dtype) for _ in range(2))
     state, A = torch.randn(batch, inner, n), -torch.rand(inner, n)
     x, dt = x.to(dtype), dt.to(dtype)
-    wanted, last = selective_scan(x, dt, A, B, C, D, bias, state=state, engine="torch")
+    wanted, last = selective_scan(x, dt, A, B, C, D, bias, state=state, backend="torch")
     kept = state.clone()
-    found, same = selective_scan(x, dt, A, B, C, D, bias, state=kept, engine="kernel", inplace=True)
+    found, same = selective_scan(x, dt, A, B, C, D, bias, state=kept, backend="kernel", inplace=True)
     assert same is kept
     assert worst(kept, last) < 1e-5
     assert worst(found.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 3e-2)
@@ -186,9 +188,9 @@ def test_the_step_kernels_are_told_what_the_scans_are_told(dtype: torch.dtype, m
     x, B, C = (torch.randn(batch, 1, heads, p).to(dtype) for _ in range(3))
     dt, A, D, bias = (torch.randn(batch, 1, heads).to(dtype), -torch.rand(heads), torch.randn(heads), torch.randn(heads))
     state = torch.randn(batch, heads, p, p)
-    wanted, last = ssd_scan(x, dt, A, B, C, D, bias, state=state, engine="torch")
+    wanted, last = ssd_scan(x, dt, A, B, C, D, bias, state=state, backend="torch")
     kept = state.clone()
-    found, same = ssd_scan(x, dt, A, B, C, D, bias, state=kept, engine="kernel", inplace=True)
+    found, same = ssd_scan(x, dt, A, B, C, D, bias, state=kept, backend="kernel", inplace=True)
     assert same is kept
     assert worst(kept, last) < 1e-5
     assert worst(found.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 3e-2)
@@ -196,9 +198,9 @@ def test_the_step_kernels_are_told_what_the_scans_are_told(dtype: torch.dtype, m
     window, weight, bias = torch.randn(batch, inner, taps).to(dtype), torch.randn(inner, taps), torch.randn(inner)
     new = torch.randn(batch, inner).to(dtype)
     whole = torch.cat([window[..., 1:], new.unsqueeze(-1)], -1)
-    wanted = causal_conv(whole.transpose(1, 2), weight, bias, engine="torch")[:, -1]
-    for engine in ("torch", "kernel"):
+    wanted = causal_conv(whole.transpose(1, 2), weight, bias, backend="torch")[:, -1]
+    for backend in ("torch", "kernel"):
         moved = window.clone()
-        found = conv_step(new, moved, weight, bias, engine)
+        found = conv_step(new, moved, weight, bias, backend)
         assert torch.equal(moved, whole)
         assert worst(found.float(), wanted.float()) < (1e-5 if dtype == torch.float32 else 5e-2)

@@ -59,7 +59,8 @@ def test_what_ships() -> None:
 
 
 def test_the_pipeline_on_the_embedded_teacher(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The teacher is at 95% or more on held-out problems; half of it as Mamba starts far from it and comes closer."""
+    """The teacher is at 95% or more on held-out problems; half of it as Mamba starts far from it
+    and comes closer."""
     monkeypatch.chdir(tmp_path)
     cli("demo")
     both = ("--tasks", "wordproblems_exact,wordproblems_choice", "--include-path", "tasks", "--limit", 40, "--batch-size", 40)

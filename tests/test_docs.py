@@ -1,4 +1,5 @@
-"""What the documentation shows is what the code writes now. `make docs` itself holds the links between its pages."""
+"""What the documentation shows is what the code writes now. `make docs` itself holds the links
+between its pages."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def test_chat_templates() -> None:
 
 
 def test_the_tutorials_staged_conversion_is_a_recipe() -> None:
-    """It stands there as in docs/staged.yaml, and all of its steps are commands with flags that there are."""
+    """It stands there as in docs/staged.yaml, and all of its steps are commands with flags that
+    there are."""
     from hybridize.commands.run import _parsed
 
     from hybridize.recipe import read_recipe
@@ -59,7 +61,8 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
 
 
 def test_the_picture_is_of_figures_in_the_results() -> None:
-    """docs/picture.py finds its two tables: the picture is drawn from figures that stand there alone."""
+    """docs/picture.py finds its two tables: the picture is drawn from figures that stand there
+    alone."""
     picture = script("picture")
     divergences, speeds = picture.quality(), picture.speed()
     assert list(divergences) == ["0", "2 M", "8 M"]

@@ -1,4 +1,5 @@
-"""doctor: faults that a machine can have, faked one by one, are named with the command that mends them."""
+"""doctor: faults that a machine can have, faked one by one, are named with the command that mends
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a row becomes in tokens: the tokenizer's own marks, answers in their contexts, answers that were cut, ids as written."""
+"""What a row becomes in tokens: the tokenizer's own marks, answers in their contexts, answers that
+were cut, ids as written."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def shown(tokenizer: Any, document: Document) -> list[str]:
     found = []
     for part in document.parts():
         text, open_ = "", False
-        for token, kept in zip(part.ids, part.keep, strict=True):
+        for token, kept in zip(part.ids, part.loss_mask, strict=True):
             text += ("[" if kept and not open_ else "]" if open_ and not kept else "") + tokenizer.decode([token])
             open_ = kept
         found.append(text + ("]" if open_ else ""))
@@ -62,7 +63,7 @@ def test_plain_text_gets_what_the_tokenizer_adds_by_itself() -> None:
     for text in ("all", "<bos>all"):  # a text that has it already, as a rendered chat, gets no second one
         document = encoder.encode({"text": text}, text)
         assert tokenizer.decode(document.ids) == "<bos>all<|end|>"
-        assert all(document.keep)
+        assert all(document.loss_mask)
     assert tokenizer.decode(encoder.encode({"text": "all<|end|>"}, "e").ids) == "<bos>all<|end|>"
     both = marked_tokenizer("<bos> $A <|end|>")
     assert both.decode(Encoder(both, "none").encode({"text": "all"}, "b").ids) == "<bos>all<|end|>"
@@ -120,9 +121,9 @@ def test_ids_as_written_are_taken_where_the_text_does_not_say_them() -> None:
     row = {"messages": [ASK, {"role": "assistant", "content": "ab"}], "finish": "stop"}
     encoder = Encoder(tokenizer, "assistant")
     together = encoder.encode(row, "x")
-    assert [t for t, k in zip(together.ids, together.keep, strict=True) if k] == [tokenizer.convert_tokens_to_ids("ab"), 1]
+    assert [t for t, k in zip(together.ids, together.loss_mask, strict=True) if k] == [tokenizer.convert_tokens_to_ids("ab"), 1]
     found = encoder.encode(row | {"token_ids": apart}, "x")
-    assert [t for t, k in zip(found.ids, found.keep, strict=True) if k] == [*apart, 1]
+    assert [t for t, k in zip(found.ids, found.loss_mask, strict=True) if k] == [*apart, 1]
     assert not encoder.remarks()
     stale = encoder.encode(row | {"token_ids": apart[::-1]}, "x")
     assert stale == together
@@ -200,7 +201,7 @@ def test_without_a_mask_the_finished_chat_is_the_stream() -> None:
     assert decoded(tokenizer, document.ids) == tokenizer.apply_chat_template(
         chat["messages"], chat_template=template, tokenize=False
     )
-    assert all(document.keep)
+    assert all(document.loss_mask)
     assert shown(tokenizer, Encoder(tokenizer, "assistant", template).encode(chat, "x")) == [
         "<|user|>one?<|end|>\n<|assistant|>[1<|end|>]\n<|user|>two?<|end|>\n<|assistant|>[22<|end|>]"
     ]
@@ -243,7 +244,7 @@ def test_what_a_model_wrote_comes_back_exactly(
         prompt, written, ended = seen[json.dumps(row["messages"])]
         (part,) = encoder.encode(row, "row").parts()
         assert part.ids == [*prompt, *written, *([tokenizer.eos_token_id] if ended else [])]
-        assert part.keep == [False] * len(prompt) + [True] * (len(part.ids) - len(prompt))
+        assert part.loss_mask == [False] * len(prompt) + [True] * (len(part.ids) - len(prompt))
     assert any("token_ids" in row for row in rows), "bytes that are no character do not come back from a text"
     assert not encoder.remarks()
 
@@ -285,7 +286,7 @@ def learnt(template: str | None, *messages: dict[str, Any], **more: Any) -> tupl
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer, "assistant", template)
     part = encoder.encode({"messages": list(messages), **more}, "x").parts()[-1]
-    return tokenizer.decode([t for t, k in zip(part.ids, part.keep, strict=True) if k]), encoder.remarks()
+    return tokenizer.decode([t for t, k in zip(part.ids, part.loss_mask, strict=True) if k]), encoder.remarks()
 
 
 def test_reasoning_under_a_template_that_rewrites_what_precedes() -> None:

@@ -42,7 +42,8 @@ def test_it_loads_without_hybridize_and_computes_the_same(
 ) -> None:
     convert(teacher, layers, tmp_path / "h", kind=kind)
     cli("export", tmp_path / "h", "-o", tmp_path / "release")
-    # a bare environment; PYTHONPATH adds this one's packages but not its .pth files, so no editable hybridize
+    # a bare environment; PYTHONPATH adds this one's packages but not its .pth files, so no editable
+    # hybridize
     venv.create(tmp_path / "env", symlinks=True)
     script = tmp_path / "load.py"
     script.write_text(SCRIPT)

@@ -1,4 +1,5 @@
-"""A mixer, a family, a format, a scorer and a loss from outside go through the whole chain, and what lacks them says so."""
+"""A mixer, a family, a format, a scorer and a loss from outside go through the whole chain, and
+what lacks them says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every supported family: nothing of its attention is lost, and the hybrid's numbers hold (docs/concepts/architecture.md)."""
+"""Every supported family: nothing of its attention is lost, and the hybrid's numbers hold
+(docs/concepts/architecture.md)."""
 
 from __future__ import annotations
 
@@ -68,8 +69,8 @@ def test_no_layer_converted_is_the_teacher(name: str, homes: dict[str, Path], tm
 
 
 def heads_of(home: Path, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """q, k, v [B, T, H, P] of the teacher's layer on its normed input, float64, every head its own, and the attention scale:
-    each family's own formula, written down here once more."""
+    """q, k, v [B, T, H, P] of the teacher's layer on its normed input, float64, every head its own,
+    and the attention scale: each family's own formula, written down here once more."""
     model = load(home).double()
     attention, config = model.model.layers[layer].self_attn, model.config
     size, queries = attention.head_dim, config.num_attention_heads
@@ -144,7 +145,8 @@ def test_the_proof_holds_and_finds_what_is_wrong(name: str, kind: str, homes: di
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FAMILY)
 def test_numbers(name: str, kind: str, device: str, homes: dict[str, Path], tmp_path: Path) -> None:
-    """Cached = full, in two chunks too; left-padded = alone; packed = separate; checkpointed = not, all with gradients."""
+    """Cached = full, in two chunks too; left-padded = alone; packed = separate; checkpointed = not,
+    all with gradients."""
     model = load(convert(homes[name], tmp_path / "h", [0, 3], kind)).to(device)
     tokens, lengths = ids(2, 20).to(device), [11, 1, 8]
     full = model(tokens, use_cache=False).logits.detach()
@@ -191,7 +193,8 @@ def test_numbers(name: str, kind: str, device: str, homes: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_distillation_sees_the_family_s_own_logits(name: str, homes: dict[str, Path]) -> None:
-    """Granite's divisor and Gemma 2's soft cap belong to the output, where the loss does without the model's own head."""
+    """Granite's divisor and Gemma 2's soft cap belong to the output, where the loss does without
+    the model's own head."""
     teacher = load(homes[name])
     batch = Batch(ids(2, 16), None, ids(2, 16, seed=1), torch.ones(2, 16, dtype=torch.bool))
     logits = teacher(batch.ids, use_cache=False).logits.double().flatten(0, 1)
@@ -215,7 +218,8 @@ def test_distillation_sees_the_family_s_own_logits(name: str, homes: dict[str, P
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_leave_one_out_hears_what_the_model_hears(name: str, homes: dict[str, Path]) -> None:
-    """The sweep's log-probabilities of the untouched model, and without each layer, against plain forward passes."""
+    """The sweep's log-probabilities of the untouched model, and without each layer, against plain
+    forward passes."""
     source = CheckpointReader(homes[name])
     model = load_hybrid(source, torch.device("cpu"), torch.float32)
     read = [ids(1, n, seed=n)[0].tolist() for n in (9, 14)]
@@ -236,7 +240,8 @@ def test_leave_one_out_hears_what_the_model_hears(name: str, homes: dict[str, Pa
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_tensors_keep_the_names_of_the_disk(name: str, homes: dict[str, Path], tmp_path: Path) -> None:
-    """Mixtures of experts have others in memory: read, and written by us and by transformers, they are what they were."""
+    """Mixtures of experts have others in memory: read, and written by us and by transformers, they
+    are what they were."""
     result = CheckpointReader(convert(homes[name], tmp_path / "h", [0], "mamba2"))
     model = load(result.path)
     state = model.state_dict()
@@ -255,7 +260,8 @@ def test_tensors_keep_the_names_of_the_disk(name: str, homes: dict[str, Path], t
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_calibrated_starts_exist_for_every_family(name: str, kind: str, homes: dict[str, Path], tmp_path: Path) -> None:
-    """Nearer to the attention's output than without, also on other text, and x, B and C as they were."""
+    """Nearer to the attention's output than without, also on other text, and x, B and C as they
+    were."""
     source = CheckpointReader(homes[name])
     surgery = plan(read_teacher(source), [1], MixerSettings(kind))
     fit = Calibration(ids(16, 128), frozenset(kind_of("mamba2").parts), torch.device("cpu"), "random")
@@ -311,7 +317,8 @@ def test_the_commands_take_the_odd_ones(
 def test_what_cannot_be_right_is_refused(
     homes: dict[str, Path], tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RoPE that turns old keys anew, a donor with another attention, mixers that contradict it, caps left to a default."""
+    """RoPE that turns old keys anew, a donor with another attention, mixers that contradict it,
+    caps left to a default."""
     long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     made = make_family(tmp_path / "long", "phi3", rope_parameters=long, original_max_position_embeddings=16)
     assert "RoPE of type longrope" in cli.fails("replace", made, "--indices", 1, "--no-calibrate")
@@ -350,7 +357,8 @@ def test_the_parent_is_hashed_once(homes: dict[str, Path], tmp_path: Path, monke
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_plan_of_an_attention_layer_is_near_what_autograd_keeps(name: str, homes: dict[str, Path]) -> None:
-    """Above all where attention is eager, whose T x T maps are most of it, and where a token goes through several experts."""
+    """Above all where attention is eager, whose T x T maps are most of it, and where a token goes
+    through several experts."""
     model, length = load_hybrid(CheckpointReader(homes[name]), torch.device("cpu"), torch.float32).train(), 512
     hidden = torch.randn(1, length, 32, requires_grad=True)
     at = torch.arange(length).unsqueeze(0)

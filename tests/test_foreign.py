@@ -1,4 +1,5 @@
-"""Foreign runtimes that die, hang or print nonsense while an export is verified: one sentence, and the file is kept."""
+"""Foreign runtimes that die, hang or print nonsense while an export is verified: one sentence, and
+the file is kept."""
 
 from __future__ import annotations
 

@@ -197,7 +197,8 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes,
 
 
 def test_typed_columns_fill_nothing_in(tmp_path: Path) -> None:
-    """In a table every tool has all keys that any has: those without a value are no part of its schema."""
+    """In a table every tool has all keys that any has: those without a value are no part of its
+    schema."""
     tools = [{"name": "a", "parameters": {"x": {"type": "int"}}}, {"name": "b", "parameters": {"y": {"type": "str"}}}]
     rows = [{"messages": [ASK, ANSWER | {"note": "n"}], "tools": tools}, {"messages": [ASK, ANSWER], "tools": tools[:1]}]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")

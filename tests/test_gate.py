@@ -39,7 +39,8 @@ def test_mcnemar_is_the_binomial_test(lost: int, won: int) -> None:
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
-    """400 experiments of 120 documents with a true drop of 0.1: a 90% interval must hold it in about 90% of them."""
+    """400 experiments of 120 documents with a true drop of 0.1: a 90% interval must hold it in
+    about 90% of them."""
     generator, inside = torch.Generator().manual_seed(0), 0
     for number in range(400):
         draw = torch.rand(120, generator=generator)
@@ -51,7 +52,8 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize("kinds", [3, 500])
 def test_the_interval_is_that_of_a_plain_bootstrap(kinds: int) -> None:
-    """Both ways of drawing, by multinomial counts and by picks, against drawing with replacement one by one."""
+    """Both ways of drawing, by multinomial counts and by picks, against drawing with replacement
+    one by one."""
     generator = torch.Generator().manual_seed(1)
     differences = torch.randint(kinds, (300,), generator=generator).double() / kinds - 0.4
     means = sorted(float(differences[torch.randint(300, (300,), generator=generator)].mean()) for _ in range(4000))
@@ -141,8 +143,9 @@ COVERED: dict[int, dict[tuple[int, int], tuple[float, float]]] = {}
     ("drop", "won"), [(0.0, 0.0), (0.0, 0.1), (0.02, 0.01), (0.05, 0.0), (0.05, 0.05), (0.1, 0.2), (0.2, 0.03)]
 )
 def test_the_score_interval_keeps_its_level(count: int, drop: float, won: float) -> None:
-    """2,000 experiments: the 95% interval holds the true drop in at least 92% (the least in a wide search was 92.8%), and
-    its upper edge, by which --strict passes, lies below the true drop in at most 4%."""
+    """2,000 experiments: the 95% interval holds the true drop in at least 92% (the least in a wide
+    search was 92.8%), and its upper edge, by which --strict passes, lies below the true drop in at
+    most 4%."""
     generator = torch.Generator().manual_seed(count)
     draw = torch.rand(2000, count, generator=generator)
     losses, wins = (draw < won + drop).sum(1).tolist(), ((draw >= won + drop) & (draw < 2 * won + drop)).sum(1).tolist()
@@ -160,7 +163,8 @@ def test_the_score_interval_keeps_its_level(count: int, drop: float, won: float)
 
 
 def test_strict_rarely_passes_a_true_drop() -> None:
-    """The gate of the issue: 30 documents, a true drop of .05, --max-drop 0.02: the bootstrap's [0, 0] passed 21% of them."""
+    """The gate of the issue: 30 documents, a true drop of .05, --max-drop 0.02: the bootstrap's [0,
+    0] passed 21% of them."""
     generator, found = torch.Generator().manual_seed(0), 0
     for _ in range(400):
         lost = (torch.rand(100, generator=generator) < 0.05).double()
@@ -190,7 +194,8 @@ def test_the_three_rules() -> None:
 
 @pytest.mark.parametrize("count", [10, 50, 100, 250, 1000])
 def test_at_the_boundary_counts_decide(count: int) -> None:
-    """1.00 -> 0.98 with --max-drop 0.02 passes: not one document more than that is lost, whatever the floats say."""
+    """1.00 -> 0.98 with --max-drop 0.02 passes: not one document more than that is lost, whatever
+    the floats say."""
     for limit in range(1, count):
         allowed = limit / count
         for lost, wanted in ((limit, PASS), (limit + 1, FAIL)):
@@ -280,7 +285,8 @@ def grouped(right: dict[str, int], sizes: dict[str, int], weighed: bool) -> dict
 
 @pytest.mark.parametrize("weighed", [True, False])
 def test_a_group_is_one_gate(weighed: bool) -> None:
-    """Fifty subtasks of two equally good models, some better and some worse: one figure, in lm-eval's own weighing."""
+    """Fifty subtasks of two equally good models, some better and some worse: one figure, in
+    lm-eval's own weighing."""
     sizes = {f"s{n}": 20 + 3 * n for n in range(50)}
     theirs = grouped({task: size * 3 // 4 for task, size in sizes.items()}, sizes, weighed)
     ours = grouped({task: size * 3 // 4 + (2 if n % 2 else -2) for n, (task, size) in enumerate(sizes.items())}, sizes, weighed)

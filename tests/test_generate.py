@@ -1,4 +1,5 @@
-"""generate: what a sampler draws, that answers depend on prompt and seed alone, and what is left of an interrupted run."""
+"""generate: what a sampler draws, that answers depend on prompt and seed alone, and what is left of
+an interrupted run."""
 
 from __future__ import annotations
 
@@ -174,7 +175,8 @@ def test_one_prompt_is_answered_on_stdout(cli: Runner, teacher: Path) -> None:
 
 
 def test_what_ends_an_answer_and_what_samples(teacher: Path, tmp_path: Path) -> None:
-    """End tokens of generation_config.json and config.json, else the tokenizer's; its sampling only where it samples."""
+    """End tokens of generation_config.json and config.json, else the tokenizer's; its sampling only
+    where it samples."""
     home = shutil.copytree(teacher, tmp_path / "other")
     tokenizer = load_tokenizer(home)
     for said, wanted in (

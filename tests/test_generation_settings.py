@@ -40,7 +40,8 @@ def test_rules_are_transformers_own(
     rows: list[list[int]], prompt: int, penalty: float, ngram: int, suppress: list[int], begin: list[int], least: int, new: int,
     seed: int,
 ) -> None:  # fmt: skip
-    """Every row by itself against transformers' processors in their order; what stands behind a row's tokens is stale."""
+    """Every row by itself against transformers' processors in their order; what stands behind a
+    row's tokens is stale."""
     torch.manual_seed(seed)
     logits, history = torch.randn(len(rows), VOCABULARY), torch.randint(0, VOCABULARY, (len(rows), 12))
     for at, row in enumerate(rows):
@@ -72,7 +73,8 @@ NAMES = (*FOLLOWED, "all")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_equal_transformers_generate(name: str, kind: str) -> None:
-    """Greedy, side by side in our decoder and one by one in transformers', with settings that this model's answers run into."""
+    """Greedy, side by side in our decoder and one by one in transformers', with settings that this
+    model's answers run into."""
     model, prompts = hybrid("amma", kind), [[3 + n, *range(2, 5 + n)] for n in range(4)]
 
     def stock(ids: list[int], ends: list[int], **chosen: Any) -> list[int]:
@@ -104,7 +106,8 @@ def test_answers_equal_transformers_generate(name: str, kind: str) -> None:
 
 @pytest.mark.gpu
 def test_a_captured_step_follows_them_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers with the step as a CUDA graph and call by call; a logit that is not finite is seen in both."""
+    """The same answers with the step as a CUDA graph and call by call; a logit that is not finite
+    is seen in both."""
     model = hybrid("amma", kind).to("cuda")
     rules = Rules(1.7, 2, (5, 7), (9, 3), (8,), 12, 9, (1, 6))
     wanted = [Wanted((n, 0), [3 + n, *range(2, 5 + n)], n) for n in range(4)]

@@ -1,4 +1,5 @@
-"""The GGUF file, read back and run: a float64 forward written here from llama.cpp's definition of `granitehybrid`."""
+"""The GGUF file, read back and run: a float64 forward written here from llama.cpp's definition of
+`granitehybrid`."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def attention(file: File, x: torch.Tensor, t: dict, heads_kv: int) -> torch.Tensor:
-    """RoPE over neighbouring pairs (ggml's NORM), frequencies divided by rope_freqs; scores times attention.scale."""
+    """RoPE over neighbouring pairs (ggml's NORM), frequencies divided by rope_freqs; scores times
+    attention.scale."""
     size, heads, length = file["attention.key_length"], file["attention.head_count"], len(x)
     theta = file["rope.freq_base"] ** -(torch.arange(0, size, 2).double() / size)
     theta = theta / file.tensors.get("rope_freqs.weight", torch.ones(size // 2))

@@ -1,4 +1,5 @@
-"""Export to GraniteMoeHybridForCausalLM: the stock class computes the same, and what it cannot compute is refused by name."""
+"""Export to GraniteMoeHybridForCausalLM: the stock class computes the same, and what it cannot
+compute is refused by name."""
 
 from __future__ import annotations
 
@@ -202,7 +203,8 @@ def test_an_older_transformers_is_not_asked(tmp_path: Path, cli: Runner, monkeyp
 
 
 def test_heads_of_zeros_change_nothing(tmp_path: Path) -> None:
-    """The law behind the padding, on our own class: a mixer with more heads, the new ones zero, is the same function."""
+    """The law behind the padding, on our own class: a mixer with more heads, the new ones zero, is
+    the same function."""
     from hybridize.export.formats.granite import Embedding
 
     small = hybrid("m", "mamba2")

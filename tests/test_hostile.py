@@ -1,4 +1,5 @@
-"""Checkpoints from strangers: no code of theirs runs, nothing of ours gets out, and no one is called."""
+"""Checkpoints from strangers: no code of theirs runs, nothing of ours gets out, and no one is
+called."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Marker:
 
 
 def evil(path: Path, marker: Path) -> None:
-    """Code wherever a checkpoint can point to some: config, tokenizer, generation settings, pickled weights, adapters."""
+    """Code wherever a checkpoint can point to some: config, tokenizer, generation settings, pickled
+    weights, adapters."""
     code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
     classes = "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
     (path / "evil.py").write_text(

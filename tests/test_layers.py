@@ -1,4 +1,5 @@
-"""Who may import whom: a module only what stands before it in LAYERS, and no two modules each other, however far around."""
+"""Who may import whom: a module only what stands before it in LAYERS, and no two modules each
+other, however far around."""
 
 from __future__ import annotations
 

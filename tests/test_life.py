@@ -1,4 +1,5 @@
-"""No command is silent for long, on a device that is slow. What a user waits at most is played twelve times faster."""
+"""No command is silent for long, on a device that is slow. What a user waits at most is played
+twelve times faster."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Clocked(io.TextIOWrapper):
 
 
 class Control(threading.Thread):
-    """How much later than asked any thread here wakes up, for whatever keeps the machine or the interpreter busy."""
+    """How much later than asked any thread here wakes up, for whatever keeps the machine or the
+    interpreter busy."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -119,7 +119,8 @@ def plain_and_fused(loss: Loss, rows: int) -> None:
     labels = torch.randint(0, 500, (rows,), generator=g)
     other, before = student.clone(), student.clone()
     values = [losses._replace(loss, student, teacher, labels, scale), losses._fused()(loss, other, teacher, labels, scale)]
-    # every term of value and gradient is a probability times differences of logits: 16 roundings of the sum of their sizes
+    # every term of value and gradient is a probability times differences of logits: 16 roundings of
+    # the sum of their sizes
     q, p = (logits.double().softmax(-1) for logits in (before, teacher))
     size = 1 + 2 * (before.abs().amax(-1) + teacher.abs().amax(-1)).double().unsqueeze(1)
     terms = (q + p + torch.nn.functional.one_hot(labels, 500)) * size * scale.unsqueeze(1) * loss.temperature**2
@@ -164,7 +165,8 @@ print(float(_fused()(Loss.parse("reverse-kl=.7,ce=.2", 1.3), student, teacher, l
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for the CPU needs g++")
 def test_code_compiled_for_one_kind_of_cpu_is_not_run_on_another(tmp_path: Path) -> None:
-    """torch's own cache does not tell them apart, and then the loss is another, as on a home directory that machines share."""
+    """torch's own cache does not tell them apart, and then the loss is another, as on a home
+    directory that machines share."""
     found = []
     for kind in ("avx512", "avx2", "avx512"):
         told = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}

@@ -17,7 +17,7 @@ from tests.conftest import apart, hybrid, hybrid_config, rounding, worst
 
 LAYOUTS = ["ammam", "mmm", "aa", "ma"]
 ROUNDS = 16  # times what one unit in the last place of every weight explains, see conftest.rounding
-# on CUDA a cached step runs the torch engine against the kernel, which may differ by 1e-3 of the
+# on CUDA a cached step runs the torch backend against the kernel, which may differ by 1e-3 of the
 # largest entry
 CUDA = 1e-3
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -28,7 +28,7 @@ def ids(batch: int, length: int, seed: int = 0, device: str = "cpu") -> torch.Te
 
 
 def check(one: torch.Tensor, other: torch.Tensor, explained: float) -> None:
-    """Both are the same but for rounding; on CUDA, two engines."""
+    """Both are the same but for rounding; on CUDA, two backends."""
     size = float(other.detach().abs().max())
     bound = ROUNDS * explained if one.device.type == "cpu" else max(CUDA * size, ROUNDS * explained)
     difference = apart(one, other)

@@ -1,4 +1,5 @@
-"""What a newcomer meets: early refusals, plans for the machine at hand, scores of an ancestor, a state made a checkpoint."""
+"""What a newcomer meets: early refusals, plans for the machine at hand, scores of an ancestor, a
+state made a checkpoint."""
 
 from __future__ import annotations
 
@@ -165,8 +166,8 @@ def stateless(cli: Runner, run: tuple[object, ...]) -> str:
 
 @pytest.mark.parametrize("kind", ["attention", *SHAPES])
 def test_a_cpu_keeps_what_autograd_says(kind: str) -> None:
-    """Every storage that a float32 layer saves but for weights, rotary tables and masks: of attention to the byte, of mixers
-    within a tenth."""
+    """Every storage that a float32 layer saves but for weights, rotary tables and masks: of
+    attention to the byte, of mixers within a tenth."""
     sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "intermediate_size": 160}
     shapes = {"mamba": {"dt_rank": 4, "expand": "head", "d_state": 4}, "mamba2": {"d_state": 16}}
     mixer = "mamba2" if kind == "attention" else kind
@@ -345,7 +346,8 @@ def test_a_file_that_was_written_again_is_not_hashed(place: Path) -> None:
 
 
 def test_reaching_into_libraries_has_its_place() -> None:
-    """Modules below transformers and lm_eval are imported by compat alone, and in modeling/ by stock.py."""
+    """Modules below transformers and lm_eval are imported by compat alone, and in modeling/ by
+    stock.py."""
     allowed = {"hybridize/modeling/stock.py", "hybridize/compat/transformers.py", "hybridize/compat/lm_eval.py"}
     reached = set()
     for file in sorted([*ROOT.glob("hybridize/**/*.py"), *ROOT.glob("commands/*.py")]):

@@ -1,4 +1,5 @@
-"""The figures of --fidelity and of score-loo --metric kl are those of plain transformers on the same text, for every family."""
+"""The figures of --fidelity and of score-loo --metric kl are those of plain transformers on the
+same text, for every family."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def make_home(path: Path, name: str) -> Path:
 
 
 def windows_of(tokenizer: Any) -> torch.Tensor:
-    """[WINDOWS, LENGTH + 1]: each document as the tokenizer has it, with an end token, one after the other."""
+    """[WINDOWS, LENGTH + 1]: each document as the tokenizer has it, with an end token, one after
+    the other."""
     stream = [token for text in TEXTS for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     assert stream[0] == tokenizer.bos_token_id
     return torch.tensor([stream[at * LENGTH : (at + 1) * LENGTH + 1] for at in range(WINDOWS)])

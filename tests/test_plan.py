@@ -17,7 +17,8 @@ from tests.conftest import Runner, hybrid, hybrid_config
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 64, "head_dim": 24, "num_attention_heads": 8, "intermediate_size": 160}])
 def test_an_attention_layer_keeps_what_autograd_says(sizes: dict[str, int]) -> None:
-    """Every storage that one layer's forward saves under bfloat16 autocast, but for its weights and the rotary tables."""
+    """Every storage that one layer's forward saves under bfloat16 autocast, but for its weights and
+    the rotary tables."""
     mixer = {"kind": "mamba2", "d_inner": sizes.get("num_attention_heads", 4) * sizes.get("head_dim", 8), "d_conv": 4}
     changes = {**sizes, "mixer": {**mixer, "d_state": sizes.get("head_dim", 8)}}
     config = hybrid_config("ma", "mamba2", **changes)

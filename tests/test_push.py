@@ -114,7 +114,8 @@ def test_what_the_hub_refuses_is_told_before_or_after_the_work(
 
 
 def test_the_card_is_one_that_a_hub_reads(place: Path, cli: Runner) -> None:
-    """Results as a model-index, the teacher's beside them for people; licence and base model where they are known."""
+    """Results as a model-index, the teacher's beside them for people; licence and base model where
+    they are known."""
     (place / "teacher/README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
     eval_dir = place / "h1/eval"
     eval_dir.mkdir()

@@ -1,4 +1,5 @@
-"""Two processes on gloo against one: the same losses, gradients and weights; states that any number of ranks goes on from."""
+"""Two processes on gloo against one: the same losses, gradients and weights; states that any number
+of ranks goes on from."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from hybridize.distillation.loop import Training
 from hybridize.distillation.run_dir import RunDir
 from hybridize.errors import InputError, WorkError
-from hybridize.runtime.distributed import Ranks, join, leave, small, whole
+from hybridize.runtime.distributed import DistributedContext, join, leave, small, whole
 from tests.conftest import Runner, hybrid, make_teacher, worst
 from tests.test_training import batch, settings
 
@@ -29,7 +30,8 @@ multiprocessing.set_forkserver_preload(["tests.test_ranks"])  # ranks are forks 
 
 
 def work(rank: int, size: int, port: int, path: Path, stop_at: int | None, resume: bool, options: dict[str, Any]) -> None:
-    """One rank's run; the first one keeps the weights at the end and what kind of tensor each parameter is."""
+    """One rank's run; the first one keeps the weights at the end and what kind of tensor each
+    parameter is."""
     if size > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -100,8 +102,8 @@ def go(size: int, path: Path, stop_at: int | None = None, resume: bool = False, 
 
 
 def equal(one: dict[str, Any], two: dict[str, Any], bound: float) -> None:
-    """All losses and measures, and the norm of the first gradient; what comes later is a gradient at weights that have drifted
-    by rounding, as the weights at the end have."""
+    """All losses and measures, and the norm of the first gradient; what comes later is a gradient
+    at weights that have drifted by rounding, as the weights at the end have."""
     losses, norms = (
         [torch.tensor([line[key] for line in found["losses"]]) for found in (one, two)] for key in ("loss", "grad_norm")
     )
@@ -185,8 +187,8 @@ def test_ranks_end_together_where_not_one_sequence_fits(tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_a_run_again_with_what_fits(tmp_path: Path, traces: Path, teacher: Path, cli: Runner) -> None:
-    """Ranks with a part of the weights meet in every layer: where one runs out of memory none can go on. A restarted group
-    finds the store of the one that died."""
+    """DistributedContext with a part of the weights meet in every layer: where one runs out of
+    memory none can go on. A restarted group finds the store of the one that died."""
     (tmp_path / "run.py").write_text(f"{HUNGRY}\nhungry()\nfrom hybridize.commands import main\nmain()\n")
     plan = [
         "distill",
@@ -236,7 +238,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def overflow(training: Training, rank: int) -> None:
-    """From the third step on, layer 1 overflows on the second rank's rows alone, in its second micro-batch."""
+    """From the third step on, layer 1 overflows on the second rank's rows alone, in its second
+    micro-batch."""
     seen = []
 
     def hook(module: torch.nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
@@ -278,7 +281,8 @@ def hurry(_: Training, rank: int) -> None:
 
 
 def test_torchrun_on_the_command_line(tmp_path: Path, traces: Path, cli: Runner) -> None:
-    """One checkpoint, one voice, the numbers of a run without torchrun; tied weights, as small models have them."""
+    """One checkpoint, one voice, the numbers of a run without torchrun; tied weights, as small
+    models have them."""
     teacher = make_teacher(tmp_path / "teacher", tie_word_embeddings=True)
     cli("replace", teacher, "--indices", "1,2", "--no-calibrate", "-o", tmp_path / "h2")
     common = ["distill", str(tmp_path / "h2"), "--data", str(traces), "--steps", "2", "--batch-size", "2", "--seq-len", "48"]
@@ -304,11 +308,11 @@ def test_torchrun_on_the_command_line(tmp_path: Path, traces: Path, cli: Runner)
 
 
 def test_rows_are_shared_evenly_or_not_at_all() -> None:
-    assert [Ranks(rank, 4).share(8, "batch_size") for rank in range(4)] == [
+    assert [DistributedContext(rank, 4).share(8, "batch_size") for rank in range(4)] == [
         slice(0, 2),
         slice(2, 4),
         slice(4, 6),
         slice(6, 8),
     ]
     with pytest.raises(InputError, match="--batch-size 6 cannot be split evenly over 4 processes"):
-        Ranks(0, 4).share(6, "batch_size")
+        DistributedContext(0, 4).share(6, "batch_size")

@@ -1,4 +1,5 @@
-"""Recall tasks, and what else `eval` takes: shares of documents, automatic batches, tasks that run code, broken models."""
+"""Recall tasks, and what else `eval` takes: shares of documents, automatic batches, tasks that run
+code, broken models."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ place = answering_place  # a teacher with tasks of choices and of answers beside
     kind=st.sampled_from(list(KINDS)), length=st.integers(SHORTEST * 4, 6000), seed=st.integers(0, 99), number=st.integers(0, 9)
 )  # fmt: skip
 def test_a_document_has_its_length_and_its_answer(kind: str, length: int, seed: int, number: int) -> None:
-    """In the tokenizer's own tokens, here bytes; the answer stands in the text once, and not at its end alone."""
+    """In the tokenizer's own tokens, here bytes; the answer stands in the text once, and not at its
+    end alone."""
     document = make_document(TOKENIZER, kind, length, seed, number)
     assert document == make_document(TOKENIZER, kind, length, seed, number)
     whole = f"{document['text']} {document['prefix']} {document['answer']}"

@@ -1,6 +1,8 @@
-"""What a kill, a full disk, a directory that cannot be written to, inputs that vanish and a second writer leave behind.
+"""What a kill, a full disk, a directory that cannot be written to, inputs that vanish and a second
+writer leave behind.
 
-A few points each here; `python -m tests.reliability.kill` tries fifty a command, see docs/concepts/reliability.md.
+A few points each here; `python -m tests.reliability.kill` tries fifty a command, see
+docs/concepts/reliability.md.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def test_killed_anywhere(server: Server, template: Path, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", ["replace", "distill", "score-loo", "export granite", "export gguf", "generate", "demo"])
 def test_a_full_disk(server: Server, work: Path, name: str) -> None:
-    """A limit on the size of files, which Linux reports as a disk does that is full (EFBIG in place of ENOSPC)."""
+    """A limit on the size of files, which Linux reports as a disk does that is full (EFBIG in place
+    of ENOSPC)."""
     case, before = BY_NAME[name], tree(work)
     for again, limit in enumerate((100, 20_000, 300_000)):
         found = server.run([*case.argv, *(case.again if again else ())], work, file_limit=limit)

@@ -112,7 +112,8 @@ def test_a_damaged_file_is_named_and_the_rest_shown(place: Path, cli: Runner) ->
 
 
 def test_two_benches_of_one_checkpoint(place: Path, cli: Runner) -> None:
-    """One of steps, one of generations; and one with nonsense in it, which costs no more than itself."""
+    """One of steps, one of generations; and one with nonsense in it, which costs no more than
+    itself."""
     made = {"h2": {"steps": [], "generations": [{"prompt": 1, "new": 9, "batch": 2, "tokens_per_second": 77.0}]}}
     for name, told in (("more", made), ("odd", {"h2": {"steps": [3], "generations": []}})):
         (place / name).mkdir()
@@ -146,7 +147,8 @@ def manifest(folder: Path, **changes: object) -> None:
 
 @pytest.fixture
 def family(place: Path, cli: Runner) -> Path:
-    """The same with stages whose names are in another order than they were made, and exports of one."""
+    """The same with stages whose names are in another order than they were made, and exports of
+    one."""
     shutil.move(place / "h2", place / "z2")
     cli("replace", "z2", "--indices", "0", "--no-calibrate", "-q", "-o", "b3")
     shutil.copytree(place / "b3", place / "a3-kd")
@@ -197,7 +199,8 @@ def test_results_that_cannot_be_compared_are_shown_alone(family: Path, cli: Runn
 
 
 def test_groups_and_the_baseline_beside_the_results(family: Path, cli: Runner) -> None:
-    """A teacher that was evaluated as a baseline only; a group stands for its tasks; recall is told by length."""
+    """A teacher that was evaluated as a baseline only; a group stands for its tasks; recall is told
+    by length."""
     shutil.rmtree(family / "teacher/eval")
     tasks = {f"recall_{kind}_{length}": length for kind in ("needle", "lookup") for length in (512, 1024)}
     content = json.loads((family / "b3/hybridize.json").read_text())["root"]["hash"]
@@ -222,7 +225,8 @@ def test_groups_and_the_baseline_beside_the_results(family: Path, cli: Runner) -
 
 
 def test_no_path_of_the_machine_is_on_the_page(family: Path, cli: Runner) -> None:
-    """Not of checkpoints, of settings or of what could not be read; and not in what --json tells of it."""
+    """Not of checkpoints, of settings or of what could not be read; and not in what --json tells of
+    it."""
     found = json.loads((family / "z2/eval/fidelity.json").read_text())
     (family / "z2/eval/fidelity.json").write_text(json.dumps(found | {"settings": {"data": "/home/me/secret/text.jsonl"}}))
     (family / "b3/eval").mkdir()

@@ -1,4 +1,5 @@
-"""Which files of a directory are the checkpoint: the same for every part of the program, and those of transformers."""
+"""Which files of a directory are the checkpoint: the same for every part of the program, and those
+of transformers."""
 
 from __future__ import annotations
 

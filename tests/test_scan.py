@@ -1,4 +1,5 @@
-"""The scan and the convolution against float64 recurrences written here, step by step and channel by channel."""
+"""The scan and the convolution against float64 recurrences written here, step by step and channel
+by channel."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def masks(batch: int, length: int, seed: int = 1) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 130])
 def test_scan_is_the_recurrence(length: int) -> None:
     args = inputs(2, length, 8, 4, seed=length)
-    y, last = scan.selective_scan(*args, engine="torch")
+    y, last = scan.selective_scan(*args, backend="torch")
     expected, state = recurrence(*args)
     assert worst(y, expected) <= 1e-5
     assert worst(last, state) <= 1e-5
@@ -73,7 +74,7 @@ def test_gradients_masks_resets_and_states(keep_all: bool, monkeypatch: pytest.M
     keep, reset = masks(2, 21)
     start = torch.randn(2, 8, 4, requires_grad=True)
     weight, weight_state = torch.randn(2, 21, 8), torch.randn(2, 8, 4)
-    y, last = scan.selective_scan(*args, keep=keep, reset=reset, state=start, engine="torch")
+    y, last = scan.selective_scan(*args, keep=keep, reset=reset, state=start, backend="torch")
     got = torch.autograd.grad((y * weight).sum() + (last * weight_state).sum(), [*args, start])
     expected, state = recurrence(*args, keep=keep, reset=reset, state=start)
     wanted = torch.autograd.grad((expected * weight).sum() + (state * weight_state).sum(), [*args, start])
@@ -88,11 +89,11 @@ def test_a_sequence_in_two_parts_is_the_sequence(length: int, cut: float, chunk:
     before, scan.CHUNK = scan.CHUNK, chunk
     try:
         x, dt, A, B, C, D, bias = inputs(1, length, 4, 2, seed=length)
-        whole, last = scan.selective_scan(x, dt, A, B, C, D, bias, engine="torch")
+        whole, last = scan.selective_scan(x, dt, A, B, C, D, bias, backend="torch")
         at = max(1, min(length - 1, int(length * cut)))
-        one, state = scan.selective_scan(x[:, :at], dt[:, :at], A, B[:, :at], C[:, :at], D, bias, engine="torch")
+        one, state = scan.selective_scan(x[:, :at], dt[:, :at], A, B[:, :at], C[:, :at], D, bias, backend="torch")
         rest = (x[:, at:], dt[:, at:], A, B[:, at:], C[:, at:], D, bias)
-        two, final = scan.selective_scan(*rest, state=state, engine="torch")
+        two, final = scan.selective_scan(*rest, state=state, backend="torch")
     finally:
         scan.CHUNK = before
     assert worst(torch.cat([one, two], 1), whole) <= 1e-5
@@ -120,7 +121,7 @@ def test_convolution(length: int, packed: bool) -> None:
     torch.manual_seed(length)
     x, weight, bias = torch.randn(2, length, 8), torch.randn(8, 4), torch.randn(8)
     seq_idx = torch.arange(length).div(3, rounding_mode="floor").expand(2, -1) if packed else None
-    assert worst(scan.causal_conv(x, weight, bias, seq_idx, engine="torch"), convolution(x, weight, bias, seq_idx)) <= 1e-5
+    assert worst(scan.causal_conv(x, weight, bias, seq_idx, backend="torch"), convolution(x, weight, bias, seq_idx)) <= 1e-5
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,8 +145,8 @@ def test_kernel_equals_torch(dtype: torch.dtype, bound: float, packed: bool) -> 
     extra = {"keep": keep, "reset": reset} if packed else {}
     weight = torch.randn(2, 200, 64, device="cuda")
     got, want = [], []
-    for engine, found in (("kernel", got), ("torch", want)):
-        y, last = scan.selective_scan(*args, **extra, engine=engine)
+    for backend, found in (("kernel", got), ("torch", want)):
+        y, last = scan.selective_scan(*args, **extra, backend=backend)
         found += [y, last, *torch.autograd.grad((y.float() * weight).sum(), args)]
     for ours, theirs in zip(got, want, strict=True):
         assert worst(ours, theirs) <= bound
@@ -157,5 +158,5 @@ def test_kernel_convolution_equals_torch() -> None:
     x, weight, bias = torch.randn(2, 50, 64).cuda(), torch.randn(64, 4).cuda(), torch.randn(64).cuda()
     seq_idx = torch.arange(50, device="cuda").div(7, rounding_mode="floor").expand(2, -1)
     for index in (None, seq_idx):
-        ours = scan.causal_conv(x, weight, bias, index, engine="kernel")
-        assert worst(ours, scan.causal_conv(x, weight, bias, index, engine="torch")) <= 1e-3
+        ours = scan.causal_conv(x, weight, bias, index, backend="kernel")
+        assert worst(ours, scan.causal_conv(x, weight, bias, index, backend="torch")) <= 1e-3

@@ -1,4 +1,5 @@
-"""Scorers against doing the same thing by hand: ablating a layer's weights, replacing a layer on disk."""
+"""Scorers against doing the same thing by hand: ablating a layer's weights, replacing a layer on
+disk."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def corpus_for(teacher: Path, traces: Path):
 
 
 def silence(model, layer: int, what: str):
-    """The same ablation through weights: an output projection of zeros adds nothing to the residual stream."""
+    """The same ablation through weights: an output projection of zeros adds nothing to the residual
+    stream."""
     model = copy.deepcopy(model)
     block = model.model.layers[layer]
     with torch.no_grad():
@@ -97,8 +99,8 @@ def start(teacher: Path, traces: Path, path: Path, converted: list[int], kind: s
 def test_mmr_is_replacing_each_layer_and_training_it(
     teacher: Path, traces: Path, tmp_path: Path, converted: list[int], kind: str, room: int | None,
 ) -> None:  # fmt: skip
-    """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the plain loop; room 1: one
-    candidate at a time."""
+    """Each score equals that of a checkpoint in which `replace` converted the layer, trained by the
+    plain loop; room 1: one candidate at a time."""
     student, origin, mixer, starts, batches, settings = start(teacher, traces, tmp_path / "start", converted, kind)
     before, notes = {name: p.clone() for name, p in student.named_parameters()}, []
     found = measure(student, origin, mixer, starts, batches, settings, torch.float32, room=room, note=notes.append)
@@ -315,7 +317,8 @@ def test_restore_on_the_command_line(tmp_path: Path, cli: Runner, teacher: Path,
 
 
 def test_candidates_are_dealt_to_and_fro() -> None:
-    """Every layer to one rank; a candidate costs the layers above it, and no rank has much more to do than another."""
+    """Every layer to one rank; a candidate costs the layers above it, and no rank has much more to
+    do than another."""
     for size in (1, 2, 3, 8):
         shares = [share_of(range(32), rank, size) for rank in range(size)]
         assert sorted(layer for share in shares for layer in share) == list(range(32))

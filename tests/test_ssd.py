@@ -1,4 +1,5 @@
-"""The Mamba-2 scan and its gated norm against float64 definitions written here, step by step and head by head."""
+"""The Mamba-2 scan and its gated norm against float64 definitions written here, step by step and
+head by head."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def inputs(batch: int, length: int, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def recurrence(x, dt, A, B, C, D, bias, keep=None, reset=None, state=None):
-    """The definition, in float64, one step and one head at a time: y [B, T, H, P], last state [B, H, P, N]."""
+    """The definition, in float64, one step and one head at a time: y [B, T, H, P], last state [B,
+    H, P, N]."""
     x, dt, A, B, C, D, bias = (t.double() for t in (x, dt, A, B, C, D, bias))
     batch, length, heads, width = x.shape
     rows, finals = [], []
@@ -55,7 +57,7 @@ def recurrence(x, dt, A, B, C, D, bias, keep=None, reset=None, state=None):
 @pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 130, 400])
 def test_scan_is_the_recurrence(length: int) -> None:
     args = inputs(2, length, seed=length)
-    y, last = ssd.ssd_scan(*args, engine="torch")
+    y, last = ssd.ssd_scan(*args, backend="torch")
     expected, state = recurrence(*args)
     assert worst(y, expected) <= 1e-5
     assert worst(last, state) <= 1e-5
@@ -68,7 +70,7 @@ def test_gradients_masks_resets_and_states(chunk: int, monkeypatch: pytest.Monke
     keep, reset = masks(2, 21)
     start = torch.randn(2, HEADS, WIDTH, STATES, requires_grad=True)
     weight, weight_state = torch.randn(2, 21, HEADS, WIDTH), torch.randn(2, HEADS, WIDTH, STATES)
-    y, last = ssd.ssd_scan(*args, keep=keep, reset=reset, state=start, engine="torch")
+    y, last = ssd.ssd_scan(*args, keep=keep, reset=reset, state=start, backend="torch")
     got = torch.autograd.grad((y * weight).sum() + (last * weight_state).sum(), [*args, start])
     expected, state = recurrence(*args, keep=keep, reset=reset, state=start)
     wanted = torch.autograd.grad((expected * weight).sum() + (state * weight_state).sum(), [*args, start])
@@ -79,12 +81,13 @@ def test_gradients_masks_resets_and_states(chunk: int, monkeypatch: pytest.Monke
 
 
 def test_a_head_that_forgets_at_once_and_one_that_never_does() -> None:
-    """Decay exponents from -80 a step, which underflow inside a chunk, to almost nothing over 400 steps."""
+    """Decay exponents from -80 a step, which underflow inside a chunk, to almost nothing over 400
+    steps."""
     x, dt, A, B, C, D, bias = inputs(1, 400)
     with torch.no_grad():
         A.copy_(torch.tensor([-800.0, -1.0, -1e-6]))
         bias.fill_(2.0)
-    y, last = ssd.ssd_scan(x, dt, A, B, C, D, bias, engine="torch")
+    y, last = ssd.ssd_scan(x, dt, A, B, C, D, bias, backend="torch")
     expected, state = recurrence(x, dt, A, B, C, D, bias)
     for head in range(HEADS):
         assert worst(y[:, :, head], expected[:, :, head]) <= 1e-5
@@ -98,11 +101,11 @@ def test_a_sequence_in_two_parts_is_the_sequence(length: int, cut: float, chunk:
     before, ssd.CHUNK = ssd.CHUNK, chunk
     try:
         x, dt, A, B, C, D, bias = inputs(1, length, seed=length)
-        whole, last = ssd.ssd_scan(x, dt, A, B, C, D, bias, engine="torch")
+        whole, last = ssd.ssd_scan(x, dt, A, B, C, D, bias, backend="torch")
         at = max(1, min(length - 1, int(length * cut)))
-        one, state = ssd.ssd_scan(x[:, :at], dt[:, :at], A, B[:, :at], C[:, :at], D, bias, engine="torch")
+        one, state = ssd.ssd_scan(x[:, :at], dt[:, :at], A, B[:, :at], C[:, :at], D, bias, backend="torch")
         rest = (x[:, at:], dt[:, at:], A, B[:, at:], C[:, at:], D, bias)
-        two, final = ssd.ssd_scan(*rest, state=state, engine="torch")
+        two, final = ssd.ssd_scan(*rest, state=state, backend="torch")
     finally:
         ssd.CHUNK = before
     assert worst(torch.cat([one, two], 1), whole) <= 1e-5
@@ -117,16 +120,17 @@ def test_documents_in_one_row_are_separate_documents(lengths: list[int]) -> None
     reset = torch.zeros(1, total, dtype=torch.bool)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     reset[0, starts[1:]] = True
-    packed, last = ssd.ssd_scan(x, dt, A, B, C, D, bias, reset=reset, engine="torch")
+    packed, last = ssd.ssd_scan(x, dt, A, B, C, D, bias, reset=reset, backend="torch")
     for begin, length in zip(starts, lengths, strict=True):
         part = slice(begin, begin + length)
-        alone, state = ssd.ssd_scan(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, bias, engine="torch")
+        alone, state = ssd.ssd_scan(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, bias, backend="torch")
         assert worst(packed[:, part], alone) <= 1e-5
     assert worst(last, state) <= 1e-5
 
 
 def normed(y, z, weight, eps, group):
-    """The definition in float64, group by group: gate first, then norm (docs/concepts/architecture.md)."""
+    """The definition in float64, group by group: gate first, then norm
+    (docs/concepts/architecture.md)."""
     y, z, weight = y.double(), z.double(), weight.double()
     gated = y * z / (1 + torch.exp(-z))
     parts = [p / torch.sqrt((p * p).sum(-1, keepdim=True) / group + eps) for p in gated.split(group, -1)]
@@ -138,7 +142,7 @@ def test_gated_norm_and_its_gradients() -> None:
     y, z, weight = torch.randn(2, 7, 12, requires_grad=True), torch.randn(2, 7, 12, requires_grad=True), torch.rand(12)
     weight.requires_grad_()
     up = torch.randn(2, 7, 12)
-    ours, theirs = ssd.gated_norm(y, z, weight, 1e-5, 4, engine="torch"), normed(y, z, weight, 1e-5, 4)
+    ours, theirs = ssd.gated_norm(y, z, weight, 1e-5, 4, backend="torch"), normed(y, z, weight, 1e-5, 4)
     assert worst(ours, theirs) <= 1e-5
     for one, other in zip(*(torch.autograd.grad((o * up).sum(), [y, z, weight]) for o in (ours, theirs)), strict=True):
         assert worst(one, other) <= 1e-5
@@ -156,8 +160,8 @@ def test_kernel_equals_torch(dtype: torch.dtype, bound: float, extra: str) -> No
     }[extra]  # fmt: skip
     weight = torch.randn(2, 300, 4, 64, device="cuda")
     got, want = [], []
-    for engine, found in (("kernel", got), ("torch", want)):
-        y, last = ssd.ssd_scan(*args, **told, engine=engine)
+    for backend, found in (("kernel", got), ("torch", want)):
+        y, last = ssd.ssd_scan(*args, **told, backend=backend)
         found += [y, last, *torch.autograd.grad((y.float() * weight).sum(), args)]
     for ours, theirs in zip(got, want, strict=True):
         assert worst(ours, theirs) <= bound
@@ -167,5 +171,5 @@ def test_kernel_equals_torch(dtype: torch.dtype, bound: float, extra: str) -> No
 def test_kernel_norm_equals_torch() -> None:
     torch.manual_seed(0)
     y, z, weight = torch.randn(2, 50, 576).cuda(), torch.randn(2, 50, 576).cuda(), torch.rand(576).cuda()
-    one, other = (ssd.gated_norm(y, z, weight, 1e-5, 64, engine=engine) for engine in ("kernel", "torch"))
+    one, other = (ssd.gated_norm(y, z, weight, 1e-5, 64, backend=backend) for backend in ("kernel", "torch"))
     assert worst(one, other) <= 1e-3

@@ -1,4 +1,5 @@
-"""One step's gradient: micro-batches, and the parts of a CUDA graph that a CPU can run; the graph itself on a GPU."""
+"""One step's gradient: micro-batches, and the parts of a CUDA graph that a CPU can run; the graph
+itself on a GPU."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_weighting_every_token_equals_choosing_the_kept_ones(kind: str) -> None:
-    """What a graph of fixed shapes computes is what the eager path computes on the kept tokens alone."""
+    """What a graph of fixed shapes computes is what the eager path computes on the kept tokens
+    alone."""
     teacher, batch = hybrid("aaa", seed=2), stream(0)
     found = []
-    for scale, kept in ((1 / batch.kept, batch.keep.flatten()), (batch.keep.flatten() / batch.kept, None)):
+    for scale, kept in ((1 / batch.kept, batch.loss_mask.flatten()), (batch.loss_mask.flatten() / batch.kept, None)):
         student = hybrid("mam", kind, seed=1)
         value = backward(Student(student, Loss(), torch.float32), teacher, batch, scale, kept)
         found.append((value, gradients(student)))
@@ -56,7 +58,8 @@ def test_no_graph_on_a_cpu() -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_graph_gives_the_eager_gradients(kind: str, compiled: bool, documents: bool) -> None:
-    """Two steps of two micro-batches, the second with other tokens; a batch that does not fit; rows with too many documents."""
+    """Two steps of two micro-batches, the second with other tokens; a batch that does not fit; rows
+    with too many documents."""
     if documents and kind == "mamba":
         pytest.skip("mamba layers look for documents on the host")
     sizes = [[[16], [9, 7]], [[5, 11], [2, 14]], [[16]], [[1] * 16, [16]]]

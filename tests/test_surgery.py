@@ -1,4 +1,5 @@
-"""Surgery: what the new tensors are made of, against an attention computed here; selection; the published Apriel facts."""
+"""Surgery: what the new tensors are made of, against an attention computed here; selection; the
+published Apriel facts."""
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ def test_no_layers_is_bit_identical(teacher: Path, tmp_path: Path) -> None:
 
 
 def linear_attention(source: CheckpointReader, layer: int, hidden: torch.Tensor, chunk: int) -> torch.Tensor:
-    """What a fresh mixer must compute with decay 1, step 1, no gate and no convolution: per query head, per chunk of `chunk`
-    channels, sum over the past of (q . k) v, float64, from the teacher's projections."""
+    """What a fresh mixer must compute with decay 1, step 1, no gate and no convolution: per query
+    head, per chunk of `chunk` channels, sum over the past of (q . k) v, float64, from the teacher's
+    projections."""
     config = source.config
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     name = f"model.layers.{layer}.self_attn."
@@ -201,7 +203,8 @@ def mamba_layers(checkpoint: Path) -> list[int]:
 
 
 def test_apriels_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Runner) -> None:
-    """The published LOO order gives H-25; H-25 with MMR scores that favour 3, 5, 6, 7, 8 gives H-27 and H-30."""
+    """The published LOO order gives H-25; H-25 with MMR scores that favour 3, 5, 6, 7, 8 gives H-27
+    and H-30."""
     monkeypatch.chdir(tmp_path)
     make_teacher(tmp_path / "teacher", layers=50)
     write_scores(tmp_path / "teacher", "loo", [*H25, *LATER, 2])

@@ -1,4 +1,5 @@
-"""The sweep over all ablations: against a model that really lacks the layer, run on each text by itself."""
+"""The sweep over all ablations: against a model that really lacks the layer, run on each text by
+itself."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def alone(model: HybridForCausalLM, read: list[int], wanted: list[int]) -> tuple
 
 
 def requests(seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Two subjects with a long common beginning each, questions, choices of one and of several tokens; one text alone."""
+    """Two subjects with a long common beginning each, questions, choices of one and of several
+    tokens; one text alone."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda count: torch.randint(2, 64, (count,), generator=g).tolist()  # noqa: E731
     made = []
@@ -73,7 +75,7 @@ def test_packed_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = mixer.causal_conv
 
     def checked(x: torch.Tensor, *rest: Any, seq_idx: torch.Tensor) -> torch.Tensor:
-        assert seq_idx.shape == x.shape[:2]  # what the CUDA kernels ask for, while the torch engine broadcasts
+        assert seq_idx.shape == x.shape[:2]  # what the CUDA kernels ask for, while the torch backend broadcasts
         return real(x, *rest, seq_idx=seq_idx)
 
     monkeypatch.setattr(mixer, "causal_conv", checked)

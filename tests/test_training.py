@@ -100,9 +100,9 @@ def test_the_loss_is_the_mean_over_kept_tokens() -> None:
     value = Accumulator(Student(student, Loss(), torch.float32), teacher, 2)(data)
     log_q, log_p = (F.log_softmax(m(data.ids).logits.double(), -1) for m in (student, teacher))
     each = (log_q.exp() * (log_q - log_p)).sum(-1)
-    assert worst(value, each[data.keep].mean()) <= 1e-5
+    assert worst(value, each[data.loss_mask].mean()) <= 1e-5
     ce = Accumulator(Student(student, Loss.parse("ce"), torch.float32), None, 2)(data)
-    assert worst(ce, F.cross_entropy(student(data.ids).logits.double()[data.keep], data.labels[data.keep])) <= 1e-5
+    assert worst(ce, F.cross_entropy(student(data.ids).logits.double()[data.loss_mask], data.labels[data.loss_mask])) <= 1e-5
 
 
 def test_fidelity_against_plain_formulas() -> None:
@@ -110,9 +110,9 @@ def test_fidelity_against_plain_formulas() -> None:
     found = fidelity(student, teacher, [data, batch(1)], torch.float32)
     q, p, labels = [], [], []
     for part in (data, batch(1)):
-        q.append(F.log_softmax(student(part.ids).logits.double(), -1)[part.keep])
-        p.append(F.log_softmax(teacher(part.ids).logits.double(), -1)[part.keep])
-        labels.append(part.labels[part.keep])
+        q.append(F.log_softmax(student(part.ids).logits.double(), -1)[part.loss_mask])
+        p.append(F.log_softmax(teacher(part.ids).logits.double(), -1)[part.loss_mask])
+        labels.append(part.labels[part.loss_mask])
     log_q, log_p, target = torch.cat(q).detach(), torch.cat(p).detach(), torch.cat(labels)
     assert found.tokens == len(target)
     assert found.reverse_kl == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum(-1).mean()), rel=1e-5)
@@ -149,7 +149,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, stop_at: i
 
 @pytest.mark.parametrize("when", ["measure", "log", "update", "last"])
 def test_an_interrupt_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """During a measure after the step, while logging, in the middle of the optimizer step, and after the last step."""
+    """During a measure after the step, while logging, in the middle of the optimizer step, and
+    after the last step."""
     plan = settings(eval_every=2)
     whole = run(tmp_path / "a", plan)
     calls = []
@@ -182,7 +183,8 @@ def test_an_interrupt_anywhere_resumes_exactly(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_killed_run_resumes_from_its_last_save(tmp_path: Path) -> None:
-    """After SIGKILL nothing is saved at the end: the state is the last periodic one, and later log lines go."""
+    """After SIGKILL nothing is saved at the end: the state is the last periodic one, and later log
+    lines go."""
     whole = run(tmp_path / "a", settings(save_every=2))
     run(tmp_path / "b", settings(save_every=2))  # saved at 2 and 4, then went on to 6
     metrics = tmp_path / "b/out.run/metrics.jsonl"
@@ -461,7 +463,8 @@ def measured_after_going_on(path: Path, plan: DistillSettings) -> list[int]:
 
 @pytest.mark.parametrize("when", [3, 5])
 def test_a_measure_that_an_interruption_ate_is_made_up(tmp_path: Path, when: int) -> None:
-    """The state is older than the measure that belongs to its step: resumed runs measure, and stop, as others do."""
+    """The state is older than the measure that belongs to its step: resumed runs measure, and stop,
+    as others do."""
     plan = settings(eval_every=2, save_every=2)
     whole, parts = resumed(tmp_path / "a", plan, None), resumed(tmp_path / "b", plan, when)
     assert whole[1] == parts[1] == [0, 2, 4, 6]
@@ -577,7 +580,8 @@ def test_schedules() -> None:
 
 
 def test_no_prefetching_thread_outlives_its_use() -> None:
-    """One that makes an item while the interpreter ends takes the process down: a rank of torchrun died so, once in a while."""
+    """One that makes an item while the interpreter ends takes the process down: a rank of torchrun
+    died so, once in a while."""
     before, begun = threading.active_count(), []
 
     def slow() -> Iterator[int]:

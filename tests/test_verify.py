@@ -19,7 +19,8 @@ PROMPTS, SEQUENCES = [[1, 2], [3]], [[1, 2, 0, 1], [3, 2]]
 
 
 def reference() -> Reference:
-    """Two prompts over three tokens; each greedy token leads by 1, but the last one, which leads by 1e-5."""
+    """Two prompts over three tokens; each greedy token leads by 1, but the last one, which leads by
+    1e-5."""
     rows = [torch.tensor([[9.0, 8, 7], [9, 8, 7], [8, 9, 7], [9, 8, 7]]), torch.tensor([[8.0, 8.99999, 9], [9, 8, 7]])]
     return Reference(PROMPTS, SEQUENCES, rows)
 

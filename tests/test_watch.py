@@ -39,7 +39,8 @@ def test_unknown_and_missing_trackers_are_refused(tmp_path: Path, monkeypatch: p
 
 
 def test_flops_count_what_is_multiplied() -> None:
-    """Tied: the table is the head's matrix. Untied: it only looks up. Frozen weights have no gradient product."""
+    """Tied: the table is the head's matrix. Untied: it only looks up. Frozen weights have no
+    gradient product."""
     for tied in (True, False):
         student, teacher = (hybrid(kinds, tie_word_embeddings=tied) for kinds in ("mam", "aaa"))
         count = lambda m: sum(p.numel() for n, p in m.named_parameters() if tied or "embed" not in n)  # noqa: B023, E731

@@ -133,7 +133,7 @@ class RetentionKind(MixerKind):
         xBC = mixer.project(inputs)
         mixer.A_log.fill_(-torch.inf)
         step = float(nn.functional.softplus(torch.zeros(())))
-        return (*xBC.chunk(3, -1), mixer.scan(xBC, engine="torch")[0] / step)
+        return (*xBC.chunk(3, -1), mixer.scan(xBC, backend="torch")[0] / step)
 
 
 register_kind(RetentionKind())

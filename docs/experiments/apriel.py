@@ -1,7 +1,8 @@
-"""Configs alone, of Apriel-H1's shape (15 B): DIR/H-0 is the teacher's, DIR/H-N has N Mamba layers, evenly spaced.
+"""Configs alone, of Apriel-H1's shape (15 B): DIR/H-0 is the teacher's, DIR/H-N has N Mamba layers,
+evenly spaced.
 
-python docs/experiments/apriel.py DIR [--mixer mamba2] [--layers 0 25 30 40]
-hybridize bench DIR/H-* --random-weights --contexts "" --batches "" --generations 1:16384,1024:8192,8192:16384
+python docs/experiments/apriel.py DIR [--mixer mamba2] [--layers 0 25 30 40] hybridize bench DIR/H-*
+--random-weights --contexts "" --batches "" --generations 1:16384,1024:8192,8192:16384
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Which mixer, calibrated how, in which layers: 15 of SmolLM2-135M's 30, the same tokens, one line of JSON a run.
+"""Which mixer, calibrated how, in which layers: 15 of SmolLM2-135M's 30, the same tokens, one line
+of JSON a run.
 
-python docs/experiments/mixers.py TEACHER TRACES HELDOUT.txt GENERAL.txt MASKED.jsonl OUT --runs mamba:plain mamba2:all ...
+python docs/experiments/mixers.py TEACHER TRACES HELDOUT.txt GENERAL.txt MASKED.jsonl OUT --runs
+mamba:plain mamba2:all ...
 
-A run is KIND:PARTS, PARTS being plain, all, or some of z+conv+decay+scale+out; @NAME=VALUE,... after it sets constants of
-hybridize.surgery.calibrate, @name=value settings of the distillation (lr_mixer, lr), @align=SHARE spends that share of the
-tokens on --stage align first. Every run is made with every choice of layers, NAME=INDICES or NAME=SCORES.json. The protocol is
-that of smollm2.sh; all runs share one process, because the Mamba-2 kernels spend 100 seconds on tuning themselves when they are
-first used.
+A run is KIND:PARTS, PARTS being plain, all, or some of z+conv+decay+scale+out; @NAME=VALUE,...
+after it sets constants of hybridize.surgery.calibrate, @name=value settings of the distillation
+(lr_mixer, lr), @align=SHARE spends that share of the tokens on --stage align first. Every run is
+made with every choice of layers, NAME=INDICES or NAME=SCORES.json. The protocol is that of
+smollm2.sh; all runs share one process, because the Mamba-2 kernels spend 100 seconds on tuning
+themselves when they are first used.
 """
 
 from __future__ import annotations
@@ -162,7 +165,7 @@ def one(
     torch.cuda.empty_cache()
     found |= {"tokens_per_second": round(speeds[-1][0]), "first_step_seconds": round(speeds[-1][1], 1)}
     found["end"] = measure(end)
-    if not args.keep:
+    if not args.loss_mask:
         shutil.rmtree(start)
         shutil.rmtree(end)
     return found

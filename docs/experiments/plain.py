@@ -2,8 +2,9 @@
 
     python docs/experiments/plain.py TEACHER TEXT.txt PROMPTS.jsonl [--windows 2] [--seq-len 400] [--count 6] [--new 48]
 
-Prints the perplexity of `eval --fidelity` beside that of transformers, with and without what the tokenizer adds by itself, and
-how many of `generate`'s greedy answers are those of model.generate on the same prompts.
+Prints the perplexity of `eval --fidelity` beside that of transformers, with and without what the
+tokenizer adds by itself, and how many of `generate`'s greedy answers are those of model.generate on
+the same prompts.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Corpus:
         """The first training document as text, what is learnt between brackets, long stretches cut
         in the middle."""
         document, parts = next(self.documents(seed)), []
-        for kept, group in itertools.groupby(zip(document.keep, document.ids, strict=True), key=lambda pair: pair[0]):
+        for kept, group in itertools.groupby(zip(document.loss_mask, document.ids, strict=True), key=lambda pair: pair[0]):
             text = self.encoder.tokenizer.decode([token for _, token in group])
             text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
             parts.append(f"\u27e6{text}\u27e7" if kept else text)

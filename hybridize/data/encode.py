@@ -19,14 +19,14 @@ _LOST, _UNCLOSED, _ENDLESS, _STALE = "lost", "unclosed", "endless", "stale"
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised row. keep[i]: predicting token i counts in the loss.
+    """One tokenised row. loss_mask[i]: predicting token i counts in the loss.
 
     starts: where its sequences begin; each is a text of its own, which does not see the others.
     whole: it ends as it was meant to, and was not cut at a length.
     """
 
     ids: list[int]
-    keep: list[bool]
+    loss_mask: list[bool]
     starts: tuple[int, ...] = (0,)
     whole: bool = True
 
@@ -36,7 +36,7 @@ class Document:
             return [self]
         ends = [*self.starts[1:], len(self.ids)]
         spans = zip(self.starts, ends, strict=True)
-        return [Document(self.ids[a:b], self.keep[a:b], whole=self.whole or b < len(self.ids)) for a, b in spans]
+        return [Document(self.ids[a:b], self.loss_mask[a:b], whole=self.whole or b < len(self.ids)) for a, b in spans]
 
 
 class Encoder:
@@ -66,12 +66,12 @@ class Encoder:
         the template rejects it."""
         name = where, hash(repr(row))
         if name in self._known:
-            ids, keep, starts, whole = self._known[name]
-            return Document(ids.tolist(), [bool(flag) for flag in keep], starts, whole)
+            ids, loss_mask, starts, whole = self._known[name]
+            return Document(ids.tolist(), [bool(flag) for flag in loss_mask], starts, whole)
         document = self.read(row, where)
         if self._room >= len(document.ids):
             self._room -= len(document.ids)
-            self._known[name] = array("i", document.ids), bytes(document.keep), document.starts, document.whole
+            self._known[name] = array("i", document.ids), bytes(document.loss_mask), document.starts, document.whole
         return document
 
     def prompt(self, row: dict[str, Any], where: str) -> list[int]:
@@ -122,7 +122,7 @@ class Encoder:
             document = self._plain(form, where)
         if self.mask == "none":
             document = Document(document.ids, [True] * len(document.ids), document.starts, document.whole)
-        if not any(any(part.keep[1:]) for part in document.parts()):
+        if not any(any(part.loss_mask[1:]) for part in document.parts()):
             raise InputError(f"{where}: the loss mask keeps no token of this row")
         self._check(document.ids, where)
         return document
@@ -157,7 +157,7 @@ class Encoder:
             joined = self._tokens(text, where)
             return Document(joined, [True] * len(joined))
         ids: list[int] = []
-        keep: list[bool] = []
+        loss_mask: list[bool] = []
         starts, whole = [0], True
         turns = self.chat.turns(form, where)
         for number, turn in enumerate(turns):
@@ -178,7 +178,7 @@ class Encoder:
             else:
                 starts.append(len(ids))
             ids += head + answer
-            keep += [False] * len(head) + [True] * len(answer)
+            loss_mask += [False] * len(head) + [True] * len(answer)
             whole = not (last and form.cut)
             self._count(turn, whole)
         if last and not form.generated:
@@ -187,8 +187,8 @@ class Encoder:
             every, sequence = self._tokens(self.chat.whole(form, where), where), ids[starts[-1] :]
             if every[: len(sequence)] == sequence:
                 ids += every[len(sequence) :]
-        keep += [False] * (len(ids) - len(keep))
-        return Document(ids, keep, tuple(starts), whole)
+        loss_mask += [False] * (len(ids) - len(loss_mask))
+        return Document(ids, loss_mask, tuple(starts), whole)
 
     def _answer(self, head: list[int], before: str, text: str, where: str) -> list[int]:
         """The ids of `text` as a model would write it after `before`, whose ids are `head`."""

@@ -22,12 +22,12 @@ OPEN_ROWS = 32  # rows that first-fit may still add to
 @dataclass(frozen=True)
 class Batch:
     """All [B, T]: ids; positions, which restart at each document, or None where each row is one
-    text from its start; labels, the next token's id; keep, whether it counts."""
+    text from its start; labels, the next token's id; loss_mask, whether it counts."""
 
     ids: Tensor
     positions: Tensor | None
     labels: Tensor
-    keep: Tensor
+    loss_mask: Tensor
 
     @property
     def tokens(self) -> int:
@@ -37,7 +37,7 @@ class Batch:
     def kept(self) -> int:
         """How many positions count: asked of the host's copy where there was one, since a device
         must be waited for."""
-        return int(self.keep.sum())
+        return int(self.loss_mask.sum())
 
     @cached_property
     def documents(self) -> int:
@@ -70,13 +70,13 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor], *counts: str) -> Batch:
         """All tensors changed; counts that still hold, made before they go to a device."""
-        fields = (self.ids, self.positions, self.labels, self.keep)
+        fields = (self.ids, self.positions, self.labels, self.loss_mask)
         made = Batch(*(None if t is None else change(t) for t in fields))  # type: ignore[arg-type]
         made.__dict__.update({name: getattr(self, name) for name in counts})
         return made
 
 
-Line = tuple[list[int], list[int] | None, list[int], list[bool]]  # ids, positions, labels, keep, each of one length
+Line = tuple[list[int], list[int] | None, list[int], list[bool]]  # ids, positions, labels, loss_mask, each of one length
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -94,9 +94,9 @@ def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iter
     rows: list[Line] = []
     for document in documents:
         for begin in range(0, len(document.ids), length):
-            ids, keep = document.ids[begin : begin + length], document.keep[begin : begin + length]
-            keep = [*keep[1:], False]  # position t predicts token t + 1; the last of a piece predicts nothing
-            if not any(keep):
+            ids, loss_mask = document.ids[begin : begin + length], document.loss_mask[begin : begin + length]
+            loss_mask = [*loss_mask[1:], False]  # position t predicts token t + 1; the last of a piece predicts nothing
+            if not any(loss_mask):
                 continue
             row = next((r for r in rows if len(r[0]) + len(ids) <= length), None)
             if row is None:
@@ -108,7 +108,7 @@ def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iter
             row[0].extend(ids)
             row[1].extend(range(len(ids)))  # type: ignore[union-attr]
             row[2].extend([*ids[1:], pad])
-            row[3].extend(keep)
+            row[3].extend(loss_mask)
     for row in rows:
         yield _filled(row, length, pad)
 
@@ -126,18 +126,18 @@ def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
     learnt as its end.
     """
     ids: list[int] = []
-    keep: list[bool] = []
+    loss_mask: list[bool] = []
     whole = True
     for document in documents:
         ids += document.ids
-        keep += document.keep if whole else [False, *document.keep[1:]]
+        loss_mask += document.loss_mask if whole else [False, *document.loss_mask[1:]]
         whole = document.whole
         begin = 0
         while len(ids) - begin > length:
             end = begin + length
-            yield ids[begin:end], None, ids[begin + 1 : end + 1], keep[begin + 1 : end + 1]
+            yield ids[begin:end], None, ids[begin + 1 : end + 1], loss_mask[begin + 1 : end + 1]
             begin = end
-        del ids[:begin], keep[:begin]
+        del ids[:begin], loss_mask[:begin]
 
 
 def batched(lines: Iterable[Line], size: int, last: bool = False) -> Iterator[Batch]:
@@ -153,9 +153,9 @@ def batched(lines: Iterable[Line], size: int, last: bool = False) -> Iterator[Ba
 
 
 def _stack(group: list[Line]) -> Batch:
-    ids, positions, labels, keep = zip(*group, strict=True)
+    ids, positions, labels, loss_mask = zip(*group, strict=True)
     at = None if positions[0] is None else torch.tensor(positions)
-    return Batch(torch.tensor(ids), at, torch.tensor(labels), torch.tensor(keep))
+    return Batch(torch.tensor(ids), at, torch.tensor(labels), torch.tensor(loss_mask))
 
 
 def endless(document: Callable[[int], Document], count: int, seed: int) -> Iterator[Document]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hybridize.data.packing import Batch
 from hybridize.distillation.step import Accumulator, Student, chosen
 from hybridize.modeling import MIXER_LAYER
-from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.distributed import DistributedContext
 from hybridize.runtime.forward import autocast, hidden_states
 
 TINY = 1e-6  # a share of the hidden size: below this mean square an attention output counts as nothing to be relative to
@@ -28,7 +28,7 @@ class Aligner(Accumulator):
 
     teacher: nn.Module
 
-    def __init__(self, student: Student, teacher: nn.Module, micro: int, ranks: Ranks | None = None) -> None:
+    def __init__(self, student: Student, teacher: nn.Module, micro: int, ranks: DistributedContext | None = None) -> None:
         super().__init__(student, teacher, micro, ranks)
         config: Any = student.model.config
         self.layers: list[int] = [i for i, kind in enumerate(config.layer_types) if kind == MIXER_LAYER]
@@ -49,7 +49,7 @@ class Aligner(Accumulator):
         if positions is None:
             positions = torch.arange(part.ids.shape[1], device=part.ids.device).unsqueeze(0)
         told = model.layer_inputs(heard[self.layers[0]][0], None, positions, packed=part.positions is not None)[MIXER_LAYER]
-        kept, total = part.keep.flatten(), torch.zeros((), device=part.ids.device)
+        kept, total = part.loss_mask.flatten(), torch.zeros((), device=part.ids.device)
         for layer in self.layers:
             given, wanted = heard.pop(layer)
             with autocast(given.device, self.student.dtype):

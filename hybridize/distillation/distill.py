@@ -23,7 +23,7 @@ from hybridize.distillation.loop import Report, Training
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.runtime.device import ran_on
-from hybridize.runtime.distributed import Ranks, whole
+from hybridize.runtime.distributed import DistributedContext, whole
 from hybridize.runtime.loading import load_empty, load_model
 
 
@@ -43,7 +43,7 @@ def distill(
     log_every: int = 1,
     trust_remote_code: bool = False,
     run: RunDir,
-    ranks: Ranks | None = None,
+    ranks: DistributedContext | None = None,
     report: Report = lambda _: None,
 ) -> int:
     """Trains float32 weights under autocast to `dtype`; storage types of the result follow the
@@ -52,7 +52,7 @@ def distill(
     stop_now: writes what an unfinished run has saved last, and leaves the run as it is. Every rank
     calls this; the first one writes.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or DistributedContext()
     torch.manual_seed(settings.seed)
     streams = settings.sharded(ranks.size)  # weights go to their shards layer by layer; alignment needs the student whole
 
@@ -109,7 +109,7 @@ def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int) -> Manifest
 
 
 def _trained_tensors(
-    source: CheckpointReader, student: Any, settings: DistillSettings, ranks: Ranks | None
+    source: CheckpointReader, student: Any, settings: DistillSettings, ranks: DistributedContext | None
 ) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Name, value, whether that is the source's: buffers that no model keeps, and what was not to
     be trained.

@@ -52,7 +52,7 @@ def token_measures(student: nn.Module, teacher: nn.Module, batch: Batch, dtype: 
     """[5, n] float64 on the CPU, of each kept token in row order: reverse KL, forward KL, whether
     both find the same token the likeliest, and the negative log-likelihood of the label by the
     student and by the teacher."""
-    kept = batch.keep.flatten()
+    kept = batch.loss_mask.flatten()
     ours, theirs = (hidden_states(m, batch, dtype).flatten(0, 1)[kept] for m in (student, teacher))
     labels, parts = batch.labels.flatten()[kept], []
     for begin in range(0, len(labels), CHUNK_TOKENS):

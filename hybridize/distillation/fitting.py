@@ -16,7 +16,7 @@ from hybridize.errors import InputError, setting
 from hybridize.modeling import mixer_class
 from hybridize.notes import Notes
 from hybridize.runtime.device import free_memory, is_here
-from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.distributed import DistributedContext
 from hybridize.surgery.teacher import empty_model
 
 ROOM = 0.9  # share of the free memory that a plan may fill
@@ -34,7 +34,9 @@ class Expected:
     share: str
 
 
-def check_layers(settings: DistillSettings, config: dict[str, Any], ranks: Ranks, device: torch.device | None = None) -> None:
+def check_layers(
+    settings: DistillSettings, config: dict[str, Any], ranks: DistributedContext, device: torch.device | None = None
+) -> None:
     """InputError when the run cannot be of these layers, on so many ranks, or on this device, where
     one is given."""
     ranks.share(settings.batch_size, "batch_size")
@@ -73,7 +75,7 @@ def expected(
 
 def with_micro(
     source: CheckpointReader, teacher: CheckpointReader | None, settings: DistillSettings, device: torch.device,
-    dtype: torch.dtype, ranks: Ranks, notes: Notes, advice: str,
+    dtype: torch.dtype, ranks: DistributedContext, notes: Notes, advice: str,
 ) -> DistillSettings:  # fmt: skip
     """The settings with the sequences at once that fit into what memory is free, where nobody has
     said how many. advice: what to do where even one may not."""

@@ -29,7 +29,7 @@ from hybridize.distillation.watch import Rising, model_flops, peak_flops
 from hybridize.distillation.watchdog import first_bad
 from hybridize.errors import InputError, WorkError, setting
 from hybridize.runtime.device import be_deterministic, compile_layers
-from hybridize.runtime.distributed import Ranks, reshard, shard
+from hybridize.runtime.distributed import DistributedContext, reshard, shard
 from hybridize.runtime.offload import offload
 from hybridize.runtime.packed_attention import can_attend, use_packed_attention
 from hybridize.runtime.signals import noted_signals, uninterrupted
@@ -66,7 +66,7 @@ class Training:
         device: torch.device,
         dtype: torch.dtype,
         log_every: int = 1,
-        ranks: Ranks | None = None,
+        ranks: DistributedContext | None = None,
         sources: tuple[CheckpointReader | None, CheckpointReader | None] = (None, None),
         report: Report = lambda _: None,
     ) -> None:
@@ -76,7 +76,7 @@ class Training:
         and teacher, where they come without weights (see distributed.shard).
         """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
-        self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or Ranks()
+        self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or DistributedContext()
         self.rows = self.ranks.share(settings.batch_size, "batch_size")
         self.sharded = settings.sharded(self.ranks.size)
         if settings.deterministic:

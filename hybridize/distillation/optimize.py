@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from hybridize.distillation.schedule import factor
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError, setting
-from hybridize.runtime.distributed import Ranks, local, small
+from hybridize.runtime.distributed import DistributedContext, local, small
 
 
 def choose_trained(student: nn.Module, settings: DistillSettings) -> None:
@@ -41,13 +41,13 @@ def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim
 
 
 @torch.no_grad()
-def clip_gradients(student: nn.Module, clip: float, ranks: Ranks | None = None) -> Tensor:
+def clip_gradients(student: nn.Module, clip: float, ranks: DistributedContext | None = None) -> Tensor:
     """Scales all gradients to a common norm of at most `clip`; returns the norm before, over all
     ranks' shards."""
     grads = [p.grad for p in student.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm([local(g) for g in grads])).float().square()
     sharded = torch.tensor([isinstance(g, DTensor) for g in grads], device=squares.device)
-    total = squares[~sharded].sum() + (ranks or Ranks()).sum(squares[sharded].sum())
+    total = squares[~sharded].sum() + (ranks or DistributedContext()).sum(squares[sharded].sum())
     norm = total.sqrt()
     torch._foreach_mul_([local(g) for g in grads], (clip / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -65,7 +65,7 @@ class Optimization:
         self,
         trained: nn.Module,
         settings: DistillSettings,
-        ranks: Ranks | None = None,
+        ranks: DistributedContext | None = None,
         parts: Sequence[nn.Module] | None = None,
     ) -> None:
         self.settings, self.ranks, self.parts = settings, ranks, [trained] if parts is None else parts

@@ -26,7 +26,7 @@ from hybridize.checkpoint.manifest import read_manifest
 from hybridize.checkpoint.unfinished import SETTINGS, check_unfinished, run_path
 from hybridize.distillation.watch import Trackers, draw_curve
 from hybridize.errors import InputError, first_line, setting
-from hybridize.runtime.distributed import Ranks, leave
+from hybridize.runtime.distributed import DistributedContext, leave
 
 LOGS = ("metrics", "eval")
 ROOM = "micro-batch.json"
@@ -41,10 +41,16 @@ class RunDir:
     """
 
     def __init__(
-        self, output: Path, settings: dict[str, Any], ranks: Ranks | None = None, keep: int = 2, every: int = 0, track: str = ""
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        ranks: DistributedContext | None = None,
+        keep: int = 2,
+        every: int = 0,
+        track: str = "",
     ) -> None:
         self.path = run_path(output)
-        self.settings, self.ranks, self.keep, self.every = settings, ranks or Ranks(), keep, every
+        self.settings, self.ranks, self.keep, self.every = settings, ranks or DistributedContext(), keep, every
         self.group = self.ranks.another_group()
         self.pending: Any = None
         self.trackers = Trackers(track if self.ranks.main else "", self.path, settings)

@@ -18,7 +18,7 @@ from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss, chunked_loss
 from hybridize.runtime import packed_attention as attention
 from hybridize.runtime.device import captured
-from hybridize.runtime.distributed import Ranks, average_gradients
+from hybridize.runtime.distributed import DistributedContext, average_gradients
 from hybridize.runtime.forward import hidden_states, output_weight, soft_cap
 
 
@@ -51,10 +51,15 @@ class Accumulator:
     """
 
     def __init__(
-        self, student: Student, teacher: nn.Module | None, micro: int, ranks: Ranks | None = None, graph: bool = False
+        self,
+        student: Student,
+        teacher: nn.Module | None,
+        micro: int,
+        ranks: DistributedContext | None = None,
+        graph: bool = False,
     ) -> None:
         self.student, self.teacher, self.micro, self.wanted = student, teacher, micro, graph
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or DistributedContext()
         self.graph: _StepGraph | None = None
 
     def __call__(self, batch: Batch, count: int | None = None) -> Tensor:
@@ -86,7 +91,7 @@ class Accumulator:
             self.graph = _StepGraph(self.student, self.teacher, part)
         if self.graph is not None and self.graph.fits(part):
             return self.graph(part, self.ranks.size / count)
-        return backward(self.student, self.teacher, part, self.ranks.size / count, part.keep.flatten())
+        return backward(self.student, self.teacher, part, self.ranks.size / count, part.loss_mask.flatten())
 
     def shrink(self) -> None:
         """Half as many sequences at once."""
@@ -127,7 +132,7 @@ class _StepGraph:
 
     def __init__(self, student: Student, teacher: nn.Module | None, like: Batch) -> None:
         positions = None if like.positions is None else like.positions.clone()
-        self.batch = Batch(like.ids.clone(), positions, like.labels.clone(), like.keep.clone())
+        self.batch = Batch(like.ids.clone(), positions, like.labels.clone(), like.loss_mask.clone())
         self.batch.__dict__["documents"] = 2 * like.documents
         self.scale = torch.zeros(like.ids.numel(), device=like.ids.device)  # the warm-up adds gradients of zero
 
@@ -145,7 +150,7 @@ class _StepGraph:
         self.batch.labels.copy_(part.labels)
         if self.batch.positions is not None and part.positions is not None:
             self.batch.positions.copy_(part.positions)
-        self.scale.copy_(part.keep.flatten())
+        self.scale.copy_(part.loss_mask.flatten())
         self.scale.mul_(scale)
         self.graph.replay()
         return self.value.clone()

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hybridize.data.packing import Batch
 from hybridize.distillation.step import Student
-from hybridize.runtime.distributed import Ranks, local, reshard
+from hybridize.runtime.distributed import DistributedContext, local, reshard
 from hybridize.runtime.forward import hidden_states
 
 
 @torch.no_grad()
-def first_bad(student: Student, parts: Sequence[Batch], ranks: Ranks) -> str:
+def first_bad(student: Student, parts: Sequence[Batch], ranks: DistributedContext) -> str:
     """The first weight that is not finite, else the first module output in the order of the forward
     pass, else the gradient of the last parameter in that order (backward comes from there), else
     the loss. All ranks ask, and all are told the same."""

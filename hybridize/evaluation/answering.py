@@ -34,7 +34,7 @@ from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.generation.settings import FOLLOWED, TOP_K, Generation, ends_of, settings_of
 from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 from hybridize.modeling import HybridForCausalLM
-from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.distributed import DistributedContext
 
 AUTO, ON_CPU = 64, 8  # requests at once at most where that is `auto`, lm-eval's own number; and without a GPU
 LOGIT = 16  # bytes a logit: as the model gives it, in float32, and its log-softmax
@@ -53,12 +53,13 @@ class Answering(HFLM):
 
     def __init__(
         self, model: Any, tokenizer: Any, batch_size: int | str, seed: int = 0, think_end: str | None = None,
-        journal: Journal | None = None, ranks: Ranks | None = None, progress: Callable[[int, int], None] = lambda *_: None,
+        journal: Journal | None = None, ranks: DistributedContext | None = None,
+        progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         fixed = batch_size if isinstance(batch_size, int) else AUTO
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=fixed, think_end_token=think_end)
         self.auto, self.progress = fixed != batch_size, progress
-        self.seed, self.journal, self.ranks = seed, journal, ranks or Ranks()
+        self.seed, self.journal, self.ranks = seed, journal, ranks or DistributedContext()
         self.cut: Counter[str] = Counter()
         before = [] if journal is None else [(line["key"], line["answer"]) for line in journal.lines]
         self.known: dict[str, Any] = dict(self.ranks.first(before))

@@ -25,7 +25,7 @@ def measure(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], dt
     for batch in batches:
         values = token_measures(student, teacher, batch, dtype)
         at = torch.arange(batch.ids.shape[1]).expand(len(batch.ids), -1) if batch.positions is None else batch.positions.cpu()
-        kept = batch.keep.cpu()
+        kept = batch.loss_mask.cpu()
         found.append(values)
         places.append(at[kept])
         windows += [part.mean() for part in values[0].split(kept.sum(1).tolist()) if len(part)]

@@ -20,7 +20,7 @@ from hybridize.evaluation.recall import GROUP, LENGTHS, recall_group
 
 if TYPE_CHECKING:
     from hybridize.checkpoint.journal import Journal
-    from hybridize.runtime.distributed import Ranks
+    from hybridize.runtime.distributed import DistributedContext
 
 _RUNS = re.compile(r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)")  # in the source of a task's judge
 Progress = Callable[[int, int], None]  # requests answered, of how many
@@ -220,7 +220,7 @@ def _load(manager: Any, settings: EvalSettings) -> dict[str, Any]:
 
 def evaluate(
     model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None,
-    journal: Journal | None = None, ranks: Ranks | None = None, progress: Progress = lambda *_: None,
+    journal: Journal | None = None, ranks: DistributedContext | None = None, progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
     """lm-eval's results with per-document samples, and under `cut`, by task, how many answers ended
     for their length only. WorkError where lm-eval fails (its data cannot be had).

@@ -19,7 +19,7 @@ FORMAT = 1
 
 def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str, ran: dict[str, Any]) -> dict[str, Any]:
     """results.json's object out of lm-eval's own. `checkpoint`: the content hash; `ran`: device,
-    type, engine."""
+    type, backend."""
     tasks = {}
     for task, samples in found["samples"].items():
         figures = figures_of(found, task)

@@ -22,7 +22,7 @@ from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.inputs import check_weights, open_checkpoint
 from hybridize.modeling import hybrid_config
 from hybridize.notes import SILENT, Notes
-from hybridize.runtime.distributed import Ranks
+from hybridize.runtime.distributed import DistributedContext
 from hybridize.runtime.loading import load_hybrid, load_model
 
 
@@ -38,7 +38,7 @@ class EvalRun:
     device: torch.device
     dtype: torch.dtype
     ran: dict[str, str]
-    ranks: Ranks
+    ranks: DistributedContext
     resume: bool = False
     overwrite: bool = False
     log_samples: bool = False

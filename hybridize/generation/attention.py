@@ -32,7 +32,7 @@ def decode_attention(
     counts: Tensor,
     scale: float,
     cap: float | None = None,
-    engine: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the first min(counts, S) places of each sequence; cap: Gemma 2's
     soft cap on the logits.
@@ -40,9 +40,9 @@ def decode_attention(
     query [B, H, d]; keys, values [B, K, S, d]; counts [B] int, at least 1. Returns [B, H, d] in
     values' dtype.
     """
-    if engine is None:
-        engine = "kernel" if query.is_cuda and triton_missing() is None else "torch"
-    if engine == "kernel":
+    if backend is None:
+        backend = "kernel" if query.is_cuda and triton_missing() is None else "torch"
+    if backend == "kernel":
         from .decode_kernel import attend
 
         return attend(query, keys, values, counts, scale, cap)

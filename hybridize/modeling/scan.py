@@ -1,7 +1,8 @@
-"""The selective scan and the causal convolution, each with two engines behind one function.
+"""The selective scan and the causal convolution, each with two backends behind one function.
 
 `kernel` is mamba-ssm / causal-conv1d on a CUDA device, `torch` is plain PyTorch made for a few CPU
-cores. `engine_for` is the only place that chooses. Knows nothing of models, checkpoints or configs.
+cores. `backend_for` is the only place that chooses. Knows nothing of models, checkpoints or
+configs.
 
 Shape legend: B batch, T time, I inner channels, N state size, G groups of B/C (channel i reads
 group i // (I / G)), K taps.
@@ -41,20 +42,20 @@ def kernels_missing() -> str | None:
     return missing_on_cuda("causal_conv1d", "mamba_ssm.ops.selective_scan_interface")
 
 
-def engine_for(device: torch.device) -> str:
+def backend_for(device: torch.device) -> str:
     """`kernel` where `device` is CUDA and mamba-ssm and causal-conv1d work, else `torch`."""
     return "kernel" if device.type == "cuda" and kernels_missing() is None else "torch"
 
 
 @torch.compiler.disable  # torch.compile sees every scan as one opaque call: its kernels are not the compiler's to trace
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, engine: str | None = None) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Depthwise causal convolution, then SiLU.
 
     x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps never
     cross into another. Returns [B, T, I] in x's dtype. What precedes x counts as zeros: prepend the
     cached inputs to continue a sequence.
     """
-    if (engine or engine_for(x.device)) == "kernel" and x.shape[2] % 8 == 0:
+    if (backend or backend_for(x.device)) == "kernel" and x.shape[2] % 8 == 0:
         from causal_conv1d import causal_conv1d_fn
 
         x = x.contiguous()  # a slice of a longer window has rows at addresses that the kernel's wide loads cannot read
@@ -75,17 +76,17 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 
 @torch.compiler.disable
-def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor, engine: str | None = None) -> Tensor:
+def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
     """`causal_conv` of one more step, x [B, I] -> [B, I]; window [B, I, K], the last K inputs, is
     moved on in place."""
     given, x = x.dtype, x.to(window.dtype)
-    if (engine or engine_for(x.device)) == "kernel" and weight.shape[1] in (2, 3, 4):
+    if (backend or backend_for(x.device)) == "kernel" and weight.shape[1] in (2, 3, 4):
         from causal_conv1d import causal_conv1d_update
 
         out = causal_conv1d_update(x.contiguous(), window, weight.to(x.dtype), bias.to(x.dtype), activation="silu")
         return out.to(given)
     window.copy_(torch.cat([window[..., 1:], x.unsqueeze(-1)], -1))
-    return causal_conv(window.transpose(1, 2), weight, bias, engine="torch")[:, -1].to(given)
+    return causal_conv(window.transpose(1, 2), weight, bias, backend="torch")[:, -1].to(given)
 
 
 @torch.compiler.disable
@@ -101,7 +102,7 @@ def selective_scan(
     keep: Tensor | None = None,
     reset: Tensor | None = None,
     state: Tensor | None = None,
-    engine: str | None = None,
+    backend: str | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta A) h_{t-1} + delta B x, y = C h + D x with delta = softplus(dt + dt_bias)
@@ -112,9 +113,9 @@ def selective_scan(
     document). state [B, I, N] float32: what a cached prefix left. Returns y [B, T, I] in x's dtype
     and the last state, float32, which may be `state` itself where `inplace` allows it.
     """
-    engine = engine or engine_for(x.device)
+    backend = backend or backend_for(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        if engine == "kernel" and inplace and state is not None and x.shape[1] == 1 and keep is None:
+        if backend == "kernel" and inplace and state is not None and x.shape[1] == 1 and keep is None:
             from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
             heads = B.shape[2]
@@ -124,7 +125,7 @@ def selective_scan(
                 split(D), dt_bias=split(dt_bias), dt_softplus=True,
             )  # fmt: skip
             return y.flatten(1).unsqueeze(1), state
-        if engine == "kernel" and state is None and x.shape[1] > 1:
+        if backend == "kernel" and state is None and x.shape[1] > 1:
             return _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset)
         delta = F.softplus(dt.float() + dt_bias)
         if keep is not None:

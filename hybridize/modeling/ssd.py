@@ -1,4 +1,4 @@
-"""The Mamba-2 scan (state space duality, 2405.21060) and its gated norm, each with two engines
+"""The Mamba-2 scan (state space duality, 2405.21060) and its gated norm, each with two backends
 behind one function.
 
 `kernel` is mamba-ssm's Triton code on a CUDA device, `torch` is matrix products over chunks. Knows
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan import engine_for
+from .scan import backend_for
 
 CHUNK = 64  # torch: L^2 (N + P) + 2 L N P products a chunk and head are fewest a step where L is near N and P
 KERNEL_CHUNK = 256
@@ -35,7 +35,7 @@ def ssd_scan(
     keep: Tensor | None = None,
     reset: Tensor | None = None,
     state: Tensor | None = None,
-    engine: str | None = None,
+    backend: str | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt + dt_bias),
@@ -47,7 +47,7 @@ def ssd_scan(
     H, P] in x's dtype and the last state, float32, which may be `state` itself where `inplace`
     allows it.
     """
-    kernel = (engine or engine_for(x.device)) == "kernel"
+    kernel = (backend or backend_for(x.device)) == "kernel"
     with torch.autocast(x.device.type, enabled=False):
         if kernel and inplace and state is not None and x.shape[1] == 1 and keep is None:
             from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -118,10 +118,10 @@ def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
 
 
 @torch.compiler.disable
-def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, engine: str | None = None) -> Tensor:
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, backend: str | None = None) -> Tensor:
     """RMSNorm over each `group` channels of y * silu(z), times `weight` [I], in float32; y, z [B,
     T, I] -> y's dtype."""
-    if (engine or engine_for(y.device)) == "kernel":
+    if (backend or backend_for(y.device)) == "kernel":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
         return rmsnorm_fn(y, weight, None, z=z.contiguous(), eps=eps, group_size=group, norm_before_gate=False)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from hybridize.errors import InputError, setting
-from hybridize.modeling import engine_for, mixer_class
+from hybridize.modeling import backend_for, mixer_class
 from hybridize.notes import Notes
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
 def note_tuning(device: torch.device, mixer: dict[str, Any] | None, notes: Notes) -> None:
     """Why the first step may be silent for minutes, where that can be. mixer: the config's entry."""
-    if mixer is not None and mixer_class(mixer).tunes and engine_for(device) == "kernel":
+    if mixer is not None and mixer_class(mixer).tunes and backend_for(device) == "kernel":
         notes.note("the first step ever on a machine takes minutes: the mixer's kernels try their configurations, and remember")
 
 
@@ -113,7 +113,7 @@ def is_here(device: torch.device) -> bool:
 
 def ran_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What a result file says about where its figures come from."""
-    return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "engine": engine_for(device)}
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "engine": backend_for(device)}
 
 
 def keep_compiled_apart() -> None:

@@ -31,7 +31,7 @@ BUCKET_BYTES = 64 << 20  # gradients that travel together
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """group: over which processes talk, and wait for one that writes or has more to do; no GPU
     waits there."""
 
@@ -94,7 +94,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: torch.device) -> tuple[Ranks, torch.device]:
+def join(device: torch.device) -> tuple[DistributedContext, torch.device]:
     """The process group that torchrun announces in the environment, and this rank's own device; one
     rank without it.
 
@@ -103,7 +103,7 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """
     size = world_size()
     if size == 1:
-        return Ranks(), device
+        return DistributedContext(), device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -115,7 +115,7 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
         # gloo beside NCCL: checkpoints are written from the CPU's copies
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return Ranks(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=PATIENCE)), device
+    return DistributedContext(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=PATIENCE)), device
 
 
 def leave() -> None:
@@ -141,7 +141,12 @@ def fill(model: nn.Module, module: nn.Module, source: CheckpointReader, device: 
 
 
 def shard(
-    root: nn.Module, model: Any, ranks: Ranks, device: torch.device, dtype: torch.dtype | None, source: CheckpointReader | None
+    root: nn.Module,
+    model: Any,
+    ranks: DistributedContext,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    source: CheckpointReader | None,
 ) -> None:
     """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`,
     which holds it.
@@ -177,7 +182,7 @@ def reshard(root: nn.Module) -> None:
         root.reshard()
 
 
-def average_gradients(model: nn.Module, ranks: Ranks) -> None:
+def average_gradients(model: nn.Module, ranks: DistributedContext) -> None:
     """The mean over the ranks for all parameters that are whole on each, as FSDP has it for those
     that it sharded."""
     if ranks.size == 1:

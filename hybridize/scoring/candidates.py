@@ -118,7 +118,7 @@ class Candidates:
     def _gradients(self, batch: Batch) -> Tensor:
         """Adds every candidate's gradient; returns their losses, in the order of `layers`."""
         heard = self._untouched(batch)
-        kept, count = batch.keep.flatten(), max(1, batch.kept)
+        kept, count = batch.loss_mask.flatten(), max(1, batch.kept)
         logits = None
         if self.loss.needs_teacher:
             with torch.no_grad():
@@ -144,7 +144,7 @@ class Candidates:
         else:
             at = batch.positions.repeat(times, 1)
             if self.student.config._attn_implementation == attention.NAME:
-                several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.keep)
+                several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.loss_mask)
                 more["cu_seq_lens_q"] = several.boundaries(batch.documents)
         told = self.student.model.layer_inputs(hidden, None, at, **more)
         return {kind: {**given, "position_ids": at} for kind, given in told.items()}

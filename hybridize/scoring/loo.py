@@ -211,7 +211,7 @@ def kl_changes(
     `model` where that is None."""
     sums, tokens = [], []
     for number, batch in enumerate(batches, start=1):
-        node, kept = Node(batch.ids, positions=batch.positions), batch.keep.flatten()
+        node, kept = Node(batch.ids, positions=batch.positions), batch.loss_mask.flatten()
         with autocast(batch.ids.device, dtype):
             states = before_output(model, sweep(model, [node], layers, instead, kinds)[node].flatten(1, 2)[:, kept])
         theirs = states[0] if teacher is None else hidden_states(teacher, batch, dtype).flatten(0, 1)[kept]

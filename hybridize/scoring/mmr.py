@@ -28,7 +28,7 @@ from hybridize.inputs import check_weights, warn_of_length
 from hybridize.modeling import MIXER_LAYER, HybridForCausalLM
 from hybridize.notes import Notes
 from hybridize.runtime.device import limit_memory, note_tuning
-from hybridize.runtime.distributed import Ranks, leave
+from hybridize.runtime.distributed import DistributedContext, leave
 from hybridize.runtime.forward import output_weight
 from hybridize.scoring.candidates import Candidates, converted, narrow, train, write_tensors
 from hybridize.scoring.mmr_memory import ACTIVATIONS, MemoryPlan, memory_plan, share_of
@@ -77,7 +77,7 @@ def measure(
     *,
     room: int | None = None,
     states: Path | None = None,
-    ranks: Ranks | None = None,
+    ranks: DistributedContext | None = None,
     progress: Progress = lambda *_: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[LayerScore]:
@@ -87,7 +87,7 @@ def measure(
     a repeat's number to its batches, one a step; room: bytes for activations, None: as many as it
     takes; states: a folder in which a killed run finds what it had.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or DistributedContext()
     kept = sorted(starts, key=lambda start: start[0])
     layers = [layer for layer, _ in kept]
     losses = []
@@ -211,7 +211,7 @@ def _is_of(path: Path, run: RunDir) -> bool:
     return read_scores(path).settings.get("run") == run.digest
 
 
-def room_for_all(planned: MemoryPlan, run: RunDir, ranks: Ranks, notes: Notes) -> int:
+def room_for_all(planned: MemoryPlan, run: RunDir, ranks: DistributedContext, notes: Notes) -> int:
     """Bytes that all ranks may fill with activations, the same as before the run was cut off:
     groups are summed apart."""
     room = min(ranks.all(ranks.first(run.room(ACTIVATIONS)) or max(1, int(planned.room))))

@@ -14,8 +14,8 @@ SCORERS: dict[str, Scorer] = {}
 
 
 class Scorer:
-    """Ranks the attention layers of a checkpoint by what each is worth: a higher score means
-    convert later.
+    """DistributedContext the attention layers of a checkpoint by what each is worth: a higher score
+    means convert later.
 
     kind: the score file is `scores/KIND.json`, the command `score-KIND`. summary: a line for
     --help. settings: a dataclass of options, of which the command makes flags. trains: whether

@@ -23,7 +23,7 @@ from hybridize.inputs import calibration_for, data_for, open_checkpoint, open_en
 from hybridize.modeling import HybridForCausalLM
 from hybridize.notes import SILENT, Notes
 from hybridize.runtime.device import pick_compute, ran_on
-from hybridize.runtime.distributed import Ranks, join
+from hybridize.runtime.distributed import DistributedContext, join
 from hybridize.runtime.loading import load_hybrid, load_model, quiet_transformers
 from hybridize.surgery.replace import Calibration, MixerSettings, Surgery, plan, starting_values
 from hybridize.surgery.teacher import Teacher, check_vocabularies, read_teacher
@@ -83,7 +83,7 @@ class Setup:
         if self.path.is_dir():
             raise InputError(f"{self.path} is a directory; scores go to a file")
         check_writable(self.path)
-        self.ranks = Ranks()
+        self.ranks = DistributedContext()
         quiet_transformers()
 
     def join(self) -> None:

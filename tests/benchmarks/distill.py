@@ -1,9 +1,11 @@
-"""Distillation speed on one GPU: tokens a second, memory, and where the time goes. Random weights: speed does not read them.
+"""Distillation speed on one GPU: tokens a second, memory, and where the time goes. Random weights:
+speed does not read them.
 
-python -m tests.benchmarks.distill step --ways eager compiled-graph naive liger trl-gkd   # one optimizer step, ways interleaved
-python -m tests.benchmarks.distill step --ways eager                               # one way: its peak beside the plan's
-python -m tests.benchmarks.distill parts --shape smollm2                           # each part of a step alone, as a graph
-python -m tests.benchmarks.distill loss --tokens 4096 --hidden 5120 --vocab 131072 # projection, reverse KL and gradient alone
+python -m tests.benchmarks.distill step --ways eager compiled-graph naive liger trl-gkd   # one
+optimizer step, ways interleaved python -m tests.benchmarks.distill step --ways eager
+# one way: its peak beside the plan's python -m tests.benchmarks.distill parts --shape smollm2
+# each part of a step alone, as a graph python -m tests.benchmarks.distill loss --tokens 4096
+--hidden 5120 --vocab 131072 # projection, reverse KL and gradient alone
 
 Model FLOPs are those of hybridize.distillation.watch.model_flops; MFU is of --peak TFLOP/s.
 """
@@ -89,7 +91,7 @@ def naive(student: Any, teacher: Any, batch: Batch, micro: int, dtype: torch.dty
             with torch.no_grad():
                 theirs = teacher(input_ids=part.ids, position_ids=part.positions, use_cache=False).logits
         log_q, log_p = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
-        value = (log_q.exp() * (log_q - log_p)).sum(-1)[part.keep].sum() / batch.kept
+        value = (log_q.exp() * (log_q - log_p)).sum(-1)[part.loss_mask].sum() / batch.kept
         value.backward()
 
 
@@ -101,7 +103,8 @@ def stepped(student: Any, optimizer: torch.optim.AdamW, keep: bool = False) -> N
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, cuda: bool) -> dict[str, tuple[float, float, float]]:
-    """Of each way: median and spread in milliseconds, and its peak memory in GiB above what was there before."""
+    """Of each way: median and spread in milliseconds, and its peak memory in GiB above what was
+    there before."""
     wait = torch.cuda.synchronize if cuda else lambda: None
     times: dict[str, list[float]] = {name: [] for name in ways}
     peaks = dict.fromkeys(ways, 0.0)

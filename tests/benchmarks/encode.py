@@ -1,8 +1,10 @@
-"""Encoding of rows against its floor: each conversation rendered once by its chat template and tokenised once.
+"""Encoding of rows against its floor: each conversation rendered once by its chat template and
+tokenised once.
 
     python -m tests.benchmarks.encode TOKENIZER_DIR ROWS.jsonl [--rows 4000] [--repeats 5]
 
-One process, one thread for each; ours and the floor take turns, so both see the same machine. Prints medians and their ratio.
+One process, one thread for each; ours and the floor take turns, so both see the same machine.
+Prints medians and their ratio.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.gate [--gates 4000]
 
-For each number of documents, 25 pairs of true rates (the drop; how often only the candidate is right), `--gates` gates each.
+For each number of documents, 25 pairs of true rates (the drop; how often only the candidate is
+right), `--gates` gates each.
 """
 
 from __future__ import annotations

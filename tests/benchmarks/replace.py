@@ -1,10 +1,11 @@
-"""Surgery on a checkpoint larger than memory: hybridize replace against cp -r of the same files, and its anonymous memory.
+"""Surgery on a checkpoint larger than memory: hybridize replace against cp -r of the same files,
+and its anonymous memory.
 
-python -m tests.benchmarks.replace FOLDER                # Apriel's shape: 15 B random bfloat16 weights, 28 GiB
-python -m tests.benchmarks.replace FOLDER --layers 4     # smaller
+python -m tests.benchmarks.replace FOLDER                # Apriel's shape: 15 B random bfloat16
+weights, 28 GiB python -m tests.benchmarks.replace FOLDER --layers 4     # smaller
 
-Everything is made under FOLDER/replace-benchmark, which takes twice the weights, and removed again. Both sides end with sync;
-the order is cp, replace, cp.
+Everything is made under FOLDER/replace-benchmark, which takes twice the weights, and removed again.
+Both sides end with sync; the order is cp, replace, cp.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def make(path: Path, layers: int) -> int:
 
 
 def timed(arguments: list[str]) -> tuple[float, float]:
-    """Seconds until it is done and on the disk, and the most anonymous memory in GiB that the process had."""
+    """Seconds until it is done and on the disk, and the most anonymous memory in GiB that the
+    process had."""
     most, began = 0, time.perf_counter()
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
 

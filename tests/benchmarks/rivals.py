@@ -1,6 +1,8 @@
-"""What one would take instead of hybridize's loss and loop: TRL's trainer and chunked divergence, Liger's fused loss.
+"""What one would take instead of hybridize's loss and loop: TRL's trainer and chunked divergence,
+Liger's fused loss.
 
-Needs `pip install trl==1.16.0 liger-kernel==0.8.5 accelerate`; imported only by the ways that are asked for.
+Needs `pip install trl==1.16.0 liger-kernel==0.8.5 accelerate`; imported only by the ways that are
+asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def reverse_kl(
 def chunked(way: str, student: Any, teacher: Any, batch: Batch, micro: int, dtype: torch.dtype) -> None:
     """A plain loop, under autocast, around a loss that never has whole logits."""
     for part in batch.split(micro):
-        kept = part.keep.flatten()
+        kept = part.loss_mask.flatten()
         with torch.no_grad():
             theirs = hidden_states(teacher, part, dtype).flatten(0, 1)[kept].to(dtype)
         ours = hidden_states(student, part, dtype).flatten(0, 1)[kept].to(dtype)
@@ -45,7 +47,8 @@ def chunked(way: str, student: Any, teacher: Any, batch: Batch, micro: int, dtyp
 
 
 class Gkd:
-    """TRL's GKDTrainer on fixed text (lmbda 0) with reverse KL (beta 1): its own training_step for each micro-batch."""
+    """TRL's GKDTrainer on fixed text (lmbda 0) with reverse KL (beta 1): its own training_step for
+    each micro-batch."""
 
     def __init__(self, student: Any, teacher: Any, micro: int) -> None:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -1,10 +1,13 @@
-"""Distillation on several GPUs against one of them: the training loop itself on random weights and the same rows a GPU.
+"""Distillation on several GPUs against one of them: the training loop itself on random weights and
+the same rows a GPU.
 
-torchrun --nproc-per-node 2 -m tests.benchmarks.scaling --shape smollm2 --ways whole+compile+cuda_graph sharded+compile
-torchrun --nproc-per-node 2 -m tests.benchmarks.scaling --shape llama-3b --ways sharded+compile --rows 8 --micro 2
+torchrun --nproc-per-node 2 -m tests.benchmarks.scaling --shape smollm2 --ways
+whole+compile+cuda_graph sharded+compile torchrun --nproc-per-node 2 -m tests.benchmarks.scaling
+--shape llama-3b --ways sharded+compile --rows 8 --micro 2
 
-A way is `whole` (--no-shard) or `sharded`, with more of distill's switches after it. Each is timed on one GPU while the others
-wait, and then on all; median of the steps after the first two. The plan is --dry-run's, for a rank.
+A way is `whole` (--no-shard) or `sharded`, with more of distill's switches after it. Each is timed
+on one GPU while the others wait, and then on all; median of the steps after the first two. The plan
+is --dry-run's, for a rank.
 """
 
 from __future__ import annotations
@@ -26,14 +29,15 @@ from hybridize.distillation.plan import GIB, plan
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.watch import model_flops
-from hybridize.runtime.distributed import Ranks, join, leave
+from hybridize.runtime.distributed import DistributedContext, join, leave
 from tests.benchmarks.distill import SHAPES, models, random_batch
 
 
 def timed(
-    shape: str, settings: DistillSettings, ranks: Ranks, device: torch.device, documents: int
+    shape: str, settings: DistillSettings, ranks: DistributedContext, device: torch.device, documents: int
 ) -> tuple[float, float, float, float]:
-    """Median ms of a step and the spread, peak GiB of this rank, MFU of all ranks together at 989 TFLOP/s each."""
+    """Median ms of a step and the spread, peak GiB of this rank, MFU of all ranks together at 989
+    TFLOP/s each."""
     dtype = torch.bfloat16
     student, teacher = models(shape, "mamba2", device, dtype)
     choose_trained(student, settings)  # what is frozen takes no gradient
@@ -95,7 +99,7 @@ def main() -> None:
             eval_every=0, save_every=0, shard=how == "sharded", **dict.fromkeys(switches, True),
         )  # fmt: skip
         alone = 0.0
-        for crew in (Ranks(), ranks):
+        for crew in (DistributedContext(), ranks):
             ranks.wait()
             cleared(device)
             told = replace(settings, batch_size=args.rows * crew.size)

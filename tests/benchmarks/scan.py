@@ -1,8 +1,9 @@
 """A/B of the torch scan against a per-step loop under autograd: `python tests/benchmarks/scan.py`.
 
-Both sides compute the same forward and backward at SmolLM2-135M's shape (I 576, N 16, L 512, batch 1, float32) in one
-run, interleaved. The loop computes its exponentials inside the step, as a plain implementation would. The floor: the state is
-L x I x N = 4.7 M elements; forward and backward need each at least one exp and about ten multiply-adds.
+Both sides compute the same forward and backward at SmolLM2-135M's shape (I 576, N 16, L 512, batch
+1, float32) in one run, interleaved. The loop computes its exponentials inside the step, as a plain
+implementation would. The floor: the state is L x I x N = 4.7 M elements; forward and backward need
+each at least one exp and about ten multiply-adds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def loop(x, dt, A, B, C, D, dt_bias):
     B, C = B.repeat_interleave(width, 2), C.repeat_interleave(width, 2)
     h = x.new_zeros(x.shape[0], *A.shape)
     ys = []
-    # unbind, not x[:, t]: the gradient of an index would fill a whole [B, L, I] tensor at every step
+    # unbind, not x[:, t]: the gradient of an index would fill a whole [B, L, I] tensor at every
+    # step
     for delta_t, x_t, B_t, C_t in zip(*(t.unbind(1) for t in (delta, x, B, C)), strict=True):
         h = torch.exp(delta_t[..., None] * A) * h + (delta_t * x_t)[..., None] * B_t
         ys.append((h * C_t).sum(-1))
@@ -45,7 +47,7 @@ def main() -> None:
     inputs += [torch.randn(*shape[:2], args.inner // args.state, args.state) for _ in "BC"]
     inputs += [torch.ones(args.inner), torch.zeros(args.inner)]
     leaves = [t.requires_grad_() for t in inputs]
-    sides = {"loop": loop, "torch engine": lambda *a: scan.selective_scan(*a, engine="torch")[0]}
+    sides = {"loop": loop, "torch engine": lambda *a: scan.selective_scan(*a, backend="torch")[0]}
     times: dict[str, list[float]] = {name: [] for name in sides}
     weight = torch.randn(shape)
     for _ in range(args.repeats + 1):

@@ -1,9 +1,11 @@
-"""LOO in one sweep against one stock lm-eval run a layer, same questions, same batch size, start-up left out on both sides.
+"""LOO in one sweep against one stock lm-eval run a layer, same questions, same batch size, start-up
+left out on both sides.
 
-python -m tests.benchmarks.score_loo MODEL --tasks mmlu_astronomy,mmlu_business_ethics --num-fewshot 5 --limit 40
+python -m tests.benchmarks.score_loo MODEL --tasks mmlu_astronomy,mmlu_business_ethics --num-fewshot
+5 --limit 40
 
-The separate runs are timed on --sample layers, whose answers are compared with the sweep's; the rest take as long.
-Run it where lm-eval finds its data.
+The separate runs are timed on --sample layers, whose answers are compared with the sweep's; the
+rest take as long. Run it where lm-eval finds its data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""MMR side by side against one candidate after the other: same loss, same kernels, same batches. Random weights.
+"""MMR side by side against one candidate after the other: same loss, same kernels, same batches.
+Random weights.
 
-python -m tests.benchmarks.score_mmr --shape smollm2                 # 8 x 512, all layers, mixers only
-The loop is timed on --sample candidates; the bound is what sharing can save in FLOPs of weights (attention's scores left out).
+python -m tests.benchmarks.score_mmr --shape smollm2                 # 8 x 512, all layers, mixers
+only The loop is timed on --sample candidates; the bound is what sharing can save in FLOPs of
+weights (attention's scores left out).
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ Look = Callable[[Path], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """argv of a command; its output below the working directory; `look` gives what two complete outputs share, and raises when
-    one is not complete; again: flags of a second run after a kill; unfinished: names of what may lie there until then."""
+    """argv of a command; its output below the working directory; `look` gives what two complete
+    outputs share, and raises when one is not complete; again: flags of a second run after a kill;
+    unfinished: names of what may lie there until then."""
 
     name: str
     argv: tuple[str, ...]
@@ -133,7 +134,8 @@ CASES = [
 
 
 def prepare(server: Server, place: Path) -> None:
-    """What the commands read: the embedded teacher, its tasks, a hybrid of it with scores and results."""
+    """What the commands read: the embedded teacher, its tasks, a hybrid of it with scores and
+    results."""
     place.mkdir(parents=True)
     for argv in (
         ["demo"],

@@ -3,10 +3,11 @@
     pip install atheris
     python -m tests.reliability.fuzz CORPUS [-max_total_time=600]
 
-CORPUS is a folder of inputs; one that is empty gets the files of a tiny hybrid and what earlier runs kept (corpus.zip, which CI
-reads too) as seeds. An input's first byte says which file of the hybrid the rest of it takes the place of. JSON, a safetensors
-header too, has its values replaced as often as its bytes, since few changed bytes are JSON still. What is neither an answer nor
-an InputError stops the run with a stack.
+CORPUS is a folder of inputs; one that is empty gets the files of a tiny hybrid and what earlier
+runs kept (corpus.zip, which CI reads too) as seeds. An input's first byte says which file of the
+hybrid the rest of it takes the place of. JSON, a safetensors header too, has its values replaced as
+often as its bytes, since few changed bytes are JSON still. What is neither an answer nor an
+InputError stops the run with a stack.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ with atheris.instrument_imports(include=["hybridize"]):
 
 
 def twisted(text: bytes, rng: random.Random) -> bytes:
-    """JSON with one to three of its values replaced, moved elsewhere or gone. ValueError where it is no JSON."""
+    """JSON with one to three of its values replaced, moved elsewhere or gone. ValueError where it
+    is no JSON."""
     value = json.loads(text)
     for _ in range(rng.randint(1, 3)):
         there = places(value)

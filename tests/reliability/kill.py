@@ -2,10 +2,11 @@
 
     python -m tests.reliability.kill [--points 50] [--commands replace distill ...] [--json FILE]
 
-Half of the points are touches of the file system, evenly spaced over all that an undisturbed run makes; the others are moments,
-evenly spaced over its time. Signals take turns. After each: inputs are byte for byte what they were, the output is absent, the
-old one or complete; and after a second run with the same arguments it is complete, the same as the undisturbed run's, with no
-file beside it that that does not leave. Each command starts from a directory made afresh.
+Half of the points are touches of the file system, evenly spaced over all that an undisturbed run
+makes; the others are moments, evenly spaced over its time. Signals take turns. After each: inputs
+are byte for byte what they were, the output is absent, the old one or complete; and after a second
+run with the same arguments it is complete, the same as the undisturbed run's, with no file beside
+it that that does not leave. Each command starts from a directory made afresh.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m tests.reliability.load [--commands 200] [--workers 2]
 
-Looks for what grows: peak memory of a kind of command from its first runs to its last, files that nobody asked for, processes.
+Looks for what grows: peak memory of a kind of command from its first runs to its last, files that
+nobody asked for, processes.
 """
 
 from __future__ import annotations

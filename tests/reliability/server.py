@@ -1,8 +1,9 @@
-"""Runs hybridize's commands as processes of their own, a fork each, so that a run costs what the command does and no imports.
+"""Runs hybridize's commands as processes of their own, a fork each, so that a run costs what the
+command does and no imports.
 
-`python -m tests.reliability.server` reads a request a line (JSON) and answers each with one. `Server` is its other end. A
-fault strikes after so many seconds, or at the k-th time that the command touches its working directory through Python: opens,
-renames, removes or makes a file there.
+`python -m tests.reliability.server` reads a request a line (JSON) and answers each with one.
+`Server` is its other end. A fault strikes after so many seconds, or at the k-th time that the
+command touches its working directory through Python: opens, renames, removes or makes a file there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Server:
         )  # fmt: skip
 
     def run(self, argv: list[str], cwd: Path, **fault: Any) -> dict[str, Any]:
-        """rc (negative: the signal it died of), seconds, events (touches), stdout, stderr, peak (MiB)."""
+        """rc (negative: the signal it died of), seconds, events (touches), stdout, stderr, peak
+        (MiB)."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), **fault}) + "\n")
@@ -81,7 +83,8 @@ def watch(counter: mmap.mmap, cwd: str, event: int | None, act: Any) -> None:
 
 
 def drop_rights() -> None:
-    """Root, for whom modes of files mean nothing, becomes a user like others, who owns root's files."""
+    """Root, for whom modes of files mean nothing, becomes a user like others, who owns root's
+    files."""
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
         raise OSError(ctypes.get_errno(), "capset")
@@ -177,7 +180,8 @@ def drained(read: int, write: int) -> str:
 
 
 def preload() -> None:
-    """All that commands import, with nothing computed: a fork has no threads but the one that forks."""
+    """All that commands import, with nothing computed: a fork has no threads but the one that
+    forks."""
     import torch
 
     import hybridize

@@ -1,5 +1,6 @@
-"""Run by the Python that has vLLM: `ask_vllm.py MODEL ASK.json ANSWER.json`. Greedy tokens after each prompt, twice, the
-second time from the prefix cache; and the answer to a chat message, if one is asked. Batched, with chunked prefill."""
+"""Run by the Python that has vLLM: `ask_vllm.py MODEL ASK.json ANSWER.json`. Greedy tokens after
+each prompt, twice, the second time from the prefix cache; and the answer to a chat message, if one
+is asked. Batched, with chunked prefill."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""transformers' own ModelTesterMixin on our class. It is in no wheel: SDIST names the unpacked source distribution of the
-installed version (pip download --no-deps --no-binary :all: transformers==...). What it needs of directories that are not in
-there either (exporters/, generation/) is left out: export tests and GenerationTesterMixin. Run it by itself, with -c /dev/null,
-since its markers are not ours.
-"""
+"""transformers' own ModelTesterMixin on our class. It is in no wheel: SDIST names the unpacked
+source distribution of the installed version (pip download --no-deps --no-binary :all:
+transformers==...). What it needs of directories that are not in there either (exporters/,
+generation/) is left out: export tests and GenerationTesterMixin. Run it by itself, with -c
+/dev/null, since its markers are not ours."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class _Common(mixin()):  # type: ignore[misc]
 
 
 def _with_loss(name: str) -> Any:
-    """A test that trains: the backbone alone has no loss, which the mixin knows of transformers' own classes only."""
+    """A test that trains: the backbone alone has no loss, which the mixin knows of transformers'
+    own classes only."""
 
     def test(self: Any) -> None:
         self.all_model_classes = (HybridForCausalLM,)

@@ -1,7 +1,8 @@
-"""Stock runtimes on exported models: `make test-runtimes` installs them and runs this; the default run skips it.
+"""Stock runtimes on exported models: `make test-runtimes` installs them and runs this; the default
+run skips it.
 
-HYBRIDIZE_VLLM: a Python that has vLLM. HYBRIDIZE_MODEL: a converted checkpoint of your own, whose answer to a chat message all
-three must agree on.
+HYBRIDIZE_VLLM: a Python that has vLLM. HYBRIDIZE_MODEL: a converted checkpoint of your own, whose
+answer to a chat message all three must agree on.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def test_llama_cpp_with_wide_heads(tmp_path: Path, cli: Runner) -> None:
 
 @pytest.mark.parametrize("pre", [pre for pre in SPLITTERS if pre])
 def test_llama_cpp_splits_text_the_same(tmp_path: Path, cli: Runner, pre: str) -> None:
-    """A small BPE trained behind each splitter that we name, on texts full of digits, blanks, contractions and accents."""
+    """A small BPE trained behind each splitter that we name, on texts full of digits, blanks,
+    contractions and accents."""
     import llama_cpp
 
     core = Tokenizer(models.BPE())
@@ -139,7 +141,8 @@ def test_llama_cpp_splits_text_the_same(tmp_path: Path, cli: Runner, pre: str) -
 
 @pytest.mark.skipif("HYBRIDIZE_MODEL" not in os.environ, reason="make test-runtimes MODEL=a converted checkpoint")
 def test_a_converted_model_answers_in_all_three(tmp_path: Path, cli: Runner) -> None:
-    """The same chat message, greedy: stock transformers, vLLM and llama.cpp give the checkpoint's own words."""
+    """The same chat message, greedy: stock transformers, vLLM and llama.cpp give the checkpoint's
+    own words."""
     import llama_cpp
 
     source = Path(os.environ["HYBRIDIZE_MODEL"])

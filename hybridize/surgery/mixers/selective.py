@@ -97,4 +97,4 @@ class SelectiveKind(MixerKind):
         mixer.D.zero_()
         mixer.dt_bias.fill_(float(inverse_softplus(torch.tensor(1.0))))
         steps = inputs.new_zeros(*inputs.shape[:2], len(mixer.dt_bias))
-        return x, B, C, mixer.scan(*parts, steps, engine="torch")[0]  # kernels are good for three digits
+        return x, B, C, mixer.scan(*parts, steps, backend="torch")[0]  # kernels are good for three digits
