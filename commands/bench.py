@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +19,33 @@ if TYPE_CHECKING:
 
     import torch
 
+    from hybridize.benchmark.grid import BenchSettings
     from hybridize.modeling import HybridForCausalLM
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is timed, and how often."""
+
+    contexts: Annotated[str, typer.Option("--contexts", help="Tokens before a step, separated by commas.")] = "1024,4096,16384"
+    batches: Annotated[str, typer.Option("--batches", help="Sequences in a step, separated by commas.")] = "1,16,64"
+    generations: Annotated[
+        str, typer.Option("--generations", help="PROMPT:NEW,... tokens: throughput with the largest batch that fits.")
+    ] = ""
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps timed together.")] = 16
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timings, of which the median counts.")] = 5
+
+    def settings(self) -> BenchSettings:
+        from hybridize.benchmark.grid import BenchSettings
+        from hybridize.errors import InputError, setting
+
+        contexts, batches = _numbers("contexts", self.contexts), _numbers("batches", self.batches)
+        pairs = [_numbers("generations", pair, ":") for pair in self.generations.split(",") if pair.strip()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise InputError(f"{setting('generations')} {self.generations!r}: give PROMPT:NEW, such as 1024:8192")
+        return BenchSettings(contexts, batches, tuple((pair[0], pair[1]) for pair in pairs), self.steps, self.repeats)
 
 
 @guarded
@@ -30,13 +55,7 @@ def command(
         list[str], typer.Argument(metavar="CHECKPOINT...", help="The first is what others are held against.")
     ],
     *,
-    contexts: Annotated[str, typer.Option("--contexts", help="Tokens before a step, separated by commas.")] = "1024,4096,16384",
-    batches: Annotated[str, typer.Option("--batches", help="Sequences in a step, separated by commas.")] = "1,16,64",
-    generations: Annotated[
-        str, typer.Option("--generations", help="PROMPT:NEW,... tokens: throughput with the largest batch that fits.")
-    ] = "",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps timed together.")] = 16,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timings, of which the median counts.")] = 5,
+    grid: Grid,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Only config.json is read: times do not depend on the weights.")
     ] = False,
@@ -56,18 +75,13 @@ def command(
     out = speech.output()
     from dataclasses import asdict
 
-    from hybridize.benchmark.grid import BenchSettings, bench
+    from hybridize.benchmark.grid import bench
     from hybridize.checkpoint.atomic import write_json_atomic
-    from hybridize.errors import InputError
     from hybridize.runtime.device import pick_compute, ran_on
     from hybridize.runtime.loading import quiet_transformers
 
     refuse_ranks("bench")
-    grid = [_numbers("--contexts", contexts), _numbers("--batches", batches)]
-    pairs = tuple(_numbers("--generations", pair, ":") for pair in generations.split(",") if pair.strip())
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"--generations {generations!r}: give PROMPT:NEW, such as 1024:8192")
-    settings = BenchSettings(grid[0], grid[1], pairs, steps, repeats)  # type: ignore[arg-type]
+    settings = grid.settings()
     target = output or Path("bench")
     path = result_file(target, "bench.json", overwrite)
     names = _short(checkpoints)
@@ -90,13 +104,13 @@ def command(
     out.result({"bench": str(path), **found}, lambda: show_bench(out, path, found, names))
 
 
-def _numbers(flag: str, text: str, separator: str = ",") -> tuple[int, ...]:
-    from hybridize.errors import InputError
+def _numbers(name: str, text: str, separator: str = ",") -> tuple[int, ...]:
+    from hybridize.errors import InputError, setting
 
     try:
         return tuple(int(part) for part in text.split(separator) if part.strip())
     except ValueError as error:
-        raise InputError(f"{flag} {text!r}: whole numbers are wanted") from error
+        raise InputError(f"{setting(name)} {text!r}: whole numbers are wanted") from error
 
 
 def _short(checkpoints: list[str]) -> list[str]:

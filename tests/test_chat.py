@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from hybridize.commands import app, chat
 from hybridize.commands.chat import Talk
-from hybridize.commands.shared.speaking import Speaker, growing
+from hybridize.commands.shared.speaking import Sampling, Speaker, growing
 from typer.testing import CliRunner
 
+from hybridize.notes import SILENT
 from tests.conftest import TEMPLATE, Runner, make_place, make_tokenizer
-
-NOTHING = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_a_conversation_that_is_too_long_says_so(place: Path) -> None:
 def test_an_answer_may_be_cut_short_and_a_signal_ends(place: Path) -> None:
     import torch
 
-    speaker = Speaker("h2", None, None, False, NOTHING)
+    speaker = Speaker("h2", None, Sampling(), False, SILENT)
     one = Talk(speaker, None, speaker.load(torch.device("cpu"), torch.float32))
     pieces: list[str] = []
 
@@ -106,7 +105,7 @@ def test_columns_hold_both_answers(place: Path, cli: Runner) -> None:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    talks = [Talk(Speaker(name, None, None, False, NOTHING)) for name in ("h2", "teacher")]
+    talks = [Talk(Speaker(name, None, Sampling(), False, SILENT)) for name in ("h2", "teacher")]
     for one in talks:
         one.model = one.speaker.load(torch.device("cpu"), torch.float32)
     chat._beside(console, talks, "Two and two?", 4, 0)
@@ -140,13 +139,15 @@ def test_half_a_character_waits() -> None:
 def test_two_conversations_stay_side_by_side(place: Path, tmp_path: Path) -> None:
     """A question that one of them cannot answer is asked of none; a system prompt that one refuses
     is none's."""
-    long = Talk(Speaker("h2", None, None, False, NOTHING), messages=[{"role": "user", "content": "x" * 300}])
-    short = Talk(Speaker("teacher", None, None, False, NOTHING))
+    long = Talk(Speaker("h2", None, Sampling(), False, SILENT), messages=[{"role": "user", "content": "x" * 300}])
+    short = Talk(Speaker("teacher", None, Sampling(), False, SILENT))
     chat._answer(chat.Output(), [short, long], "Hi?", 3, 0)
     assert (len(short.messages), len(long.messages)) == (0, 1)
     strict = tmp_path / "strict.jinja"
     strict.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system.') }}{% endif %}" + TEMPLATE)
-    refuses = Talk(Speaker("h2", None, strict, False, NOTHING), messages=[{"role": "user", "content": "Hi."}])
+    refuses = Talk(
+        Speaker("h2", None, Sampling(chat_template=strict), False, SILENT), messages=[{"role": "user", "content": "Hi."}]
+    )
     short.messages = [{"role": "user", "content": "Ho."}]
     chat._restart([short, refuses], "Be kind.")
     assert [(talk.system, talk.messages[0]["content"]) for talk in (short, refuses)] == [(None, "Ho."), (None, "Hi.")]

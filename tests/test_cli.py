@@ -395,7 +395,7 @@ def test_the_gate_on_a_checkpoint_and_its_own_results(place: Path, cli: Runner) 
     assert [drop["metric"] for drop in chosen["drops"]] == ["acc,none"]
     assert "the task has acc,none" in cli.fails("eval", "h4", *common, "--metric", "tiny_choice=f1")
     assert "is no task or group" in cli.fails("eval", "h4", *common, "--metric", "other=acc")
-    assert "give TASK=FIGURE" in cli.fails("eval", "h4", *common, "--metric", "acc")
+    assert "give TASK=METRIC" in cli.fails("eval", "h4", *common, "--metric", "acc")
     cli("eval", "teacher", *common[:4])
     cli("eval", "h4", *common)
     assert "teacher/eval/results.json: same checkpoint" in cli.stderr

@@ -253,7 +253,7 @@ def test_every_accuracy_like_figure_is_held() -> None:
     assert len(compare(ours, theirs, {"t": "exact_match"})) == 2
     (one,) = compare(ours, theirs, {"t": "exact_match,flexible-extract"})
     assert one.metric == "exact_match,flexible-extract"
-    with pytest.raises(InputError, match="--metric t=acc: the task has exact_match,strict-match; exact_match,flexible-extract"):
+    with pytest.raises(InputError, match="metric t=acc: the task has exact_match,strict-match; exact_match,flexible-extract"):
         compare(ours, theirs, {"t": "acc"})
     with pytest.raises(InputError, match="names 'other', which is no task"):
         compare(ours, theirs, {"other": "acc"})
@@ -337,9 +337,9 @@ def test_a_figure_that_is_not_finite_is_no_figure() -> None:
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"confidence": 0.9}, "--confidence needs a --max-drop"),
-        ({"strict": True}, "--strict needs a --max-drop"),
-        ({"allow_inconclusive": True}, "--allow-inconclusive needs a --max-drop"),
+        ({"confidence": 0.9}, "confidence needs a max_drop"),
+        ({"strict": True}, "strict needs a max_drop"),
+        ({"allow_inconclusive": True}, "allow_inconclusive needs a max_drop"),
         ({"max_drop": 0.1, "confidence": 95.0}, "at least 0.5 and less than 1"),
         ({"max_drop": 0.1, "confidence": 0.9, "strict": True}, "contradict each other"),
         ({"max_drop": float("nan")}, "must be a number"),

@@ -4,6 +4,7 @@ other, however far around."""
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # lowest first; a package stands for all of its modules, which may import each other
 LAYERS = (
-    "errors", "notes", "options", "parsing", "compat", "modeling", "checkpoint", "data", "runtime",
+    "errors", "extensions", "notes", "options", "parsing", "compat", "modeling", "checkpoint", "data", "runtime",
     "surgery", "inputs", "generation", "distillation", "evaluation", "scoring", "anatomy", "export",
     "benchmark", "report", "recipe", "demo", "doctor", "commands.shared", "commands",
 )  # fmt: skip
@@ -85,3 +86,27 @@ def test_no_circle() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+LONGEST, MOST_BRANCHES, LARGEST = 60, 15, 400  # lines of a function, its branches, lines of a file
+BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.match_case)
+
+
+def _own(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function without those of functions inside it."""
+    for node in ast.iter_child_nodes(function):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _own(node)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_is_two_things(name: str) -> None:
+    """No file above 400 lines, no function above 60 lines or 15 branches."""
+    text = MODULES[name].read_text()
+    assert len(text.splitlines()) <= LARGEST
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < LONGEST, node.name
+            assert sum(isinstance(part, BRANCHES) for part in _own(node)) <= MOST_BRANCHES, node.name

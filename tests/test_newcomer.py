@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,12 @@ from hybridize.commands.shared.strip import draw_strip
 from hybridize.checkpoint.manifest import ancestors
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.compat import TRIED
-from hybridize.distillation import watch
+from hybridize.distillation import fitting, watch
 from hybridize.distillation.plan import kept_bytes, micro_that_fits, plain_bytes, plan
 from hybridize.distillation.settings import DistillSettings
 from hybridize.errors import InputError
 from hybridize.runtime import device as runtime
+from hybridize.scoring import mmr_memory
 from hybridize.surgery.teacher import empty_model
 from tests.conftest import SHAPES, Runner, hybrid, hybrid_config, interrupt_after, make_place
 
@@ -205,6 +207,12 @@ def test_sequences_at_once_are_those_that_fit() -> None:
     assert micro_that_fits(student, teacher, settings, 4, torch.float32, "cpu", total(3))[0] == 3
 
 
+def _set_free(monkeypatch: pytest.MonkeyPatch, free: Callable[[torch.device], float]) -> None:
+    """What planning finds free."""
+    for planner in (fitting, mmr_memory):
+        monkeypatch.setattr(planner, "free_memory", free)
+
+
 def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ("distill", "h2", "--steps", 2, "--batch-size", 4, "--seq-len", 64, "--eval-windows", 1)
     cli(*run, "-o", "whole")
@@ -214,12 +222,12 @@ def test_distill_says_how_many_sequences_it_takes_at_once(place: Path, cli: Runn
     teacher = empty_model(json.loads(Path("teacher/config.json").read_text()), "teacher")
     given = DistillSettings(steps=2, batch_size=4, seq_len=64, micro_batch_size=2)
     wanted = plan(student, teacher, given, 1, torch.float32, "cpu").total
-    monkeypatch.setattr(runtime, "free_memory", lambda _: wanted / 0.9 + 1)
+    _set_free(monkeypatch, lambda _: wanted / 0.9 + 1)
     cli(*run, "-o", "halves")
     assert "2 of 4 sequences at once (--micro-batch-size): the plan takes 0.8 GiB, 0.9 are free" in cli.stderr
     settings = json.loads(Path("halves/hybridize.json").read_text())["settings"]
     assert settings["micro_batch_size"] == 2
-    monkeypatch.setattr(runtime, "free_memory", lambda _: 1000)
+    _set_free(monkeypatch, lambda _: 1000)
     cli(*run, "-o", "little")
     assert "it may run out of memory; a smaller --batch-size" in cli.stderr
     found = json.loads(cli(*run, "-o", "planned", "--dry-run", "--json"))
@@ -234,13 +242,13 @@ def test_a_run_goes_on_with_as_many_sequences_whatever_memory_is_free(
     run = ("distill", "h2", "--steps", 3, "--batch-size", 4, "--seq-len", 64, "--eval-windows", 1)
     room, ample = "1 ranks", runtime.free_memory(CPU)
     for first, then in ((1000, ample), (ample, 1000)):
-        monkeypatch.setattr(runtime, "free_memory", lambda _, first=first: first)
+        _set_free(monkeypatch, lambda _, first=first: first)
         with monkeypatch.context() as patched:
             patched.setattr(Optimization, "update", interrupt_after(1))
             cli(*run, "--overwrite", code=130)
         before = json.loads(Path("h2-kd.run/micro-batch.json").read_text())[room]
         assert before == (1 if first == 1000 else 4)
-        monkeypatch.setattr(runtime, "free_memory", lambda _, then=then: then)
+        _set_free(monkeypatch, lambda _, then=then: then)
         cli(*run, "--resume", "--overwrite")
         assert f"{before} sequences at once, as before the run was cut off" in cli.stderr
 
@@ -259,7 +267,7 @@ def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pyte
         [entry["score"] for entry in json.loads(Path(name).read_text())["layers"]] for name in ("all.json", "groups.json")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
-    monkeypatch.setattr(runtime, "free_memory", lambda _: int(fixed * 2**30))
+    _set_free(monkeypatch, lambda _: int(fixed * 2**30))
     cli(*run, "-o", "little.json")
     assert "90% of 0.6 GiB, 80% of what is free (--max-memory): they go one by one, and may still run out" in cli.stderr
     assert "must be a positive number of GiB" in cli.fails(*run, "-o", "none.json", "--max-memory", 0)

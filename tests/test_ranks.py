@@ -314,5 +314,5 @@ def test_rows_are_shared_evenly_or_not_at_all() -> None:
         slice(4, 6),
         slice(6, 8),
     ]
-    with pytest.raises(InputError, match="--batch-size 6 cannot be split evenly over 4 processes"):
+    with pytest.raises(InputError, match="batch_size 6 cannot be split evenly over 4 processes"):
         DistributedContext(0, 4).share(6, "batch_size")

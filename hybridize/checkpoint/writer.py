@@ -15,7 +15,7 @@ from hybridize.checkpoint.atomic import write_json
 from hybridize.checkpoint.integrity import seal
 from hybridize.checkpoint.manifest import MANIFEST, Manifest
 from hybridize.checkpoint.reader import INDEX, CheckpointReader, Fingerprint, carry, fingerprint
-from hybridize.errors import InputError, setting
+from hybridize.errors import InputError, WorkError, setting
 
 SHARD_BYTES = 2 * 10**9
 OURS = ("config.json", MANIFEST, "model.safetensors", INDEX)  # one of these makes a directory a checkpoint
@@ -93,9 +93,12 @@ class CheckpointWriter:
         self._pending, self._bytes, self._pointers = {}, 0, set()
 
     def wait(self) -> None:
-        """Until all tensors so far have their prints."""
-        for found in self._prints.values():
-            found.result()
+        """Until all tensors so far have their prints. WorkError where one is not finite."""
+        try:
+            for found in self._prints.values():
+                found.result()
+        except InputError as error:
+            raise WorkError(f"{error}") from error
 
     def close(self, config: dict[str, Any], manifest: Manifest, carry_from: Path | None) -> None:
         self._flush()

@@ -14,6 +14,7 @@ from typing import Any
 from hybridize.data.encode import Document, Encoder
 from hybridize.data.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
 from hybridize.data.rows import Rows, read_mixture
+from hybridize.errors import InputError, WorkError
 
 CHECKED = 20_000  # rows that are encoded before anything starts; later ones only have their fields checked
 HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
@@ -66,8 +67,15 @@ class Corpus:
 
     def training(self, seed: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
         """Endless batches of `batch_size` sequences of `seq_len` tokens, the same for the same
-        seed."""
-        return batched(self.lines(self.documents(seed), seq_len), batch_size)
+        seed.
+
+        WorkError for a row that cannot be encoded: of many rows only the first are tried
+        beforehand.
+        """
+        try:
+            yield from batched(self.lines(self.documents(seed), seq_len), batch_size)
+        except InputError as error:
+            raise WorkError(f"{error}") from error
 
     def held_out(self, windows: int, seq_len: int, batch_size: int) -> list[Batch]:
         """The first `windows` held-out sequences of `seq_len` tokens, in file order, in batches of

@@ -56,17 +56,9 @@ def distill(
     torch.manual_seed(settings.seed)
     streams = settings.sharded(ranks.size)  # weights go to their shards layer by layer; alignment needs the student whole
 
-    def load(reader: CheckpointReader, kind: torch.dtype, streamed: bool) -> Any:
-        if streamed:
-            return load_empty(reader.path, kind, trust_remote_code)
-        waits = reader is teacher and settings.offload_teacher
-        return load_model(reader.path, torch.device("cpu") if waits else device, kind, trust_remote_code)
-
     doing = lambda text: report({"kind": "doing", "text": text})  # noqa: E731
-    doing("loading the student")
-    student = load(source, torch.float32, streams and settings.stage == "distill")
-    doing("loading the teacher")
-    model = None if teacher is None else load(teacher, dtype, streams and not settings.offload_teacher)
+    doing("loading the models")
+    student, model = _load(source, teacher, settings, device, dtype, streams, trust_remote_code)
     doing("preparing the first step")
     held_out = corpus.held_out(settings.eval_windows, settings.seq_len, settings.micro)
     training = Training(
@@ -92,6 +84,25 @@ def distill(
                 pass
         ranks.wait()
     return used
+
+
+def _load(
+    source: CheckpointReader, teacher: CheckpointReader | None, settings: DistillSettings, device: torch.device,
+    dtype: torch.dtype, streams: bool, trust_remote_code: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Student and teacher, or None. streams: without weights where they go to their shards layer by
+    layer."""
+    if streams and settings.stage == "distill":
+        student: Any = load_empty(source.path, torch.float32, trust_remote_code)
+    else:
+        student = load_model(source.path, device, torch.float32, trust_remote_code)
+    if teacher is None:
+        return student, None
+    if settings.offload_teacher:  # its layers wait in host memory
+        return student, load_model(teacher.path, torch.device("cpu"), dtype, trust_remote_code)
+    if streams:
+        return student, load_empty(teacher.path, dtype, trust_remote_code)
+    return student, load_model(teacher.path, device, dtype, trust_remote_code)
 
 
 def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int) -> Manifest:

@@ -42,7 +42,7 @@ class Rule:
     def __post_init__(self) -> None:
         if self.max_drop is None:
             if self.confidence is not None or self.strict or self.allow_inconclusive:
-                given = "strict" if self.strict else "confidence" if self.confidence is not None else "allow-inconclusive"
+                given = "strict" if self.strict else "confidence" if self.confidence is not None else "allow_inconclusive"
                 raise InputError(f"{setting(given)} needs a {setting('max_drop')} to hold the drop against")
             return
         if not math.isfinite(self.max_drop):

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridize.evaluation.gate import LEVEL
 from hybridize.modeling import MIXER_LAYER
-from hybridize.report.collect import Entry, Export, Key, Report
+from hybridize.report.entries import Entry, Export, Key, Report
 from hybridize.report.plot import COLOURS, keys_of, speed_ratio
 
 LIGHT = ("#5c6670", "#1668b8", "#c2500a", "#157a4a", "#8a3fb5", "#b3243f", "#0d7c86", "#8a6d00")

@@ -13,7 +13,7 @@ from html import escape
 from itertools import pairwise
 
 from hybridize.evaluation.gate import LEVEL
-from hybridize.report.collect import Entry, Key, Report
+from hybridize.report.entries import Entry, Key, Report
 
 COLOURS = 8  # that the page's style knows: classes c0 to c7
 MOST = 200  # points of a curve

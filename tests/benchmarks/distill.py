@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridize.data.packing import Batch
 from hybridize.distillation.losses import Loss, chunked_loss
-from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer, update
+from hybridize.distillation.optimize import choose_trained, clip_gradients, make_optimizer
 from hybridize.distillation.plan import GIB, plan
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student
@@ -98,7 +98,9 @@ def naive(student: Any, teacher: Any, batch: Batch, micro: int, dtype: torch.dty
 def stepped(student: Any, optimizer: torch.optim.AdamW, keep: bool = False) -> None:
     """What follows a gradient. keep: zeros in place, as a graph needs them."""
     clip_gradients(student, 1.0)
-    update(optimizer, 1e-6)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * 1e-6
+    optimizer.step()
     optimizer.zero_grad(set_to_none=not keep)
 
 
