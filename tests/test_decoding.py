@@ -39,7 +39,7 @@ def reference(query, keys, values, counts, scale, cap):  # type: ignore[no-untyp
     return out
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", ENGINES)
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 5), heads=st.sampled_from([1, 2, 3]), group=st.sampled_from([1, 3, 4]), places=st.integers(1, 300),

@@ -14,7 +14,8 @@ import torch
 
 from hybridize.evaluation.gate import LEVEL, compare
 from hybridize.report.collect import collect
-from hybridize.report.entries import Report, _interval
+from hybridize.report.collect import _interval
+from hybridize.report.entries import Report
 from hybridize.report.page import change, figure
 from hybridize.report.plot import MOST, Axis, Series, chart, charts, short, thinned
 from tests.conftest import Runner, make_teacher
