@@ -64,7 +64,7 @@ def test_documents_do_not_see_each_other(kind: str) -> None:
     one, two = batch(0, rows=2, length=6), batch(1, rows=2, length=6)
     aligner = Aligner(Student(student, Loss(), torch.float32), teacher, 4)
     apart = (aligner(one) * one.kept + aligner(two) * two.kept) / (one.kept + two.kept)
-    fields = [torch.cat([getattr(b, name) for b in (one, two)], 1) for name in ("ids", "positions", "labels", "keep")]
+    fields = [torch.cat([getattr(b, name) for b in (one, two)], 1) for name in ("ids", "positions", "labels", "loss_mask")]
     assert worst(aligner(Batch(*fields)), apart) <= 1e-5
 
 

@@ -112,7 +112,10 @@ def test_packed_documents_attend_as_each_alone(device: str, dtype: torch.dtype, 
 def test_models_compute_the_same_with_it(kind: str) -> None:
     lengths = [[5, 11], [16], [1, 2, 13]]
     plain = Batch(
-        *(getattr(packed(lengths), name) if name != "positions" else None for name in ("ids", "positions", "labels", "keep"))
+        *(
+            getattr(packed(lengths), name) if name != "positions" else None
+            for name in ("ids", "positions", "labels", "loss_mask")
+        )
     )
     for batch in (packed(lengths), plain):
         for model in (hybrid("mam", kind, seed=1), hybrid("aaa", seed=2)):

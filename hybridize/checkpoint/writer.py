@@ -81,10 +81,17 @@ class CheckpointWriter:
         self._bytes += size
         self._total += size
         if kept_from is None:
-            self._prints[name] = self._beside.submit(fingerprint, name, plain, str(self.path.parent))
+            self._prints[name] = self._beside.submit(self._own_print, name, plain)
         else:  # the parent wants its print too, and has the tensor in the page cache now
             self._kept.add(name)
             self._prints[name] = self._beside.submit(kept_from.take_print, name)
+
+    def _own_print(self, name: str, tensor: Tensor) -> Fingerprint:
+        """Of a tensor that was made here: if it is not finite, that is no fault of the input's."""
+        try:
+            return fingerprint(name, tensor, str(self.path.parent))
+        except InputError as error:
+            raise WorkError(f"{error}") from error
 
     def _flush(self) -> None:
         save_file(self._pending, self.path / f"shard-{len(self._shards) + 1}", metadata={"format": "pt"})
@@ -94,11 +101,8 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until all tensors so far have their prints. WorkError where one is not finite."""
-        try:
-            for found in self._prints.values():
-                found.result()
-        except InputError as error:
-            raise WorkError(f"{error}") from error
+        for found in self._prints.values():
+            found.result()
 
     def close(self, config: dict[str, Any], manifest: Manifest, carry_from: Path | None) -> None:
         self._flush()
