@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from hybridize.evaluation.gate import LEVEL, compare
-from hybridize.report.collect import collect
-from hybridize.report.collect import _interval
+from hybridize.report.collect import _interval, collect
 from hybridize.report.entries import Report
 from hybridize.report.page import change, figure
 from hybridize.report.plot import MOST, Axis, Series, chart, charts, short, thinned
