@@ -165,7 +165,7 @@ def one(
     torch.cuda.empty_cache()
     found |= {"tokens_per_second": round(speeds[-1][0]), "first_step_seconds": round(speeds[-1][1], 1)}
     found["end"] = measure(end)
-    if not args.loss_mask:
+    if not args.keep:
         shutil.rmtree(start)
         shutil.rmtree(end)
     return found
