@@ -148,10 +148,10 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     assert len(part.read_text().splitlines()) == 3
     part.write_text(part.read_text() + '{"messages": [{"ro')  # the last line was torn
     assert "--resume goes on" in cli.fails(*common)
-    assert "begun with another seed" in cli.fails(*common, "--seed", 3, "--resume")
+    assert "started with another seed" in cli.fails(*common, "--seed", 3, "--resume")
     kept = prompts.read_text()
     prompts.write_text(kept.replace("say 0", "say no"))
-    assert "begun with another prompts" in cli.fails(*common, "--resume")
+    assert "started with another prompts" in cli.fails(*common, "--resume")
     prompts.write_text(kept)
     gc.collect()  # the interrupted run's file was in this process too
     with part.open("ab") as other:

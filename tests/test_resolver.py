@@ -81,7 +81,7 @@ def test_named_templates_are_carried_along(home: Path, cli: Runner, monkeypatch:
         cli("verify", made)
     file.write_text("other")
     cli("verify", "out", code=1)
-    assert "tool_use.jinja is not as it was written" in cli.stdout + cli.stderr
+    assert "tool_use.jinja has changed since it was written" in cli.stdout + cli.stderr
     file.with_name("evil.jinja").write_text("x")
     cli("verify", "out", code=1)
-    assert "evil.jinja was not written by the command" in cli.stdout + cli.stderr
+    assert "evil.jinja is not in the manifest" in cli.stdout + cli.stderr
