@@ -333,7 +333,8 @@ def test_verify_names_what_differs(place: Path, cli: Runner) -> None:
     assert not found["intact"]
     said = "\n".join(found["damage"])
     for words in (
-        f"{SHARD}: tensor model.layers.0.mlp.up_proj.weight has changed since it was written", f"{INDEX} has changed since it was written",
+        f"{SHARD}: tensor model.layers.0.mlp.up_proj.weight has changed since it was written",
+        f"{INDEX} has changed since it was written",
         "tokenizer_config.json is missing", "modeling_evil.py is not in the manifest",
     ):  # fmt: skip
         assert words in said

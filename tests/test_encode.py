@@ -127,7 +127,7 @@ def test_ids_as_written_are_taken_where_the_text_does_not_say_them() -> None:
     assert not encoder.remarks()
     stale = encoder.encode(row | {"token_ids": apart[::-1]}, "x")
     assert stale == together
-    assert "1 answers were written with another tokenizer" in encoder.remarks()[0]
+    assert "1 answers were generated with another tokenizer" in encoder.remarks()[0]
 
 
 def test_what_is_not_learnt_is_counted_and_said() -> None:
@@ -266,11 +266,11 @@ def test_commands_say_what_they_do_not_read(cli: Runner, tmp_path: Path, monkeyp
         ("eval", "--fidelity", "traces.jsonl", "--windows", 1, "--mask", "assistant"),
     ):  # fmt: skip
         cli(*command, *sized)
-        assert "--seq-len 48 is more than the 32 positions" in cli.stderr
+        assert "--seq-len 48 exceeds the model's context of 32 positions" in cli.stderr
         assert cli.stderr.count("ignored keys of the rows: id") == 1
         assert "answers have text that the chat template does not render" in cli.stderr
     cli("distill", "h1", "--steps", 1, "--dry-run", "--seq-len", 48)
-    assert "--seq-len 48 is more than the 32 positions" in cli.stderr
+    assert "--seq-len 48 exceeds the model's context of 32 positions" in cli.stderr
 
 
 THINKS = (  # writes reasoning that stands apart, and shows what else precedes an answer only while it is asked for

@@ -147,7 +147,7 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     assert not output.exists()
     assert len(part.read_text().splitlines()) == 3
     part.write_text(part.read_text() + '{"messages": [{"ro')  # the last line was torn
-    assert "--resume goes on" in cli.fails(*common)
+    assert "continue it with --resume" in cli.fails(*common)
     assert "started with another seed" in cli.fails(*common, "--seed", 3, "--resume")
     kept = prompts.read_text()
     prompts.write_text(kept.replace("say 0", "say no"))

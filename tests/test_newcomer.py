@@ -76,8 +76,8 @@ def test_an_unfinished_run_is_refused_at_once(place: Path) -> None:
     assert "--resume: steps was 100, now it is 7" in refused_without_torch(
         "score-mmr", "teacher", "-o", "scores.json", "--steps", 7, "--resume"
     )
-    assert "--resume goes on with it" in refused_without_torch("generate", "h2", "--prompts", "traces.jsonl")
-    assert "--resume goes on with it" in refused_without_torch("eval", "h2", "--tasks", "recall", "-o", "out")
+    assert "continue it with --resume" in refused_without_torch("generate", "h2", "--prompts", "traces.jsonl")
+    assert "continue it with --resume" in refused_without_torch("eval", "h2", "--tasks", "recall", "-o", "out")
     assert "h2 has no scores" in refused_without_torch("replace", "h2", "--layers", 3)
     assert "--stop-now ends a run that --resume goes on with" in refused_without_torch(
         "distill", "h2", "--steps", 4, "--stop-now"

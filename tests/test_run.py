@@ -150,7 +150,7 @@ def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -
         RECIPE.replace("distill h2", "destill h2"): "step 'train' runs 'destill', which is no command",
         RECIPE.replace("distill h2", "run r.yaml"): "step 'train' runs 'run', which is no command for a recipe",
         RECIPE.replace("name: train", "name: half"): "two steps have the name 'half'",
-        RECIPE.replace("    run: rep", "    do: rep"): "step 1 has a key 'do'",
+        RECIPE.replace("    run: rep", "    do: rep"): "step 1 has the unknown key 'do'",
         RECIPE.replace("    run: replace teacher --indices 1,2 -o h2\n", ""): "step 1 has no 'run'",
         RECIPE.replace("--indices 1,2", "--indices '1,2"): "step 1: No closing quotation",
         "steps: 3": "is not a recipe",
