@@ -162,7 +162,7 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     assert not part.exists()
     part.write_text("what\n" * 2)
     output.unlink()
-    assert "no line of an unfinished run" in cli.fails(*common, "--resume")
+    assert "not a line of an unfinished run" in cli.fails(*common, "--resume")
 
 
 def test_one_prompt_is_answered_on_stdout(cli: Runner, teacher: Path) -> None:

@@ -25,7 +25,7 @@ Fingerprint = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha25
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_NAME = 255  # bytes that file systems allow
 NOT_HASHED = ("transformers_version", "_name_or_path")
-CARRIED = (  # files that a usable checkpoint needs beside its weights: tokenizer, template, generation settings
+CARRIED = (  # files that a usable checkpoint needs besides its weights: tokenizer, template, generation settings
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip

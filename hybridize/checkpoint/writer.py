@@ -102,7 +102,7 @@ class CheckpointWriter:
             raise WorkError(f"{error}") from error
 
     def close(self, config: dict[str, Any], manifest: Manifest, carry_from: Path | None) -> None:
-        """Writes everything beside the tensors. carry_from: where to copy the tokenizer and other
+        """Writes the last shard and all other files. carry_from: where to copy the tokenizer and other
         files from."""
         self._flush()
         self.wait()

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 class Rows(Sequence[Row]):
     """Rows, each with a name (`file:line`) for error messages. A view: holds no rows in memory
-    beside `rows`."""
+    besides `rows`."""
 
     def __init__(self, name: str, rows: Sequence[Row], unit: str, begin: int = 0, end: int | None = None) -> None:
         self.name, self._rows, self._unit = name, rows, unit
