@@ -1,4 +1,4 @@
-"""Turns a transformer into a hybrid: chosen attention layers become Mamba layers, distilled back to
-the teacher."""
+"""Converts a transformer into a hybrid: chosen attention layers are replaced by linear mixers such
+as Mamba, and the result is distilled from the original model."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m hybridize` is the command line, which stands in a package of its own."""
+"""Runs the command line, a separate package, as `python -m hybridize`."""
 
 from importlib import import_module
 

@@ -1,7 +1,7 @@
-"""A checkpoint at a glance, from its config, manifest and scores alone: layout, parameters, memory
-in decoding, lineage.
+"""Summary of a checkpoint from its config, manifest and score files: layout, parameter counts,
+memory in decoding, lineage.
 
-No weight is read, so a hub id costs its JSON files.
+No weights are read, so of a hub id only the JSON files are downloaded.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ LONG = 32768  # tokens
 
 @dataclass(frozen=True)
 class Anatomy:
-    """kinds: one a layer, as in the config. parameters: by part; `layers` counts all layers. state:
-    bytes that a sequence keeps whatever its length; kv: bytes a token; at_long: both together after
-    LONG tokens, windows counted; teacher_at_long: what it would be if every layer were attention,
-    as the family's default has it where nobody knows."""
+    """Layers, parameter counts and decoding memory of a model.
+
+    kinds: one per layer, as in the config. parameters: by part; `layers` counts all layers. state:
+    bytes per sequence that do not depend on its length; kv: bytes per token; at_long: both for a
+    sequence of LONG tokens, sliding windows included; teacher_at_long: the same if every layer
+    were attention, of the family's default kind where the original kind is unknown.
+    """
 
     kinds: list[str]
     mixer: dict[str, Any] | None
@@ -42,7 +45,8 @@ class Anatomy:
 
 
 def anatomy(raw: dict[str, Any], where: str) -> Anatomy:
-    """raw: config.json of the directory `where`. InputError where it is none of its family."""
+    """The figures for a model. raw: config.json of the directory `where`. InputError if the family
+    is unknown or the config is not valid for it."""
     model = empty_model(raw, where)
     config = model.config
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -64,7 +68,7 @@ def anatomy(raw: dict[str, Any], where: str) -> Anatomy:
 
 
 def lineage(path: Path) -> list[dict[str, Any]]:
-    """From the root to this checkpoint: what each step made, as far as its parents are still there."""
+    """The steps from the root to this checkpoint, oldest first, as far as the parents still exist."""
     steps: list[dict[str, Any]] = []
     seen = set()
     while (here := path.resolve()) not in seen:
@@ -87,7 +91,7 @@ def lineage(path: Path) -> list[dict[str, Any]]:
 
 
 def rankings(path: Path, name: str) -> list[dict[str, Any]]:
-    """Every score file of the checkpoint, or why it cannot be read."""
+    """The content of each score file of the checkpoint, or the error if it cannot be read."""
     found: list[dict[str, Any]] = []
     for file in score_files(path, name):
         kind = file.stem
@@ -104,7 +108,7 @@ def rankings(path: Path, name: str) -> list[dict[str, Any]]:
 
 
 def config_of(name: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's directory and config; of a hub id only its JSON files are fetched.
-    InputError if there is none."""
+    """The checkpoint's directory and config; of a hub id only the JSON files are fetched.
+    InputError if the checkpoint does not exist."""
     path = resolve_checkpoint(name, revision, files=["*.json"])
     return path, read_json(path / "config.json")

@@ -1,8 +1,8 @@
-"""What this machine has and whether it works: versions, whether they fit together, and each kernel
-against the reference.
+"""Checks this machine: installed versions, their compatibility, and each kernel against a reference
+computation.
 
 A kernel package that imports may still fail at its first launch (another ABI, no code for this
-GPU), so each is run.
+GPU), so each kernel is run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from hybridize.modeling import causal_conv, gated_norm, selective_scan, ssd_scan
 from hybridize.runtime.device import pick_device
 
 KERNELS = {"causal-conv1d": "causal_conv1d", "mamba-ssm": "mamba_ssm.ops.selective_scan_interface"}
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # kernel and torch backend, relative to the largest value
-EXACT = 1e-5  # torch backend and a float64 recurrence
+# Largest difference from a float64 reference, relative to the reference's largest value: of the
+# kernels, by dtype, and of the torch backend in float32.
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+EXACT = 1e-5
 BUILD = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """state: `ok`; `fault`, with the command that mends it; `absent`, where nothing asks for it."""
+    """One result. state: `ok`; `fault`, with the command that fixes it as `mend`; `absent` if it is
+    missing but not required."""
 
     name: str
     state: str
@@ -43,8 +46,8 @@ class Finding:
 
 
 def examine(device: str = "auto", progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
-    """All findings. device: `cuda` asks for a GPU, `cpu` for none; `auto` for one where the machine
-    has one. progress: is told the name of each computation that is about to be checked."""
+    """All findings. device: `cuda` requires a GPU, `cpu` none, `auto` one if the machine has an
+    NVIDIA driver. progress: called with the name of each computation before it is checked."""
     driver = _driver()
     wants = device.startswith("cuda") or (device == "auto" and driver is not None)
     versions = [Finding("hybridize", "ok", __version__), Finding("python", "ok", platform.python_version())]
@@ -65,7 +68,7 @@ def examine(device: str = "auto", progress: Callable[[str], None] = lambda _: No
 
 
 def _packages() -> list[Finding]:
-    """What the project's own metadata asks for; extras that are not there are absent, not missing."""
+    """Findings about the project's own requirements; a missing extra is `absent`, not a fault."""
     found = []
     for text in metadata.requires("hybridize") or []:
         wanted = Requirement(text)
@@ -86,17 +89,18 @@ def _packages() -> list[Finding]:
 
 
 def _tried(name: str, version: str) -> str:
-    """What to say of a version that lies outside those that the tests have passed on."""
+    """A remark on a version outside the range that the tests have passed on, else an empty text."""
     if name not in TRIED:
         return ""
     oldest, newest = TRIED[name]
     if Version(oldest) <= Version(version) <= Version(newest):
         return ""
-    return f" (the tests have passed on {oldest} to {newest})"
+    return f" (tested with {oldest} to {newest})"
 
 
 def _conflicts() -> list[Finding]:
-    """What one of our requirements asks of another, and does not have."""
+    """Faults where the installed version of a package does not satisfy one of our requirements'
+    own requirements."""
     direct = {Requirement(text).name for text in metadata.requires("hybridize") or []}
     names = direct | {"tokenizers", "numpy", "huggingface-hub"}
     found = []
@@ -131,12 +135,12 @@ def _requires(name: str) -> list[str]:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, or None where there is no driver."""
+    """The NVIDIA driver's version, or None without a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
@@ -144,9 +148,8 @@ def _gpu(driver: str | None, wants: bool, index: int = 0) -> Finding:
     built = torch.version.cuda
     if torch.cuda.is_available():
         if index >= torch.cuda.device_count():
-            return Finding(
-                "gpu", "fault", f"there is no cuda:{index}, only {torch.cuda.device_count()}", "unset CUDA_VISIBLE_DEVICES"
-            )
+            detail = f"cuda:{index} does not exist; the number of visible GPUs is {torch.cuda.device_count()}"
+            return Finding("gpu", "fault", detail, "unset CUDA_VISIBLE_DEVICES")
         major, minor = torch.cuda.get_device_capability(index)
         name, room = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory / 2**30
         detail = f"{torch.cuda.device_count()} x {name}, {room:.0f} GiB, driver {driver}, CUDA {built}"
@@ -158,18 +161,18 @@ def _gpu(driver: str | None, wants: bool, index: int = 0) -> Finding:
     if not wants:
         return Finding("gpu", "absent", "none; everything runs on the CPU")
     if driver is None:
-        return Finding("gpu", "fault", "no NVIDIA driver answers (nvidia-smi)", "sudo apt-get install nvidia-driver-580-server")
+        return Finding("gpu", "fault", "nvidia-smi finds no NVIDIA driver", "sudo apt-get install nvidia-driver-580-server")
     if built is None:
-        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-        return Finding("gpu", "fault", f"driver {driver}, but torch {torch.__version__} is built without CUDA", mend)
-    mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-    return Finding("gpu", "fault", f"driver {driver} is too old for torch {torch.__version__} (CUDA {built})", mend)
+        fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        return Finding("gpu", "fault", f"driver {driver}, but torch {torch.__version__} is built without CUDA", fix)
+    fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+    return Finding("gpu", "fault", f"driver {driver} is too old for torch {torch.__version__} (CUDA {built})", fix)
 
 
 def has_code(built: list[str], major: int, minor: int) -> bool:
-    """Whether something built for `built` (sm_90, compute_90, ...) runs on a GPU of that
-    capability: machine code does on its own and later minors of one major, compute code on anything
-    later."""
+    """Whether code built for `built` (sm_90, compute_90, ...) runs on a GPU of compute capability
+    `major`.`minor`: machine code (sm) runs on its own and later minor versions of the same major
+    version, PTX (compute) on its own and any later version."""
     for name in built:
         kind, _, number = name.partition("_")
         digits = number.rstrip("af")
@@ -187,14 +190,14 @@ def _kernel_package(name: str, module: str, wants: bool) -> Finding:
         return Finding(name, "absent", f"{version or 'not installed'}; used on a GPU only")
     if version is None:
         return Finding(
-            name, "fault", "not installed: mixers run on slow torch code", f"pip install --no-build-isolation {name}"
+            name, "fault", "not installed: mixers run on the slow torch backend", f"pip install --no-build-isolation {name}"
         )
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken extension raises whatever its loader raises
         text = first_line(error)
-        alike = "undefined symbol" in text or "cannot open shared object" in text
-        why = f"built for another torch than {torch.__version__}" if alike else "does not import"
+        mismatch = "undefined symbol" in text or "cannot open shared object" in text
+        why = f"was built for a torch other than {torch.__version__}" if mismatch else "cannot be imported"
         return Finding(name, "fault", f"{version} {why}: {text}", f"{BUILD} {name}=={version}")
     return Finding(name, "ok", version)
 
@@ -202,28 +205,28 @@ def _kernel_package(name: str, module: str, wants: bool) -> Finding:
 def _compiler() -> Finding:
     found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if found is None:
-        return Finding("C compiler", "fault", "none: Triton needs one at its first launch", "sudo apt-get install gcc")
+        return Finding("C compiler", "fault", "not found; Triton needs one at its first launch", "sudo apt-get install gcc")
     return Finding("C compiler", "ok", found)
 
 
 def _checked(
     name: str, check: Callable[[torch.device, torch.dtype, str], float], device: torch.device, kernels: bool
 ) -> Finding:
-    """The torch backend against float64, and where there are kernels, those against the torch
-    backend."""
-    told = []
+    """Compares the torch backend, and with `kernels` also the kernels, with a float64 reference."""
+    errors = []
     runs = [("torch", torch.float32)] + [("kernel", dtype) for dtype in CLOSE if kernels]
     for backend, dtype in runs:
         bound = EXACT if backend == "torch" else CLOSE[dtype]
         try:
-            far = check(device, dtype, backend)
+            measured = check(device, dtype, backend)
         except Exception as error:
             return Finding(name, "fault", _launch(backend, error), _rebuild())
         kind = str(dtype).removeprefix("torch.")
-        if not far <= bound:
-            return Finding(name, "fault", f"{backend} backend, {kind}: {far:.1e} off, at most {bound:.0e}", _rebuild())
-        told.append(f"{backend} {kind} {far:.0e}")
-    return Finding(name, "ok", ", ".join(told))
+        if not measured <= bound:
+            detail = f"{backend} backend, {kind}: relative error {measured:.1e}, at most {bound:.0e} is allowed"
+            return Finding(name, "fault", detail, _rebuild())
+        errors.append(f"{backend} {kind} {measured:.0e}")
+    return Finding(name, "ok", ", ".join(errors))
 
 
 def _launch(backend: str, error: Exception) -> str:
@@ -246,7 +249,7 @@ def _drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def _far(found: Tensor, wanted: Tensor) -> float:
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
 
 
@@ -255,12 +258,12 @@ def _conv(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     given = [t.double().cpu() for t in (x, weight, bias)]
     padded = torch.nn.functional.pad(given[0], (0, 0, 3, 0))
     plain = given[2] + sum(padded[:, tap : tap + 40] * given[1][:, tap] for tap in range(4))
-    return _far(causal_conv(x, weight, bias, backend=backend), plain * torch.sigmoid(plain))
+    return _relative_error(causal_conv(x, weight, bias, backend=backend), plain * torch.sigmoid(plain))
 
 
 def _recurrence(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """y [B, T, H, P] of h_t = exp(delta A) h_{t-1} + delta x B^T; x [B, T, H, P], delta and A
-    broadcast to [B, T, H, P, N]."""
+    """y_t = C h_t + D x_t, as [B, T, H, P], of the recurrence h_t = exp(delta A) h_{t-1} +
+    delta x B^T. x [B, T, H, P]; delta and A broadcast to [B, T, H, P, N]."""
     state, out = torch.zeros(()), []
     for t in range(x.shape[1]):
         state = torch.exp(delta[:, t] * A) * state + delta[:, t] * x[:, t].unsqueeze(-1) * B[:, t].unsqueeze(-2)
@@ -276,7 +279,7 @@ def _mamba(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     x, dt, B, C, A, D, bias = (t.double().cpu() for t in (x, dt, B, C, A, D, bias))
     groups = lambda t: t.unflatten(-1, (4, 16))  # noqa: E731
     delta = groups(torch.nn.functional.softplus(dt + bias)).unsqueeze(-1)
-    return _far(y, _recurrence(groups(x), delta, A.unflatten(0, (4, 16)), B, C, groups(D)).flatten(2))
+    return _relative_error(y, _recurrence(groups(x), delta, A.unflatten(0, (4, 16)), B, C, groups(D)).flatten(2))
 
 
 def _mamba2(device: torch.device, dtype: torch.dtype, backend: str) -> float:
@@ -286,7 +289,7 @@ def _mamba2(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     y, _ = ssd_scan(x, dt, A, B, C, D, bias, backend=backend)
     x, dt, B, C, A, D, bias = (t.double().cpu() for t in (x, dt, B, C, A, D, bias))
     delta = torch.nn.functional.softplus(dt + bias)[..., None, None]
-    return _far(y, _recurrence(x, delta, A[:, None, None], B, C, D[:, None]))
+    return _relative_error(y, _recurrence(x, delta, A[:, None, None], B, C, D[:, None]))
 
 
 def _norm(device: torch.device, dtype: torch.dtype, backend: str) -> float:
@@ -294,7 +297,7 @@ def _norm(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     found = gated_norm(y, z, weight, 1e-5, 16, backend=backend)
     y, z, weight = (t.double().cpu() for t in (y, z, weight))
     gated = (y * z * torch.sigmoid(z)).unflatten(-1, (4, 16))
-    return _far(found, (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight)
+    return _relative_error(found, (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight)
 
 
 CHECKS = {"convolution": _conv, "mamba scan": _mamba, "mamba2 scan": _mamba2, "gated norm": _norm}

@@ -1,6 +1,6 @@
-"""What can go wrong, by whose doing: the command line maps each kind to an exit code.
+"""The two kinds of errors that users see; the command line maps each to an exit code.
 
-Messages name settings as Python has them; the command line shows its flags in their place.
+Messages name settings as in Python; the command line shows its flags instead.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_MARK = "\u2063"  # invisible, and in no text of ours
+_MARK = "\u2063"  # invisible, and used in no other text of this project
 
 
 def setting(name: str, value: bool | None = None) -> str:
-    """A setting's name inside a message, for `with_settings` to find. value: of a switch, where one
-    side of it is meant."""
+    """A setting's name, marked so that `with_settings` finds it in a message. value: the side of a
+    switch that is meant, if it matters."""
     return f"{_MARK}{name}{'' if value is None else f'={value}'}{_MARK}"
 
 
 def with_settings(message: str, shown: Callable[[str], str] = lambda name: name) -> str:
-    """A message with each setting as `shown` has it, `calibrate=False` for a switch that is off; by
-    default as in Python."""
+    """The message with each setting replaced by `shown(name)`, by default by its name in Python.
+    For a switch that is off, the name is of the form `calibrate=False`."""
     return re.sub(f"{_MARK}([^{_MARK}]*){_MARK}", lambda found: shown(found[1]), message)
 
 
 class _Explained(Exception):
-    """Its text names settings; formatted into another error's message it keeps them marked."""
+    """An error whose message names settings; formatted into another message it keeps their marks."""
 
     def __str__(self) -> str:
         return with_settings(super().__str__())
@@ -34,13 +34,13 @@ class _Explained(Exception):
 
 
 class InputError(_Explained, ValueError):
-    """What the user gave cannot be used; nothing has started and nothing was written (exit 2)."""
+    """The user's input cannot be used; nothing was started or written (exit code 2)."""
 
 
 class WorkError(_Explained, RuntimeError):
-    """The work failed after it had started (exit 1)."""
+    """The work failed after it had started (exit code 1)."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a sentence of ours."""
+    """The first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,8 @@
-"""Packages that add mixers, families, formats, scorers or losses of their own. Importing one
-registers what it has.
+"""Loads packages that add mixers, families, formats, scorers or losses. Importing one registers
+what it adds.
 
-They are found under the entry point `hybridize.extensions`, each of which names a module, and in
-the environment variable HYBRIDIZE_EXTENSIONS: modules, or paths of Python files, with commas
-between.
+Extensions are named by the entry points of the group `hybridize.extensions`, each a module, and by
+the environment variable HYBRIDIZE_EXTENSIONS: modules or paths of Python files, separated by commas.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ GROUP, VARIABLE = "hybridize.extensions", "HYBRIDIZE_EXTENSIONS"
 
 
 def load_extensions() -> list[str]:
-    """Imports all of them, once; returns their names. InputError naming the first that cannot be
-    imported."""
+    """Imports all extensions, each once, and returns their names. InputError naming the first one
+    that cannot be imported."""
     named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     installed = [point.value for point in metadata.entry_points(group=GROUP)]
     for name in [*installed, *named]:
@@ -44,5 +43,5 @@ def _load(name: str) -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever an extension's own code raises
+    except Exception as error:  # an extension's code may raise anything
         raise InputError(f"the extension {name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error

@@ -1,7 +1,6 @@
-"""Opening what a user names: checkpoints and their teachers, data, chat templates, text to
-calibrate on.
+"""Opens what a user names: checkpoints and their teachers, data, chat templates, calibration text.
 
-Everything is checked here, before anything expensive starts: InputError says what is wrong.
+Everything is checked here, before anything expensive starts; an InputError explains what is wrong.
 """
 
 from __future__ import annotations
@@ -26,54 +25,52 @@ from hybridize.surgery.teacher import check_vocabularies, check_whole
 
 
 def open_checkpoint(name: str, revision: str | None = None, network: bool = True, notes: Notes = SILENT) -> CheckpointReader:
-    """A checkpoint of a supported family. network: see resolve_checkpoint."""
+    """A reader of a checkpoint, whose family must be supported. network: see resolve_checkpoint."""
     notes.doing(f"opening {name}")
     reader = CheckpointReader(resolve_checkpoint(name, revision, network=network))
     check_whole(reader)
     check_manifest(reader)
     if not reader.sharded and (reader.path / INDEX).exists():
-        notes.warn(f"{reader.path} has {SINGLE} and shards with an index: {SINGLE} is read, as transformers does")
+        notes.warn(f"{reader.path} has both {SINGLE} and shards with an index; {SINGLE} is read, as in transformers")
     return reader
 
 
 def check_weights(*readers: CheckpointReader, notes: Notes = SILENT) -> None:
-    """Reads every weight of checkpoints that are measured or trained, once. InputError where one is
-    not finite."""
+    """Reads every weight of the checkpoints once. InputError if one is not finite."""
     for reader in readers:
         notes.doing(f"reading the weights of {reader.path}")
         reader.check_weights()
 
 
 def teacher_of(source: CheckpointReader, name: str, teacher: str | None, notes: Notes = SILENT) -> CheckpointReader:
-    """The checkpoint called `teacher`, else the manifest's root, else the checkpoint itself where
-    it is no hybrid."""
+    """The checkpoint called `teacher`, else the manifest's root, else the checkpoint itself if it
+    is not a hybrid."""
     if teacher is not None:
         return open_checkpoint(teacher, notes=notes)
     root = root_of(source.path)
     if root is not None:
-        try:  # a checkpoint's word is no reason to call anybody
+        try:  # a path in a manifest must not start a download
             return open_checkpoint(root, network=False, notes=notes)
         except InputError as error:
             raise InputError(
-                f"the teacher of {name} cannot be opened ({error}); say where it is with {setting('teacher')}"
+                f"the teacher of {name} cannot be opened ({error}); name its location with {setting('teacher')}"
             ) from error
     if source.config.get("model_type") == "hybridize":
-        raise InputError(f"{name} does not say which teacher it comes from; give {setting('teacher')}")
+        raise InputError(f"{name} has no manifest that names its teacher; give {setting('teacher')}")
     return source
 
 
 def data_for(data: str | None, teacher: CheckpointReader | None, notes: Notes = SILENT) -> str:
-    """`data`, or where it was omitted what is found in its place, and a note of that."""
+    """`data`, or if it is None the default that is found, which is noted."""
     found = find_data(data, None if teacher is None else teacher.path)
     if data is None:
         where = " (from $HYBRIDIZE_DATA)" if found == os.environ.get("HYBRIDIZE_DATA") else ""
-        notes.note(f"{setting('data')} is omitted: {found}{where} is read")
+        notes.note(f"{setting('data')} is not given: {found}{where} is used")
     return found
 
 
 def found_data(source: CheckpointReader) -> str | None:
-    """What `data` would be if it were omitted, or None. The teacher's own traces are looked for on
-    this disk only."""
+    """The default for `data`, or None. The teacher's own traces are searched on this disk only."""
     root = root_of(source.path)
     for folder in (source.path, *([Path(root)] if root is not None and Path(root).is_dir() else [])):
         try:
@@ -84,7 +81,7 @@ def found_data(source: CheckpointReader) -> str | None:
 
 
 def template_text(path: Path | None) -> str | None:
-    """The Jinja text of a chat template's file."""
+    """The text of a file with a chat template (Jinja), or None without a path."""
     if path is None:
         return None
     what = f"{setting('chat_template')} {path}"
@@ -102,34 +99,34 @@ def template_text(path: Path | None) -> str | None:
 def open_encoder(
     source: CheckpointReader, mask: str, chat_template: Path | None, trust_remote_code: bool, notes: Notes = SILENT
 ) -> Encoder:
-    """The checkpoint's tokenizer and chat template, to encode rows with."""
+    """An encoder of rows with the checkpoint's tokenizer and chat template."""
     notes.doing("reading the tokenizer")
     tokenizer = load_tokenizer(source.path, trust_remote_code)
-    notes.doing("reading the data")  # which comes next, wherever rows are encoded
+    notes.doing("reading the data")  # all callers do so next
     return Encoder(tokenizer, mask, template_text(chat_template), source.config.get("vocab_size"))
 
 
 def remark_on_rows(encoder: Encoder, notes: Notes) -> None:
-    """At the start of a run: what of its rows is not read, or has no loss computed on it."""
+    """Reports at the start of a run which keys of its rows are ignored, and which text has no loss."""
     if encoder.unread:
-        notes.note(f"keys of the rows that are not read: {', '.join(encoder.unread)}")
+        notes.note(f"ignored keys of the rows: {', '.join(encoder.unread)}")
     for remark in encoder.remarks():
         notes.warn(remark)
 
 
 def warn_of_length(source: CheckpointReader, seq_len: int, notes: Notes) -> None:
-    """Says so where sequences are longer than the model was made for."""
+    """Warns if sequences are longer than the model's context."""
     room = source.config.get("max_position_embeddings")
     if isinstance(room, int) and seq_len > room:
-        notes.warn(f"{setting('seq_len')} {seq_len} is more than the {room} positions that the model was made for")
+        notes.warn(f"{setting('seq_len')} {seq_len} exceeds the model's context of {room} positions")
 
 
 def windows_beside_teacher(
     source: CheckpointReader, name: str, teacher: str | None, data: str | None, encoder: Encoder, *, limit: int | None,
     windows: int, seq_len: int, batch_size: int, notes: Notes = SILENT,
 ) -> tuple[CheckpointReader, str, list[Batch]]:  # fmt: skip
-    """What a checkpoint is compared with its teacher on: the teacher, the data's name, windows of
-    text in batches."""
+    """What a comparison with the teacher needs: the teacher, the data's name, and held-out windows
+    in batches."""
     origin = teacher_of(source, name, teacher, notes)
     check_vocabularies(source, origin)
     spec = data_for(data, origin, notes)
@@ -137,7 +134,7 @@ def windows_beside_teacher(
     remark_on_rows(encoder, notes)
     batches = corpus.held_out(windows, seq_len, batch_size)
     if not batches:
-        raise InputError(f"{spec} does not fill one window of {seq_len} tokens; a smaller {setting('seq_len')} may")
+        raise InputError(f"{spec} does not fill one window of {seq_len} tokens; give a smaller {setting('seq_len')}")
     return origin, corpus.rows.name, batches
 
 
@@ -145,8 +142,8 @@ def calibration_for(
     spec: str | None, source: CheckpointReader, kind: str, *, parts: str | None, tokens: int, device: str, seed: int,
     chat_template: Path | None, trust_remote_code: bool, notes: Notes = SILENT,
 ) -> Calibration | None:  # fmt: skip
-    """Text from `spec` to calibrate new mixers of a kind on, or None without a spec, or where the
-    kind has nothing to calibrate."""
+    """Text from `spec` to calibrate new mixers of a kind on; None without a spec, or if the kind
+    has nothing to calibrate."""
     known = kind_of(kind).parts
     chosen = frozenset(kind_of(kind).default_parts)
     if parts is not None:

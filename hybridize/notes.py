@@ -1,23 +1,23 @@
-"""How long work speaks to whoever started it. The library says what is worth saying; who shows it
-decides how."""
+"""The interface through which long work reports notes, warnings and progress. The library decides
+what to report, the caller how to show it."""
 
 from __future__ import annotations
 
 
 class Notes:
-    """Says nothing; the command line's `Output` is one that does."""
+    """Discards everything; the command line's `Output` is a subclass that shows it."""
 
     def note(self, text: str) -> None:
-        """A line about what is going on."""
+        """A line of information."""
 
     def warn(self, text: str) -> None:
-        """A line about what may not be as the user thinks."""
+        """A line about something that the user may not expect."""
 
     def doing(self, text: str) -> None:
-        """What begins now and may take long."""
+        """Names a step that begins now and may take long."""
 
     def progress(self, text: str, last: bool = False) -> None:
-        """The latest state of what is going on. last: no other follows."""
+        """The latest state of the current step. last: no other state follows."""
 
 
 SILENT = Notes()

@@ -1,7 +1,7 @@
-"""Settings that a user can choose: fields of dataclasses, each with what there is to say about it.
+"""Settings that a user can choose: fields of dataclasses, each with a description and bounds.
 
-The command line makes its flags, their help and defaults from these fields, a configuration file is
-read by them, and so is the reference in the documentation. Imports nothing heavy.
+The flags of the command line with their help and defaults, the keys of configuration files and the
+reference in the documentation are all derived from these fields. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from hybridize.errors import InputError, setting
 
 
 def option(default: Any, text: str, *, least: float | None = None, above: float | None = None) -> Any:
-    """A field of a settings class. text: one short sentence for --help, without the default, which
-    is added where it says something. least, above: what its value must not be below, or at or
-    below."""
+    """A field of a settings class. text: one short sentence for the help, without the default,
+    which `described` adds. least, above: inclusive and exclusive lower bounds of the value."""
     return field(default=default, metadata={"text": text, "least": least, "above": above})
 
 
 def described(settings: type) -> dict[str, str]:
-    """Each option's help line, with its default."""
+    """Each option's help line, with its default unless that is None, False or an empty text."""
     found = {}
     for one in fields(settings):
         if "text" not in one.metadata:
@@ -31,7 +30,7 @@ def described(settings: type) -> dict[str, str]:
 
 
 def check_bounds(settings: Any) -> None:
-    """InputError naming the first option that is given and outside its bounds."""
+    """InputError naming the first option outside its bounds; None is always allowed."""
     for one in fields(settings):
         value = getattr(settings, one.name)
         least, above = one.metadata.get("least"), one.metadata.get("above")

@@ -1,5 +1,5 @@
-"""A chain of commands in a file, and which of its steps are done: by the contents of what they read
-and wrote.
+"""A chain of commands in a file, and which of its steps are done, judged by the contents of their
+inputs and outputs.
 
     steps:
       - name: half
@@ -8,9 +8,8 @@ and wrote.
         run: distill h15 --tokens 1000000000 -o h15-kd
         launch: torchrun --nproc-per-node 8 --no-python
 
-A step is done if the same command ended well before, what it read is still the same, and what it
-wrote is still there as it was. What is known of that stands in a ledger beside the recipe. Knows
-nothing of the commands themselves.
+A step is done if the same command has succeeded before and its inputs and outputs are unchanged
+since. A ledger next to the recipe records this. The module is independent of the commands.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from hybridize.errors import InputError, first_line
 
 FORMAT = 1
 KEYS = ("name", "run", "launch")
-DONE, NEW, BEGUN, STALE = "done", "to do", "begun", "to be done again"
+DONE, NEW, BEGUN, STALE = "done", "to do", "unfinished", "outdated"
 LEDGER = ".steps.json"
 
 
 @dataclass(frozen=True)
 class Step:
-    """command: `replace`; arguments: what follows it; launch: what goes before `hybridize`, empty
-    for nothing."""
+    """One step. command: its name, for example `replace`; arguments: those of the command; launch:
+    words before `hybridize`, for example of torchrun, possibly none."""
 
     name: str
     command: str
@@ -49,7 +48,7 @@ class Step:
 
 
 def read_recipe(path: Path) -> list[Step]:
-    """The steps of a YAML file. InputError naming the file where it is none."""
+    """The steps of a YAML file. InputError naming the file if it is not a recipe."""
     import yaml
 
     try:
@@ -60,25 +59,25 @@ def read_recipe(path: Path) -> list[Step]:
         raise InputError(f"{path} is not valid YAML: {first_line(error)}") from error
     listed = found.get("steps") if isinstance(found, dict) else None
     if not isinstance(listed, list) or not listed or set(found) != {"steps"}:
-        raise InputError(f"{path} is no recipe: it must have `steps`, a list, and nothing else")
+        raise InputError(f"{path} is not a recipe: it must have the key `steps`, a list, and no other")
     steps = [_step(path, number, entry) for number, entry in enumerate(listed, 1)]
     names = [step.name for step in steps]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{path}: two steps are called {name!r}")
+            raise InputError(f"{path}: two steps have the name {name!r}")
     return steps
 
 
 def _step(path: Path, number: int, entry: Any) -> Step:
     where = f"{path}: step {number}"
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is {entry!r}; it must have a name and a line to run")
+        raise InputError(f"{where} is {entry!r}; it must have the keys `name` and `run`")
     for key, value in entry.items():
         if not isinstance(value, str):
-            raise InputError(f"{where}: {key} is {value!r}, which YAML does not take for text; put it in quotes")
+            raise InputError(f"{where}: {key} is {value!r}, which YAML does not read as text; put it in quotes")
     unknown, lacking = sorted(set(entry) - set(KEYS)), [key for key in KEYS[:2] if not entry.get(key, "").strip()]
     if unknown or lacking:
-        raise InputError(f"{where} has a key {unknown[0]!r}" if unknown else f"{where} has no {lacking[0]!r}")
+        raise InputError(f"{where} has the unknown key {unknown[0]!r}" if unknown else f"{where} has no {lacking[0]!r}")
     try:
         words, launch = shlex.split(entry["run"]), shlex.split(entry.get("launch", ""))
     except ValueError as error:
@@ -90,12 +89,10 @@ def _step(path: Path, number: int, entry: Any) -> Step:
 
 
 class Ledger:
-    """What is known of the steps of one recipe: STEM.steps.json beside it, written after each
-    change.
+    """The record of a recipe's steps: STEM.steps.json next to it, written after each change.
 
-    Of each step: `done`, its line, inputs and outputs when it last ended well, and `begun`, line
-    and inputs when it was started since. Inputs and outputs are paths with the hash of what was
-    there.
+    For each step: `done`, its line, inputs and outputs when it last succeeded, and `begun`, line
+    and inputs if it was started since. Inputs and outputs are paths with content hashes.
     """
 
     def __init__(self, recipe: Path) -> None:
@@ -109,13 +106,13 @@ class Ledger:
             self.steps, self.files = found["steps"], found["files"]
 
     def state(self, step: Step, inputs: Iterable[Path]) -> str:
-        """One of DONE, NEW, BEGUN and STALE; see the module. InputError where what a step wrote was
-        changed by somebody else, since it would be lost if the step ran again."""
+        """One of DONE, NEW, BEGUN and STALE; see the module. InputError if an output has changed
+        since the step wrote it and the step is to run again, since the change would be lost."""
         known, now = self.steps.get(step.name, {}), {"line": step.line, "inputs": self.contents(inputs)}
         begun, done = known.get("begun"), known.get("done")
-        if begun == now:  # what is there may be its own, finished before anybody could note it: the step will know
+        if begun == now:  # it may have finished without a record of it: the command itself finds out
             return BEGUN
-        if done is None or not done["outputs"]:  # what writes nothing, as doctor and verify, is there to be run
+        if done is None or not done["outputs"]:  # a step without outputs (doctor, verify) always runs
             return NEW if begun is None else STALE
         there = self.contents(Path(path) for path in done["outputs"])
         if {key: done[key] for key in now} == now and there == done["outputs"]:
@@ -123,14 +120,13 @@ class Ledger:
         for path, content in there.items():
             if content is not None and content != done["outputs"][path]:
                 raise InputError(
-                    f"{path} is not as step {step.name!r} wrote it, and would be written again; move it away, or remove the "
-                    f"step from {self.path}"
+                    f"{path} has changed since step {step.name!r} wrote it, and would be overwritten; move it away, or remove "
+                    f"the step from {self.path}"
                 )
         return STALE
 
     def left(self, step: Step) -> tuple[str, list[Path]]:
-        """The line with which a step last ended well, and what of its outputs is there as it was
-        written."""
+        """The line of a step's last success, and those of its outputs that are unchanged since."""
         done = self.steps.get(step.name, {}).get("done")
         if done is None:
             return "", []
@@ -143,13 +139,13 @@ class Ledger:
         self.save()
 
     def refuse(self, step: Step) -> None:
-        """The step has not started after all."""
+        """Deletes the record that the step was started, if its command refused to start."""
         self.steps[step.name].pop("begun", None)
         self.save()
 
     def end(self, step: Step, inputs: Iterable[Path], outputs: Iterable[Path]) -> bool:
-        """Notes what the step wrote, and what it read when it began. Whether that is still the
-        same."""
+        """Records the step's outputs, and its inputs as they were at the start. Returns whether the
+        inputs are still the same."""
         begun = self.steps[step.name].pop("begun")
         self.steps[step.name]["done"] = {**begun, "outputs": self.contents(outputs)}
         self.save()
@@ -160,8 +156,8 @@ class Ledger:
         write_json_atomic(self.path, {"format": FORMAT, "steps": self.steps, "files": self.files})
 
     def contents(self, paths: Iterable[Path]) -> dict[str, str | None]:
-        """Path -> hash of what is there, None for nothing. Of a folder its own files count: what
-        lies in folders below it (scores, eval, states) is another step's."""
+        """Path -> content hash, None if nothing is there. For a directory only the files directly
+        in it count: its subdirectories (scores, eval, states) belong to other steps."""
         return {str(path): self._content(path) for path in sorted(set(paths))}
 
     def _content(self, path: Path) -> str | None:
@@ -173,7 +169,7 @@ class Ledger:
         return hashlib.sha256(json.dumps([(file.name, self._file(file)) for file in files]).encode()).hexdigest()
 
     def _file(self, path: Path) -> str:
-        """sha256 of a file; it is not read again as long as size and times are the same."""
+        """sha256 of a file; not computed again while size, modification time and inode are the same."""
         stat, key = path.stat(), str(path.resolve())
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         if self.files.get(key, {}).get("mark") != mark:
@@ -183,7 +179,7 @@ class Ledger:
 
 
 def _is_whole(found: dict[str, Any]) -> bool:
-    """Whether a ledger has all that is looked at."""
+    """Whether a ledger has all keys that are used, with values of the right types."""
     steps, files = found.get("steps"), found.get("files")
     if not isinstance(steps, dict) or not isinstance(files, dict):
         return False

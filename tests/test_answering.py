@@ -113,8 +113,8 @@ def test_an_interrupted_evaluation_is_gone_on_with(place: Path, cli: Runner, mon
         patched.setattr(Answering, "_note", interrupted)
         cli.fails(*common, "-o", "part", code=130)
     assert not (place / "part/results.json").exists()
-    assert "--resume goes on" in cli.fails(*common, "-o", "part")
-    assert "begun with another seed" in cli.fails(*common, "-o", "part", "--resume", "--seed", 5)
+    assert "continue it with --resume" in cli.fails(*common, "-o", "part")
+    assert "started with another seed" in cli.fails(*common, "-o", "part", "--resume", "--seed", 5)
 
     def counted(self: Answering, key: str, answer: Any) -> None:
         count["asked"] += 1

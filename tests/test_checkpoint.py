@@ -98,7 +98,10 @@ def test_what_another_has_made_meanwhile_is_not_replaced(tmp_path: Path, there: 
     """overwrite means what was there at the beginning."""
     if there:
         write(tmp_path / "out", TENSORS)
-    with pytest.raises(WorkError, match="made by another command"), AtomicDirectory(tmp_path / "out", overwrite=True) as folder:
+    with (
+        pytest.raises(WorkError, match="created by another command"),
+        AtomicDirectory(tmp_path / "out", overwrite=True) as folder,
+    ):
         (folder / "config.json").write_text("{}")
         write(tmp_path / "out", {"a": torch.ones(1)}, overwrite=True)
     assert CheckpointReader(tmp_path / "out").names == ["a"]
@@ -139,11 +142,11 @@ def test_outputs_are_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         check_output(tmp_path / "file", True)
     for inside in (tmp_path / "there", tmp_path / "there/deep/model"):
-        with pytest.raises(InputError, match="is or holds the input"):
+        with pytest.raises(InputError, match="is or contains the input"):
             check_output(tmp_path / "there", True, inside)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("")
-    with pytest.raises(InputError, match="is a directory but no checkpoint"):
+    with pytest.raises(InputError, match="is a directory but not a checkpoint"):
         check_output(tmp_path / "thesis", True)
     with pytest.raises(InputError, match="is the current directory"):
         check_output(Path(), True)

@@ -131,7 +131,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("config of 10 MB", text("config.json", json.dumps({"x": ["y" * 100] * 100_000})), "is a 'None' model"),
     ("config of 100 MB", lambda p: os.truncate(p / "config.json", 100 << 20), "has 100 MiB"),
     ("config without bottom", text("config.json", "[" * 100_000), "config.json is not readable JSON"),
-    ("config with NaN", text("config.json", '{"model_type": "llama", "rms_norm_eps": NaN}'), "NaN is no number of JSON"),
+    ("config with NaN", text("config.json", '{"model_type": "llama", "rms_norm_eps": NaN}'), "NaN is not a JSON number"),
     ("layers without number", config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, not"),
     ("layers in words", config(num_hidden_layers="four"), "num_hidden_layers is 'four', not"),
     ("no hidden size", config(hidden_size=0), "hidden_size is 0"),
@@ -192,7 +192,7 @@ def manifest(**changes: Any) -> Damage:
         (manifest(root="teacher"), "is not a manifest of format 1"),
         (manifest(root={}), "is not a manifest of format 1"),
         (manifest(layers=["x"]), "is not a manifest of format 1"),
-        (manifest(layers=[]), "describes 0 layers, config.json 4"),
+        (manifest(layers=[]), "describes 0 layers, but config.json has 4"),
         (manifest(data=[1]), "is not a manifest of format 1"),
         (manifest(root={"path": 5, "hash": "x"}), "is not a manifest of format 1"),
     ],
@@ -217,14 +217,14 @@ def scores(**changes: Any) -> Damage:
     [
         (text("scores/loo.json", "{"), "loo.json is not readable JSON"),
         (text("scores/loo.json", b"\xff\xfe"), "loo.json is not readable JSON"),
-        (scores(layers=[{"layer": 0, "score": float("nan")}]), "NaN is no number of JSON"),
+        (scores(layers=[{"layer": 0, "score": float("nan")}]), "NaN is not a JSON number"),
         (scores(layers=[{"layer": 0, "score": "nan"}]), "the score of layer 0 is nan"),
         (scores(layers=[{"layer": 0, "score": 1.0}]), "loo.json: the scores do not cover exactly the attention layers"),
         (scores(layers=[{"layer": 0, "score": 1}, {"layer": 0, "score": 2}]), "scores a layer twice"),
         (scores(layers=[{"layer": 0, "score": 1}, {"layer": 3, "score": 2, "stderr": "x"}]), "is not a score file"),
         (scores(layers=[{"layer": "x", "score": 1}]), "is not a score file"),
         (scores(layers={"a": 1}), "is not a score file"),
-        (scores(checkpoint=None), "does not say what it was measured on"),
+        (scores(checkpoint=None), "does not name its kind of score"),
         (scores(checkpoint="another"), "was measured on another checkpoint"),
         (scores(format="1"), "is not a score file of format 1"),
     ],
@@ -323,7 +323,7 @@ def test_verify_names_what_differs(place: Path, cli: Runner) -> None:
     content["model.layers.3.mlp.up_proj.weight"][0, 0] += 1
     save_file(content, place / "teacher/model.safetensors", {"format": "pt"})
     assert "all as written" in cli("verify", "h2")
-    assert "model.layers.3.mlp.up_proj.weight is not what its parent" in cli("verify", "h2", "--deep", code=1)
+    assert "model.layers.3.mlp.up_proj.weight differs from its parent" in cli("verify", "h2", "--deep", code=1)
     shutil.rmtree(place / "teacher")
     assert "is not on this disk" in cli.fails("verify", "h2", "--deep")
     tensors(**{UP: torch.zeros(48, 32)})(place / "h2")
@@ -333,8 +333,9 @@ def test_verify_names_what_differs(place: Path, cli: Runner) -> None:
     assert not found["intact"]
     said = "\n".join(found["damage"])
     for words in (
-        f"{SHARD}: tensor model.layers.0.mlp.up_proj.weight is not as it was written", f"{INDEX} is not as it was written",
-        "tokenizer_config.json is missing", "modeling_evil.py was not written by the command",
+        f"{SHARD}: tensor model.layers.0.mlp.up_proj.weight has changed since it was written",
+        f"{INDEX} has changed since it was written",
+        "tokenizer_config.json is missing", "modeling_evil.py is not in the manifest",
     ):  # fmt: skip
         assert words in said
     assert "up_proj" not in said.replace("model.layers.0.mlp.up_proj.weight", "")

@@ -90,7 +90,7 @@ def test_without_a_template_a_chat_is_refused_and_a_pair_is_joined() -> None:
 
 def test_a_row_that_keeps_nothing_is_an_error() -> None:
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(InputError, match="x:3: the loss mask keeps no token"):
+    with pytest.raises(InputError, match="x:3: no token of this row has a loss"):
         Encoder(make_tokenizer(), "assistant", template).encode({"messages": CHAT[:2]}, "x:3")
 
 
@@ -186,7 +186,7 @@ def test_several_sources_their_weights_and_what_is_held_out(tmp_path: Path) -> N
     other = open_corpus(spec.replace("=3", "=2"), None, Encoder(make_tokenizer(), "none"))
     assert other.hash != corpus.hash
     for wrong in ("a=0", "a=x", "=1", "a=1,b=-1"):
-        with pytest.raises(InputError, match="after a name and = there must be a positive number"):
+        with pytest.raises(InputError, match="must have the form NAME=NUMBER, with a positive number"):
             read_mixture(wrong)
     with pytest.raises(InputError, match=r"b\.jsonl does not exist"):
         read_mixture("./b.jsonl=1,./c.jsonl=1")
@@ -281,7 +281,7 @@ def test_a_file_that_changes_while_it_is_used_is_told(tmp_path: Path) -> None:
     rows = read_rows(str(path))
     assert rows[1] == {"text": "two"}
     path.write_text('{"text": "x"}\n')
-    with pytest.raises(InputError, match="was changed while it was in use"):
+    with pytest.raises(InputError, match="has changed while it was in use"):
         rows[1]
 
 

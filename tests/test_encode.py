@@ -127,26 +127,26 @@ def test_ids_as_written_are_taken_where_the_text_does_not_say_them() -> None:
     assert not encoder.remarks()
     stale = encoder.encode(row | {"token_ids": apart[::-1]}, "x")
     assert stale == together
-    assert "1 answers were written with another tokenizer" in encoder.remarks()[0]
+    assert "1 answers were generated with another tokenizer" in encoder.remarks()[0]
 
 
 def test_what_is_not_learnt_is_counted_and_said() -> None:
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer, "assistant")
     encoder.encode({"messages": [ASK, ANSWER | {"reasoning_content": "hmm"}], "id": 3}, "x")
-    assert encoder.remarks() == ["1 answers have text that the chat template does not show: 3 tokens are not learnt"]
+    assert encoder.remarks() == ["1 answers have text that the chat template does not render: 3 tokens have no loss"]
     assert list(encoder.unread) == ["id"]
     opens = tokenizer.chat_template.replace("<|assistant|>", "<|assistant|><think>")
     encoder = Encoder(tokenizer, "assistant", opens)
     for content in ("1", "so</think>1", "<think>so</think>1"):
         encoder.encode({"messages": [ASK, {"role": "assistant", "content": content}]}, content)
     assert encoder.remarks() == [
-        "1 answers do not close the thinking that the chat template's prompt opens: all is learnt as thought"
+        "1 answers do not close the reasoning block that the chat template's prompt opens: the model learns them as reasoning"
     ]
     endless = tokenizer.chat_template.replace("<|end|>", "")
     encoder = Encoder(tokenizer, "assistant", endless)
     encoder.encode({"messages": [ASK, ANSWER]}, "x")
-    assert encoder.remarks() == ["the chat template ends 1 answers with no token: their end is not learnt"]
+    assert encoder.remarks() == ["the chat template adds no end token to 1 answers: the model does not learn to end them"]
 
 
 def test_tokens_that_the_model_does_not_know_and_half_characters_are_named() -> None:
@@ -155,13 +155,15 @@ def test_tokens_that_the_model_does_not_know_and_half_characters_are_named() -> 
     tokenizer.add_tokens(["<|new|>"])
     encoder = Encoder(tokenizer, "assistant", vocabulary=known)
     chat = {"messages": [ASK, {"role": "assistant", "content": "a <|new|> b"}]}
-    with pytest.raises(InputError, match=rf"rows:3 has the token '<\|new\|>' \({known}\), but the model knows only {known}"):
+    with pytest.raises(
+        InputError, match=rf"rows:3 has the token '<\|new\|>' \({known}\), but the model has only {known} embeddings"
+    ):
         encoder.encode(chat, "rows:3")
     with pytest.raises(InputError, match="rows:4 has the token"):
         encoder.prompt({"prompt": "<|new|>"}, "rows:4")
     half = {"messages": [{"role": "user", "content": "Half \ud83d of it"}, ANSWER]}
     for read in (encoder.encode, encoder.prompt):
-        with pytest.raises(InputError, match=r"rows:5 has half a character \('\\ud83d', a lone surrogate\) after '<\|user"):
+        with pytest.raises(InputError, match=r"rows:5 has a lone surrogate \('\\ud83d', half a character\) after '<\|user"):
             read(half, "rows:5")
 
 
@@ -256,7 +258,7 @@ def test_commands_say_what_they_do_not_read(cli: Runner, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     sized = ("--seq-len", 48, "--device", "cpu")
     cli("replace", "--indices", "1", "--device", "cpu", "--calibration-tokens", 64)
-    assert "keys of the rows that are not read: id" in cli.stderr
+    assert "ignored keys of the rows: id" in cli.stderr
     for command in (
         ("score-loo", "--metric", "kl", "--windows", 1), ("score-mmr", "--steps", 1, "--batch-size", 1, "--no-calibrate"),
         ("score-restore", "--steps", 1, "--batch-size", 1, "--windows", 1, "--no-calibrate"),
@@ -264,11 +266,11 @@ def test_commands_say_what_they_do_not_read(cli: Runner, tmp_path: Path, monkeyp
         ("eval", "--fidelity", "traces.jsonl", "--windows", 1, "--mask", "assistant"),
     ):  # fmt: skip
         cli(*command, *sized)
-        assert "--seq-len 48 is more than the 32 positions" in cli.stderr
-        assert cli.stderr.count("keys of the rows that are not read: id") == 1
-        assert "answers have text that the chat template does not show" in cli.stderr
+        assert "--seq-len 48 exceeds the model's context of 32 positions" in cli.stderr
+        assert cli.stderr.count("ignored keys of the rows: id") == 1
+        assert "answers have text that the chat template does not render" in cli.stderr
     cli("distill", "h1", "--steps", 1, "--dry-run", "--seq-len", 48)
-    assert "--seq-len 48 is more than the 32 positions" in cli.stderr
+    assert "--seq-len 48 exceeds the model's context of 32 positions" in cli.stderr
 
 
 THINKS = (  # writes reasoning that stands apart, and shows what else precedes an answer only while it is asked for
@@ -307,12 +309,12 @@ def test_arguments_are_json_also_where_a_template_prints_them() -> None:
 def test_losses_are_seen_whatever_stands_beside_them() -> None:
     """A part that stands in another's text is not there for that, and a call has arguments."""
     plain = make_tokenizer().chat_template
-    assert "1 tokens are not learnt" in learnt(plain, ASK, {"role": "assistant", "content": "7 it is", "reasoning": "7"})[1][0]
+    assert "1 tokens have no loss" in learnt(plain, ASK, {"role": "assistant", "content": "7 it is", "reasoning": "7"})[1][0]
     calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
     names = plain.replace("{{ m['content'] }}", "{{ m['content'] }}" + calls)
     call = {"type": "function", "function": {"name": "count", "arguments": {"where": "Oslo"}}}
-    assert "not learnt" in learnt(names, ASK, ANSWER | {"tool_calls": [call]})[1][0]
-    assert "not learnt" in learnt(plain, ASK, ANSWER | {"content": "I count now", "tool_calls": [call]})[1][0]
+    assert "have no loss" in learnt(names, ASK, ANSWER | {"tool_calls": [call]})[1][0]
+    assert "have no loss" in learnt(plain, ASK, ANSWER | {"content": "I count now", "tool_calls": [call]})[1][0]
     text, _ = learnt(names, ASK, {"role": "assistant", "content": "", "function_call": {"name": "count", "arguments": "{}"}})
     assert text == "count<|end|>"
 
@@ -330,7 +332,7 @@ def test_templates_that_end_answers_in_text() -> None:
 
 def test_a_template_that_shows_an_answer_twice_is_refused() -> None:
     twice = make_tokenizer().chat_template + "{% if not add_generation_prompt %}summary: {{ messages[-1].content }}{% endif %}"
-    with pytest.raises(InputError, match="x: the chat template shows an answer 2 times"):
+    with pytest.raises(InputError, match="x: the chat template renders an answer 2 times"):
         learnt(twice, ASK, ANSWER)
 
 

@@ -48,9 +48,9 @@ def test_sharegpt_rows() -> None:
     assert form.kwargs == {"tools": [TOOL]}
     assert unread == {"id"}
     assert messages_of({"conversations": [ASK, ANSWER]}) == [ASK, ANSWER]
-    with pytest.raises(InputError, match="x:1: nobody knows who 'narrator' is"):
+    with pytest.raises(InputError, match="x:1: unknown speaker 'narrator' in"):
         read_form({"conversations": [{"from": "narrator", "value": "It is late."}]}, "x:1")
-    with pytest.raises(InputError, match="there is no assistant message to learn from"):
+    with pytest.raises(InputError, match="there is no assistant message to train on"):
         read_form({"conversations": [{"from": "human", "value": "Hello?"}]}, "x:1")
 
 
@@ -64,7 +64,7 @@ def test_alpaca_and_other_pairs() -> None:
     assert messages_of({"prompt": [ASK], "completion": [ANSWER]}) == [ASK, ANSWER]
     assert messages_of({"prompt": [ASK], "completion": "Seven."}) == [ASK, ANSWER]
     for wrong in ({"instruction": "Count."}, {"output": "Three."}, {"prompt": "a"}, row | {"output": 3}):
-        with pytest.raises(InputError, match="must both be there, as text"):
+        with pytest.raises(InputError, match="must both be given, as text"):
             read_form(wrong, "x")
     with pytest.raises(InputError, match="the response is empty"):
         read_form(row | {"output": ""}, "x")
@@ -104,15 +104,15 @@ def test_messages_of_every_kind() -> None:
         ({"messages": [ASK, {"role": "assistant", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
         ({"messages": [ASK, {"role": "assistant", "content": 3}]}, "must be text or a list of text parts"),
         ({"messages": [ASK, {"role": "assistant"}]}, "each message needs"),
-        ({"messages": [ASK, {"role": "assistant", "content": ""}]}, "the assistant says nothing"),
+        ({"messages": [ASK, {"role": "assistant", "content": ""}]}, "all assistant messages are empty"),
         ({"messages": [ASK, ANSWER | {"tool_calls": "none"}]}, "`tool_calls` must be a list"),
         ({"messages": [ASK, ANSWER], "tools": "{"}, "`tools` must be a list of objects"),
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": 3}, "`chat_template_kwargs` must be an object"),
         ({"messages": [ASK, ANSWER], "token_ids": ["a"]}, "`token_ids` must be a list of token ids"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "needs a `from` and a `value`"),
         ({"conversations": [{"from": "function_call", "value": "count()"}]}, "must be JSON with `name`"),
-        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "nobody knows who"),
-        ({"messages": [ASK, ANSWER | {"reasoning": "a", "thinking": "b"}]}, "must be text, and one"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "unknown speaker"),
+        ({"messages": [ASK, ANSWER | {"reasoning": "a", "thinking": "b"}]}, "must be a single text"),
         ({"messages": [ASK, ANSWER], "tools": "[" * 100_000}, "`tools` must be a list of objects"),
         ({"x": 1}, "has neither `messages`"),
     ],

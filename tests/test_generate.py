@@ -147,11 +147,11 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     assert not output.exists()
     assert len(part.read_text().splitlines()) == 3
     part.write_text(part.read_text() + '{"messages": [{"ro')  # the last line was torn
-    assert "--resume goes on" in cli.fails(*common)
-    assert "begun with another seed" in cli.fails(*common, "--seed", 3, "--resume")
+    assert "continue it with --resume" in cli.fails(*common)
+    assert "started with another seed" in cli.fails(*common, "--seed", 3, "--resume")
     kept = prompts.read_text()
     prompts.write_text(kept.replace("say 0", "say no"))
-    assert "begun with another prompts" in cli.fails(*common, "--resume")
+    assert "started with another prompts" in cli.fails(*common, "--resume")
     prompts.write_text(kept)
     gc.collect()  # the interrupted run's file was in this process too
     with part.open("ab") as other:
@@ -162,7 +162,7 @@ def test_a_run_is_gone_on_with(cli: Runner, teacher: Path, tmp_path: Path, monke
     assert not part.exists()
     part.write_text("what\n" * 2)
     output.unlink()
-    assert "no line of an unfinished run" in cli.fails(*common, "--resume")
+    assert "not a line of an unfinished run" in cli.fails(*common, "--resume")
 
 
 def test_one_prompt_is_answered_on_stdout(cli: Runner, teacher: Path) -> None:

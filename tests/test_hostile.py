@@ -169,7 +169,7 @@ def test_a_manifest_leads_to_no_hub(place: Path, cli: Runner, monkeypatch: pytes
     path = place / "h2/hybridize.json"
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"root": {"path": "someone/model", "hash": "x"}}))
-    assert "say where it is with --teacher" in cli.fails("distill", "h2", "--data", "traces.jsonl", "--steps", 1, "-o", "out")
+    assert "name its location with --teacher" in cli.fails("distill", "h2", "--data", "traces.jsonl", "--steps", 1, "-o", "out")
     assert asked == [True]
 
 

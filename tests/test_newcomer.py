@@ -76,8 +76,8 @@ def test_an_unfinished_run_is_refused_at_once(place: Path) -> None:
     assert "--resume: steps was 100, now it is 7" in refused_without_torch(
         "score-mmr", "teacher", "-o", "scores.json", "--steps", 7, "--resume"
     )
-    assert "--resume goes on with it" in refused_without_torch("generate", "h2", "--prompts", "traces.jsonl")
-    assert "--resume goes on with it" in refused_without_torch("eval", "h2", "--tasks", "recall", "-o", "out")
+    assert "continue it with --resume" in refused_without_torch("generate", "h2", "--prompts", "traces.jsonl")
+    assert "continue it with --resume" in refused_without_torch("eval", "h2", "--tasks", "recall", "-o", "out")
     assert "h2 has no scores" in refused_without_torch("replace", "h2", "--layers", 3)
     assert "--stop-now ends a run that --resume goes on with" in refused_without_torch(
         "distill", "h2", "--steps", 4, "--stop-now"
@@ -91,7 +91,7 @@ def test_scores_of_an_ancestor_choose_among_what_is_left(place: Path, cli: Runne
     cli("score-loo", "teacher", "--metric", "kl", "--windows", 8, "--seq-len", 32)
     ranking = json.loads(cli.stdout and Path("teacher/scores/loo.json").read_text())["layers"]
     order = [entry["layer"] for entry in sorted(ranking, key=lambda entry: (entry["score"], entry["layer"]))]
-    assert "--scores teacher/scores/loo.json takes those of teacher" in cli.fails("replace", "h2", "--layers", 3)
+    assert "--scores teacher/scores/loo.json uses the scores of teacher" in cli.fails("replace", "h2", "--layers", 3)
     found = json.loads(cli("replace", "h2", "--layers", 3, "--scores", "teacher/scores/loo.json", "-o", "h3", "--json"))
     assert found["converted"] == [next(layer for layer in order if layer not in (1, 2))]
     assert "warning: teacher/scores/loo.json was measured on teacher, which h2 was made from" in cli.stderr
@@ -341,7 +341,7 @@ def test_a_version_that_no_test_has_seen_is_said(monkeypatch: pytest.MonkeyPatch
     oldest, newest = TRIED["transformers"]
     assert doctor._tried("transformers", oldest) == doctor._tried("transformers", newest) == doctor._tried("torch", "99") == ""
     for other in ("5.16.9", "99.0"):
-        assert doctor._tried("transformers", other) == f" (the tests have passed on {oldest} to {newest})"
+        assert doctor._tried("transformers", other) == f" (tested with {oldest} to {newest})"
 
 
 def test_a_file_that_was_written_again_is_not_hashed(place: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_small_file_system_that_runs_full(server: Server, template: Path, tmp_
     try:
         work, case = Path(shutil.copytree(template, place / "work")), BY_NAME["replace"]
         before = tree(work)
-        assert "could not be made: " in told(server.run(list(case.argv), work))
+        assert "could not be written: " in told(server.run(list(case.argv), work))
         assert tree(work) == before
         shutil.rmtree(work / "h2")
         assert server.run(list(case.argv), work)["rc"] == 0
@@ -166,7 +166,9 @@ def test_two_writers_of_one_output(server: Server, other: Server, work: Path, na
     assert sorted(end["rc"] for end in ends)[0] == 0, ends
     (lost,) = [end for end in ends if end["rc"] != 0]
     said = told(lost, lost["rc"])
-    assert any(words in said for words in ("another process", "appeared while", "made by another", "exists", "unfinished run"))
+    assert any(
+        words in said for words in ("another process", "appeared while", "created by another", "exists", "unfinished run")
+    )
     case.look(work / case.output)
     assert not [path for path in work.rglob("*") if ".tmp-" in path.name or path.name in case.unfinished]
 
@@ -185,5 +187,5 @@ def test_overwriting_what_another_has_just_made(server: Server, other: Server, w
     first.join()
     assert quick["rc"] == 0, quick
     if slow[0]["rc"] != 0:  # else it was done before the quick one began
-        assert "was made by another command" in told(slow[0])
+        assert "was created by another command" in told(slow[0])
         assert len(checkpoint(work / "out")) == 64

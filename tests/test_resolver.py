@@ -42,7 +42,7 @@ def test_a_single_file_beside_shards_is_read_everywhere(home: Path, cli: Runner)
             assert torch.equal(reader.tensor(name), plain[name])
             assert torch.equal(found[name], plain[name])
     cli("replace", home, "--indices", "1", "--no-calibrate", "-o", home.parent / "h1")
-    assert "has model.safetensors and shards with an index: model.safetensors is read" in cli.stderr
+    assert "has both model.safetensors and shards with an index; model.safetensors is read" in cli.stderr
     hybrid_reader = CheckpointReader(home.parent / "h1")
     assert hybrid_reader.sharded
     assert torch.equal(hybrid_reader.tensor("model.layers.0.mlp.up_proj.weight"), weights["model.layers.0.mlp.up_proj.weight"])
@@ -81,7 +81,7 @@ def test_named_templates_are_carried_along(home: Path, cli: Runner, monkeypatch:
         cli("verify", made)
     file.write_text("other")
     cli("verify", "out", code=1)
-    assert "tool_use.jinja is not as it was written" in cli.stdout + cli.stderr
+    assert "tool_use.jinja has changed since it was written" in cli.stdout + cli.stderr
     file.with_name("evil.jinja").write_text("x")
     cli("verify", "out", code=1)
-    assert "evil.jinja was not written by the command" in cli.stdout + cli.stderr
+    assert "evil.jinja is not in the manifest" in cli.stdout + cli.stderr

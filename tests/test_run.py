@@ -149,16 +149,16 @@ def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -
         RECIPE.replace("--steps 2", "--stpes 2"): "step 'train': No such option: --stpes",
         RECIPE.replace("distill h2", "destill h2"): "step 'train' runs 'destill', which is no command",
         RECIPE.replace("distill h2", "run r.yaml"): "step 'train' runs 'run', which is no command for a recipe",
-        RECIPE.replace("name: train", "name: half"): "two steps are called 'half'",
-        RECIPE.replace("    run: rep", "    do: rep"): "step 1 has a key 'do'",
+        RECIPE.replace("name: train", "name: half"): "two steps have the name 'half'",
+        RECIPE.replace("    run: rep", "    do: rep"): "step 1 has the unknown key 'do'",
         RECIPE.replace("    run: replace teacher --indices 1,2 -o h2\n", ""): "step 1 has no 'run'",
         RECIPE.replace("--indices 1,2", "--indices '1,2"): "step 1: No closing quotation",
-        "steps: 3": "is no recipe",
-        "- 3": "is no recipe",
-        "steps: [3]": "step 1 is 3; it must have a name and a line to run",
-        "steps:\n  - {name: a, run: 3}": "step 1: run is 3, which YAML does not take for text",
+        "steps: 3": "is not a recipe",
+        "- 3": "is not a recipe",
+        "steps: [3]": "step 1 is 3; it must have the keys `name` and `run`",
+        "steps:\n  - {name: a, run: 3}": "step 1: run is 3, which YAML does not read as text",
         "steps:\n  - {name: a, run: hybridize}": "step 1 has nothing to run",
-        "steps:\n  - {name: a, run: verify teacher, run: inspect teacher}": "the key 'run' stands there twice",
+        "steps:\n  - {name: a, run: verify teacher, run: inspect teacher}": "duplicate key 'run'",
         "steps:\n  - {name: a, run: replace --help}": "asks for --help, which is nothing to be done",
         ": : :": "is not valid YAML",
     }.items():
@@ -224,7 +224,7 @@ def test_states(tmp_path: Path) -> None:
     assert (again.state(other, [read]), again.left(step)) == (BEGUN, (step.line, [written]))
     again.refuse(other)
     (written / "file").write_text("changed")
-    with pytest.raises(InputError, match="is not as step 'a' wrote it"):
+    with pytest.raises(InputError, match="has changed since step 'a' wrote it"):
         again.state(step, [read])
     assert again.left(step) == (step.line, [])
     shutil.rmtree(written)

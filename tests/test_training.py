@@ -562,7 +562,7 @@ def test_rates_and_patterns_by_name() -> None:
     with pytest.raises(InputError, match="no parameter of the checkpoint has such a name"):
         choose_trained(student, settings(train="nothing"))
     for wrong in ("x", "x=", "=1", "a=0", "a=nan", "a=1,b"):
-        with pytest.raises(InputError, match=r"lr_groups .* there must be a positive number"):
+        with pytest.raises(InputError, match=r"lr_groups .* must have the form NAME=NUMBER"):
             settings(lr_groups=wrong)
 
 

@@ -1,1 +1,1 @@
-"""What lies on disk: reading, writing, lineage and scores of checkpoint directories."""
+"""Checkpoint directories on disk: reading, writing, lineage and scores."""

@@ -1,5 +1,5 @@
-"""Files and directories that are there whole or not at all: temporary names, locks, one rename,
-everything synced."""
+"""Writes files and directories atomically: under a temporary name with a lock, synced to disk, then
+renamed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from hybridize.errors import InputError, WorkError, first_line
 
 
 class AtomicDirectory:
-    """A directory that appears under its name only when the `with` block ends well; else nothing is
-    left of it.
+    """A directory that gets its final name when the `with` block succeeds, and is removed otherwise.
 
-    Leftovers of killed runs for the same name are removed at the start: whoever still works holds a
-    lock. WorkError where another command has made, or replaced, the output meanwhile.
+    Leftovers of killed runs for the same name are removed at the start; running ones hold a lock.
+    WorkError if another command has created or replaced the output in the meantime.
     """
 
     def __init__(self, output: Path, overwrite: bool = False) -> None:
-        self.output, self.overwrite = output.resolve(), overwrite  # a link keeps pointing at what it points at
+        self.output, self.overwrite = output.resolve(), overwrite  # a link stays, and its target is replaced
 
     def __enter__(self) -> Path:
         parent = self.output.parent
@@ -38,7 +37,7 @@ class AtomicDirectory:
         prefix = f".{self.output.name}.tmp-"
         _clear(parent, prefix)
         self._lock = -1
-        while self._lock < 0:  # who clears may find the directory before it is locked
+        while self._lock < 0:  # another process may remove the directory before it is locked
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             self._lock = _locked(self.path, own=True)
         return self.path
@@ -48,27 +47,28 @@ class AtomicDirectory:
             if kind is None:
                 _settle(self.path)
                 self._place()
-            elif isinstance(error, OSError | SafetensorError):  # the disk is full, as a rule
-                raise WorkError(f"{self.output} could not be made: {first_line(error)}") from error
+            elif isinstance(error, OSError | SafetensorError):  # usually a full disk
+                raise WorkError(f"{self.output} could not be written: {first_line(error)}") from error
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
 
     def _place(self) -> None:
         if _identity(self.output) != self._before:
-            raise WorkError(f"{self.output} was made by another command while this one ran; nothing was replaced")
+            raise WorkError(f"{self.output} was created by another command while this one ran; nothing was replaced")
         if self.overwrite and self.output.exists():
-            _exchange(self.path, self.output)  # what was there is now in the temporary directory, which goes
+            _exchange(self.path, self.output)  # the old content is removed with the temporary directory
         else:
             try:
-                os.rename(self.path, self.output)  # fails on a directory that someone else has filled meanwhile
+                os.rename(self.path, self.output)  # fails if another process has filled the directory meanwhile
             except OSError as error:
                 raise WorkError(f"{self.output} appeared while this command ran; nothing was replaced") from error
         _sync(self.output.parent)
 
 
 def _identity(path: Path | int) -> tuple[int, int] | None:
-    """Changes when another directory or file takes the name."""
+    """Device and inode, which change when another file or directory takes the name; None if there
+    is nothing."""
     try:
         found = os.stat(path)
     except OSError:
@@ -77,7 +77,7 @@ def _identity(path: Path | int) -> tuple[int, int] | None:
 
 
 def _clear(parent: Path, prefix: str) -> None:
-    """Removes the files and directories of killed runs: those that nobody has locked."""
+    """Removes the files and directories with the prefix that no process has locked."""
     for stale in parent.glob(f"{glob.escape(prefix)}*"):
         lock = _locked(stale)
         if lock >= 0:
@@ -86,10 +86,10 @@ def _clear(parent: Path, prefix: str) -> None:
 
 
 def _locked(path: Path, own: bool = False) -> int:
-    """A descriptor that holds the lock of a file or directory, -1 where it is gone or in use.
+    """A descriptor that holds the lock of a file or directory, -1 if it is gone or in use.
 
-    Some network file systems have no such locks: `own`, what was just made here, does without; of
-    others nobody knows.
+    Some network file systems have no such locks: then a path that this process has just created
+    (`own`) counts as locked, any other as in use.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -109,8 +109,8 @@ def _locked(path: Path, own: bool = False) -> int:
 
 
 def hold(path: Path) -> int:
-    """The lock of a directory that one process writes into, until it is closed. InputError where
-    another has it."""
+    """Locks a directory that one process writes into, until the returned descriptor is closed.
+    InputError if another process has the lock."""
     handle = _locked(path, own=True)
     if handle < 0:
         raise InputError(f"{path} is being written by another process")
@@ -122,33 +122,33 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """As every JSON file of ours is written."""
+    """A value in the format of all JSON files of this project."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def clear_leftovers(path: Path) -> None:
-    """Of killed writers of a file or directory; who writes it again does so anyway."""
+    """Removes temporary files that killed writers of a path have left; writing it again does so, too."""
     _clear(path.parent, f".{path.name}.tmp-")
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """The file as a whole or not at all, synced; its directory is made if need be."""
+    """Writes a JSON file atomically and synced; creates its directory if needed."""
     write_text_atomic(path, json_text(value))
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Likewise."""
+    """Writes UTF-8 text atomically and synced; creates its directory if needed."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Likewise."""
+    """Writes a file atomically and synced; creates its directory if needed. WorkError on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.tmp-"
     _clear(path.parent, prefix)
     handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
     try:
-        with contextlib.suppress(OSError):  # else nobody clears it while it is written, which takes a moment
+        with contextlib.suppress(OSError):  # without locks no process removes the file either
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         Path(name).write_bytes(data)
         _own_mode(Path(name))
@@ -162,8 +162,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Gives every file the umask's mode (safetensors and mkdtemp are stricter) and syncs them, then
-    the directories."""
+    """Gives all files and directories the umask's mode (safetensors and mkdtemp set stricter ones)
+    and syncs them."""
     for item in sorted(path.rglob("*"), reverse=True):
         _own_mode(item)
         _sync(item)
@@ -186,7 +186,7 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swaps two directories in one step (Linux renameat2); elsewhere by way of a third name."""
+    """Swaps two directories atomically (Linux renameat2), elsewhere in three renames."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

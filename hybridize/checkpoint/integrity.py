@@ -1,10 +1,9 @@
-"""Whether a checkpoint is what was written: hashes of every byte of it in its manifest, and the
-comparison with them.
+"""Integrity of checkpoints: writes hashes of all bytes to the manifest and checks files against them.
 
-The manifest has, beside lineage: `weights`, name -> dtype, shape, sha256 of the bytes, and `kept`
-where the tensor is the parent's as it was; `files`, name -> sha256, of a safetensors file that of
-its header, since the tensors cover the rest; `hash`, the content hash; and `seal`, the sha256 of
-the manifest without its last entry.
+Besides lineage the manifest has: `weights`, name -> dtype, shape, sha256 of the bytes, and `kept`
+if the tensor is the parent's, unchanged; `files`, name -> sha256, for a safetensors file of its
+header only, since the tensors cover the rest; `hash`, the content hash; and `seal`, the sha256 of
+the manifest without the seal.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from hybridize.checkpoint.reader import (
 from hybridize.errors import InputError, setting
 
 SAFETENSORS, TEMPLATES = ".safetensors", "additional_chat_templates/*.jinja"
-MOST_HEADER = 100 << 20  # what safetensors itself reads at most
+MOST_HEADER = 100 << 20  # bytes; the limit of safetensors itself
 CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "adapter_*", "processor_config.json", "preprocessor_config.json")
 CHUNK = 1 << 24
 Progress = Callable[[int, int], None]
@@ -40,8 +39,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at: tensors, their bytes, other files; kept: tensors compared with the
-    parent, None without `deep`. damage: a sentence for each thing that is not as it was written."""
+    """Result of an integrity check: the numbers of tensors, of their bytes and of files checked.
+    kept: the number of tensors compared with the parent, None without `deep`. damage: one sentence
+    per difference."""
 
     tensors: int
     bytes: int
@@ -51,10 +51,10 @@ class Verified:
 
 
 def seal(path: Path, manifest: dict[str, Any], prints: Collection[Fingerprint], kept: Collection[str] = ()) -> None:
-    """Writes the manifest with the hashes of all that the directory holds.
+    """Writes the manifest with the hashes of everything in the directory.
 
-    prints: of all tensors, none where they are in no safetensors file; kept: names of those that
-    are the parent's.
+    prints: fingerprints of all tensors, none if they are not in safetensors files; kept: names of
+    the tensors taken from the parent.
     """
     weights = {
         name: {"dtype": dtype, "shape": list(shape), "sha256": body} | ({"kept": True} if name in kept else {})
@@ -65,7 +65,7 @@ def seal(path: Path, manifest: dict[str, Any], prints: Collection[Fingerprint], 
 
 
 def seal_again(path: Path) -> None:
-    """After files were added to what has a manifest."""
+    """Renews the hashes of files after some were added to a directory with a manifest."""
     found = read_json(path / MANIFEST)
     _write(path, {"hash": None, "weights": {}} | {key: value for key, value in found.items() if key not in ("files", "seal")})
 
@@ -78,20 +78,19 @@ def _write(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def verify(path: Path, deep: bool = False, progress: Progress = lambda *_: None) -> Verified:
-    """Reads every byte of a checkpoint or export. deep: holds what was to stay as it was against
-    the parent too.
+    """Checks the integrity of a checkpoint or export by reading every byte. deep: also compares the
+    tensors that were to stay unchanged with the parent's.
 
-    InputError where there is nothing to hold it against: no manifest, none with hashes, or a parent
-    that is gone.
+    InputError if the manifest is missing or has no hashes, or with `deep` if the parent is gone.
     """
     manifest = read_manifest(path)
     if manifest is None:
-        raise InputError(f"{path} has no {MANIFEST}: only what hybridize wrote can be verified")
+        raise InputError(f"{path} has no {MANIFEST}: only the output of hybridize can be checked")
     weights, files = manifest.get("weights"), manifest.get("files")
     if not isinstance(weights, dict) or not isinstance(files, dict) or "seal" not in manifest:
-        raise InputError(f"{path / MANIFEST} has no hashes: an older hybridize wrote it, or it was damaged")
+        raise InputError(f"{path / MANIFEST} has no hashes: it is damaged, or from an older version of hybridize")
     parent = _parent(path, manifest) if deep else None
-    damage = [] if _sealed(path, manifest) else [f"{path / MANIFEST} is not as it was written"]
+    damage = [] if _sealed(path, manifest) else [f"{path / MANIFEST} has changed since it was written"]
     damage += _changed(path, files)
     if not weights:
         return Verified(0, 0, len(files), None if parent is None else 0, damage)
@@ -100,43 +99,45 @@ def verify(path: Path, deep: bool = False, progress: Progress = lambda *_: None)
     except InputError as error:
         return Verified(0, 0, len(files), None, [*damage, str(error)])
     damage += [f"{path}: tensor {name} is missing" for name in sorted(set(weights) - set(reader.names))]
-    damage += [f"{reader.file(name)}: tensor {name} was not written" for name in sorted(set(reader.names) - set(weights))]
+    damage += [
+        f"{reader.file(name)}: tensor {name} is not in the manifest" for name in sorted(set(reader.names) - set(weights))
+    ]
     names = sorted(set(weights) & set(reader.names))
 
-    def look(name: str) -> tuple[int, list[str]]:
-        tensor, said = reader.tensor(name), weights[name]
+    def check(name: str) -> tuple[int, list[str]]:
+        tensor, expected = reader.tensor(name), weights[name]
         _, dtype, shape, body = fingerprint(name, tensor)
         found = {"dtype": dtype, "shape": list(shape), "sha256": body}
-        wrong = not isinstance(said, dict) or any(said.get(key) != value for key, value in found.items())
+        wrong = not isinstance(expected, dict) or any(expected.get(key) != value for key, value in found.items())
         return tensor.numel() * tensor.element_size(), (
-            [f"{reader.file(name)}: tensor {name} is not as it was written"] if wrong else []
+            [f"{reader.file(name)}: tensor {name} has changed since it was written"] if wrong else []
         )
 
     size = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # sha256 releases the interpreter lock
-        for done, (read, said) in enumerate(pool.map(look, names), start=1):
-            size, damage = size + read, damage + said
+        for done, (read, differences) in enumerate(pool.map(check, names), start=1):
+            size, damage = size + read, damage + differences
             progress(done, len(names))
     kept = [name for name in names if parent is not None and isinstance(weights[name], dict) and weights[name].get("kept")]
     for name in kept:
         assert parent is not None
         if name not in parent or not same_bytes(reader.tensor(name), parent.tensor(name)):
-            damage.append(f"{reader.file(name)}: tensor {name} is not what its parent {parent.path} has")
+            damage.append(f"{reader.file(name)}: tensor {name} differs from its parent {parent.path}")
     return Verified(len(names), size, len(files), None if parent is None else len(kept), damage)
 
 
 def _parent(path: Path, manifest: dict[str, Any]) -> CheckpointReader:
     where = manifest["parent"]["path"]
     if not (path / where).is_dir():
-        raise InputError(f"{path}: its parent {where} is not on this disk, and {setting('deep')} needs it")
+        raise InputError(f"{path}: its parent {where} is not on this disk, but {setting('deep')} needs it")
     return CheckpointReader(path / where)
 
 
 def _changed(path: Path, files: dict[str, Any]) -> list[str]:
-    """Sentences about files that differ, are missing, or would be read with the checkpoint though
-    nobody wrote them."""
+    """Sentences about files that differ, are missing, or would be read with the checkpoint without
+    being in the manifest."""
     found = []
-    for name, said in sorted(files.items()):
+    for name, expected in sorted(files.items()):
         file = path / name
         if Path(name).name != name and not (PurePosixPath(name).match(TEMPLATES) and len(PurePosixPath(name).parts) == 2):
             found.append(f"{path / MANIFEST} names {name!r}, which is not a file of this directory")
@@ -149,20 +150,20 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
         except InputError as error:
             found.append(str(error))
             continue
-        if _file_hash(file) != said:
-            found.append(f"{file} is not as it was written")
-    strange = {
+        if _file_hash(file) != expected:
+            found.append(f"{file} has changed since it was written")
+    unlisted = {
         file
         for pattern in (*CARRIED, *CODE, f"*{SAFETENSORS}")
         for file in path.glob(pattern)
         if file.relative_to(path).as_posix() not in files
     }
-    return found + [f"{file} was not written by the command that made this" for file in sorted(strange)]
+    return found + [f"{file} is not in the manifest" for file in sorted(unlisted)]
 
 
 def _sealed(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the manifest is, to the byte, what `_write` makes of its content, and its seal that
-    content's."""
+    """Whether the manifest file is byte for byte what `_write` makes of its content, and its seal is
+    correct."""
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     try:
         return manifest["seal"] == _digest(rest) and (path / MANIFEST).read_text(encoding="utf-8") == json_text(manifest)
@@ -175,7 +176,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _file_hash(file: Path) -> str:
-    """sha256 of a file, of a safetensors file's header (the length before it included)."""
+    """sha256 of a file, or of a safetensors file's header including the length before it."""
     digest = hashlib.sha256()
     with file.open("rb") as read:
         if file.suffix == SAFETENSORS:

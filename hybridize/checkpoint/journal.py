@@ -1,7 +1,6 @@
-"""A file of JSON lines that a long run writes as it goes, so that what it has found is not lost
-with it.
+"""A file of JSON lines to which a long run appends its results, so that they survive a crash.
 
-The first line holds the settings of the run; a run with others does not go on from it.
+The first line holds the settings of the run; only a run with the same settings continues it.
 """
 
 from __future__ import annotations
@@ -15,29 +14,29 @@ from hybridize.errors import InputError, setting
 
 
 def part_of(path: Path) -> Path:
-    """Where the lines of a file lie until it is whole."""
+    """The path of the lines while the file is incomplete."""
     return path.with_name(path.name + ".part")
 
 
 def check_journal(path: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether an unfinished run has left answers there. InputError where it has, and neither flag
-    says what to do with them."""
+    """Whether an unfinished run has left results in the file. InputError if it has and neither
+    `resume` nor `overwrite` is set."""
     if not path.exists():
         return False
     with path.open("rb") as lines:
         begun = (
             sum(1 for _, line in zip(range(2), lines, strict=False) if line.endswith(b"\n")) > 1
-        )  # settings alone are no loss
+        )  # a line of settings alone has no results
     if begun and not (resume or overwrite):
         raise InputError(
-            f"{path} is an unfinished run; {setting('resume')} goes on with it, {setting('overwrite')} starts anew"
+            f"{path} holds an unfinished run; continue it with {setting('resume')}, or start over with {setting('overwrite')}"
         )
     return begun
 
 
 class Journal:
-    """lines: those of the run before, if this one goes on with it (`resume`). InputError where
-    another run is in the way."""
+    """Appends lines to the file. lines: those of the run that this one continues (`resume`).
+    InputError if the file has lines of another run, or is being written by another process."""
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.path = path
@@ -55,24 +54,26 @@ class Journal:
             self.put({"settings": settings})
 
     def _read(self, settings: dict[str, Any], overwrite: bool) -> int:
-        """Takes up whole lines; returns how many bytes of the file they are. Those of another run
-        go where `overwrite` is."""
+        """Reads the complete lines into `lines` and returns their size in bytes; 0 if they belong to
+        another run that `overwrite` replaces."""
         kept = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
-            if not line.endswith(b"\n"):  # torn off when the run was killed
+            if not line.endswith(b"\n"):  # cut off when the run was killed
                 break
             try:
                 found = json.loads(line)
                 before = found["settings"] if number == 0 else settings
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{self.path}:{number + 1} is no line of an unfinished run; {setting('overwrite')} starts anew"
+                    f"{self.path}:{number + 1} is not a line of an unfinished run; start over with {setting('overwrite')}"
                 ) from error
             if before != settings and overwrite:
                 return 0
             if before != settings:
                 other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
-                raise InputError(f"{self.path} was begun with another {', '.join(other)}; {setting('overwrite')} starts anew")
+                raise InputError(
+                    f"{self.path} was started with another {', '.join(other)}; start over with {setting('overwrite')}"
+                )
             self.lines += [found] if number else []
             kept += len(line)
         return kept
@@ -82,6 +83,6 @@ class Journal:
         self.file.flush()
 
     def remove(self) -> None:
-        """Once all of it is elsewhere."""
+        """Closes and deletes the file, when its content is stored elsewhere."""
         self.file.close()
         self.path.unlink()

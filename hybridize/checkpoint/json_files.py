@@ -1,4 +1,4 @@
-"""JSON and YAML that somebody else may have written or damaged. Imports no torch."""
+"""Reads JSON and YAML files that may be damaged or untrusted. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MOST_JSON = 64 << 20  # bytes of a config, index, manifest, score or result file
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError naming the file when it is missing, not JSON, or not an
-    object."""
+    """The JSON object in a file. InputError naming the file if it is missing, too large, not JSON,
+    or not an object."""
     try:
         if path.stat().st_size > MOST_JSON:
-            raise InputError(f"{path} has {path.stat().st_size >> 20} MiB, which no file of its kind has")
+            raise InputError(f"{path} has {path.stat().st_size >> 20} MiB; at most {MOST_JSON >> 20} MiB are read")
         value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing") from error
@@ -30,12 +30,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def load_yaml(text: str) -> Any:
-    """YAML in which no key stands twice: the first would be dropped in silence. ValueError where
-    one does, else YAMLError."""
+    """The value of a YAML text. ValueError for a duplicate key, of which YAML would silently drop
+    the first; YAMLError for any other defect."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -43,7 +43,7 @@ def load_yaml(text: str) -> Any:
             keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise ValueError(f"line {node.start_mark.line + 1}: the key {key!r} stands there twice")
+                    raise ValueError(f"line {node.start_mark.line + 1}: duplicate key {key!r}")
             return dict(super().construct_mapping(node, deep=deep))
 
     return yaml.load(text, Loader)

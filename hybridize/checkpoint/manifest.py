@@ -1,5 +1,5 @@
-"""`hybridize.json`: where a checkpoint comes from, and by what command, settings and libraries it
-was made."""
+"""`hybridize.json`: the lineage of a checkpoint, with the command, settings and library versions
+that made it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 MANIFEST = "hybridize.json"
 FORMAT = 1
-MIXER_LAYER = "linear_attention"  # in layer_types; modeling has it too, which must stand alone
+MIXER_LAYER = "linear_attention"  # in layer_types; also in modeling, which must not import from here
 LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "mamba_ssm", "causal_conv1d")
 
 
 def libraries() -> dict[str, str]:
-    """Versions of what a result depends on, for those that are installed."""
+    """The versions of Python and of the installed libraries that a result depends on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -50,14 +50,14 @@ class Manifest:
     tokens: int = 0  # training tokens since the root, all steps together
 
     def to_json(self) -> dict[str, Any]:
-        told = asdict(self)
-        told |= {key: hidden(told[key]) for key in ("settings", "data")}
-        return {"format": FORMAT, **told, "version": __version__, "libraries": libraries()}
+        entries = asdict(self)
+        entries |= {key: hidden(entries[key]) for key in ("settings", "data")}
+        return {"format": FORMAT, **entries, "version": __version__, "libraries": libraries()}
 
 
 def hidden(value: Any) -> Any:
-    """A value without what opens doors: users and queries of URLs, tokens of the hub, of wandb and
-    of OpenAI's kind."""
+    """A value without secrets: users, passwords and queries of URLs; tokens of Hugging Face, OpenAI,
+    GitHub and wandb."""
     if isinstance(value, dict):
         return {key: hidden(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -70,8 +70,8 @@ def hidden(value: Any) -> Any:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest as written, or None where the directory has none. InputError when it is of
-    another format."""
+    """The manifest as written, or None if the directory has none. InputError if it has another
+    format."""
     if not (checkpoint / MANIFEST).exists():
         return None
     found = read_json(checkpoint / MANIFEST)
@@ -93,18 +93,19 @@ def _is_path(checkpoint: Path, name: str) -> bool:
 
 
 def check_manifest(source: CheckpointReader) -> None:
-    """InputError where there is a manifest and it is damaged, or of a model with another number of
-    layers."""
+    """InputError if there is a manifest and it is damaged, or describes another number of layers
+    than the config."""
     found = read_manifest(source.path)
     count = source.config.get("num_hidden_layers")
     if found is not None and len(found["layers"]) != count:
-        raise InputError(f"{source.path / MANIFEST} describes {len(found['layers'])} layers, config.json {count}")
+        raise InputError(f"{source.path / MANIFEST} describes {len(found['layers'])} layers, but config.json has {count}")
 
 
 def descend(
     source: CheckpointReader, name: str, output: Path, command: str, settings: dict[str, Any], seed: int, **changes: Any
 ) -> Manifest:
-    """The manifest of what `command` makes out of `source` (called `name` by the user) at `output`."""
+    """The manifest of the checkpoint that `command` makes from `source` (called `name` by the user)
+    at `output`."""
     before = read_manifest(source.path)
     parent = {"path": _seen_from(output, source.path, name), "hash": source.hash}
     root = parent
@@ -118,7 +119,7 @@ def descend(
 
 
 def _seen_from(output: Path, path: Path, name: str) -> str:
-    """A relative path where the user meant a directory, the hub id where not."""
+    """A path relative to `output` if the user named a directory, else the hub id `name`."""
     if path.is_dir() and (Path(name).is_dir() or (path.is_absolute() and not _is_hub_cache(path))):
         return os.path.relpath(path.resolve(), output.resolve())
     return name
@@ -129,8 +130,8 @@ def _is_hub_cache(path: Path) -> bool:
 
 
 def root_of(checkpoint: Path) -> str | None:
-    """The teacher that a checkpoint descends from, as a path or hub id that can be opened from
-    here."""
+    """The teacher that a checkpoint descends from, as a path that can be opened or a hub id; None
+    without a manifest."""
     found = read_manifest(checkpoint)
     if found is None:
         return None
@@ -140,9 +141,9 @@ def root_of(checkpoint: Path) -> str | None:
 
 
 def ancestors(checkpoint: Path) -> dict[str, str]:
-    """What a checkpoint was made from: content hash -> path or hub id, nearest first, the root
-    last. Of parents that are no longer there, or were written again since, only the nearest and the
-    root are known."""
+    """The checkpoints that this one was made from: content hash -> path or hub id, nearest first,
+    the root last. Beyond a parent that is missing or was overwritten since, only the root is
+    known."""
     found: dict[str, str] = {}
     here, root = checkpoint, None
     while (manifest := read_manifest(here)) is not None and manifest["parent"]["hash"] not in found:

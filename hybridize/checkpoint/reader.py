@@ -1,5 +1,5 @@
-"""Reads a checkpoint directory lazily: its config, and tensor by tensor through memory maps. Knows
-no model classes."""
+"""Reads a checkpoint directory lazily: its config, and single tensors through memory maps.
+Independent of model classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Fingerprint = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha25
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_NAME = 255  # bytes that file systems allow
 NOT_HASHED = ("transformers_version", "_name_or_path")
-CARRIED = (  # what makes a directory usable beside its weights: tokenizer, template, generation settings
+CARRIED = (  # files that a usable checkpoint needs besides its weights: tokenizer, template, generation settings
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
@@ -35,12 +35,11 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[str] = _HUB_FILES, network: bool = True) -> Path:
-    """The directory that `name` means: a path if it starts with . or /, else an existing directory,
-    else a hub id.
+    """The directory that `name` refers to: a path if it starts with . or /, else an existing
+    directory, else a hub id.
 
-    files: patterns of what is wanted of a hub id. network: or only what is in the hub's cache on
-    this disk, for a name that no user has typed. Raises InputError where there is none, or the hub
-    does not have it.
+    files: patterns of the files to fetch for a hub id. network: False searches only the hub's cache
+    on this disk, for names that no user has typed. InputError if there is no such checkpoint.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -53,15 +52,17 @@ def resolve_checkpoint(name: str, revision: str | None = None, files: Sequence[s
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not network))
-    except Exception as error:  # the hub raises its own, httpx's and OSError, all meaning: not to be had
+    except Exception as error:  # the hub raises its own errors, httpx's and OSError, all for an unavailable checkpoint
         if not network:
-            raise InputError(f"{name} is no local directory, and not in the hub's cache") from error
-        raise InputError(f"{name} is no local directory, and the hub did not give it: {first_line(error)}") from error
+            raise InputError(f"{name} is neither a local directory nor in the hub's cache") from error
+        raise InputError(
+            f"{name} is not a local directory, and could not be fetched from the hub: {first_line(error)}"
+        ) from error
 
 
 def carried_files(source: Path) -> list[Path]:
-    """Tokenizer, chat template and generation files of a checkpoint directory. InputError where one
-    leads out of it."""
+    """Tokenizer, chat template and generation files of a checkpoint directory. InputError if one is
+    a link out of it."""
     found = sorted({file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()})
     for file in found:
         check_inside(source, file)
@@ -69,7 +70,7 @@ def carried_files(source: Path) -> list[Path]:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copies what `carried_files` names, each to its place."""
+    """Copies the `carried_files` of `source` to the same relative paths in `target`."""
     for file in carried_files(source):
         place = target / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
@@ -77,34 +78,34 @@ def carry(source: Path, target: Path) -> None:
 
 
 def _check_marks(folder: Path) -> None:
-    """InputError naming a file that begins with a byte order mark: transformers stumbles over it,
-    or takes it for text."""
+    """InputError naming a file that begins with a byte order mark, on which transformers fails or
+    which it reads as text."""
     for file in sorted({*folder.glob("*.json"), *carried_files(folder)}):
         with file.open("rb") as opened:
             if opened.read(3) == codecs.BOM_UTF8:
                 raise InputError(
-                    f"{file} begins with a byte order mark, which transformers cannot read; save it as UTF-8 without"
+                    f"{file} begins with a byte order mark, which transformers cannot read; save it as UTF-8 without one"
                 )
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """InputError where a file of a checkpoint is a link to somewhere else: it would be read, and
-    copied, as the checkpoint's.
+    """InputError if a file of a checkpoint is a link out of its directory: its target would be read,
+    and copied, as part of the checkpoint.
 
-    The hub's cache links into its own store, which is inside.
+    The hub's cache links into its own store, which counts as inside.
     """
     home, real = folder.resolve(), file.resolve()
     store = home.parent.parent if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--") else home
     if home not in real.parents and store not in real.parents:
-        raise InputError(f"{file} is a link out of its directory, to {real}; put a copy there, or name that directory")
+        raise InputError(f"{file} is a link out of its directory, to {real}; replace it by a copy, or give that directory")
 
 
 class CheckpointReader:
-    """A safetensors checkpoint: `config`, tensor names, shapes and types at once; tensors when
-    asked for.
+    """A safetensors checkpoint: `config`, tensor names, shapes and types are read at once, tensors
+    on request.
 
-    What is read is what transformers reads: with a single file beside an index and shards, the
-    single file. sharded: whether it is the index. Raises InputError naming the file when the
+    The same weights are read as in transformers: if there are both a single file and an index with
+    shards, the single file. sharded: whether the index is used. InputError naming the file if the
     directory is incomplete (no config, a missing or damaged shard).
     """
 
@@ -139,7 +140,7 @@ class CheckpointReader:
         elif not self.sharded:
             weights, shards = None, [SINGLE]
         else:
-            pickled = ", which pickle weights cannot replace" if list(self.path.glob("*.bin")) else ""
+            pickled = "; pickled weights (*.bin) are not read" if list(self.path.glob("*.bin")) else ""
             raise InputError(f"{self.path} has no {SINGLE} and no {INDEX}{pickled}")
         files: dict[str, tuple[str, Any]] = {}
         for shard in shards:
@@ -150,7 +151,7 @@ class CheckpointReader:
                 handle = safe_open(self.path / shard, framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"{self.path / shard} is not a readable safetensors file: {error}") from error
-            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in handle.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 if name in files:
                     raise InputError(f"tensor {name} is in more than one file of {self.path}")
                 files[name] = shard, handle
@@ -170,7 +171,7 @@ class CheckpointReader:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it: F32, BF16, I8 ..."""
+        """The type as safetensors names it: F32, BF16, I8 ..."""
         return str(self._slice(name).get_dtype())
 
     def _slice(self, name: str) -> Any:
@@ -185,12 +186,12 @@ class CheckpointReader:
         return self._files[name][1].get_tensor(name)  # type: ignore[no-any-return]
 
     def file(self, name: str) -> Path:
-        """The file that a tensor is in."""
+        """The file that holds a tensor."""
         return self.path / self._files[name][0]
 
     @property
     def files(self) -> list[str]:
-        """Names of the weights' files."""
+        """Names of the weight files."""
         return sorted({shard for shard, _ in self._files.values()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -199,8 +200,8 @@ class CheckpointReader:
 
     @cached_property
     def hash(self) -> str:
-        """The content hash (docs/concepts/architecture.md): weights and config, whatever the
-        sharding. Reads every byte once, but for tensors that `take_print` has had."""
+        """The content hash (docs/concepts/architecture.md) of weights and config, independent of the
+        sharding. Reads every byte once, except of tensors that `take_print` has read."""
         for shard in self.files:
             missing = [name for name in self.names if self._files[name][0] == shard and name not in self._prints]
             if missing:
@@ -208,12 +209,12 @@ class CheckpointReader:
         return content_hash(list(self._prints.values()), self.config)
 
     def check_weights(self) -> None:
-        """Reads every weight, once. InputError naming the first that is not finite."""
-        _ = self.hash  # which looks at all of them
+        """Reads every weight once. InputError naming the first that is not finite."""
+        _ = self.hash  # checks each tensor
 
     def _take_prints(self, shard: str, names: list[str]) -> None:
-        """Through a map of its own, so that the pages read leave memory with it. InputError where
-        the file was replaced since it was opened."""
+        """Takes the fingerprints of tensors in a shard, through a separate memory map so that its
+        pages are freed. InputError if the file was replaced since it was opened."""
         path = self.path / shard
         with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(2) as pool:  # sha256 releases the interpreter lock
             if _mark(path) != self._marks[shard]:
@@ -222,26 +223,25 @@ class CheckpointReader:
             self._prints.update(zip(names, prints, strict=True))
 
     def take_print(self, name: str) -> Fingerprint:
-        """What `hash` needs of one tensor, for who reads it anyway. InputError where it is not
-        finite."""
+        """The fingerprint of one tensor, kept for `hash`. InputError if the tensor is not finite."""
         if name not in self._prints:
             self._prints[name] = fingerprint(name, self.tensor(name), str(self.file(name)))
         return self._prints[name]
 
     def same_bits(self, name: str, other: CheckpointReader) -> bool:
-        """Whether both have the tensor with the same type, shape and bytes."""
+        """Whether both checkpoints have the tensor with the same type, shape and bytes."""
         return self.take_print(name) == other.take_print(name)
 
 
 def _mark(file: Path) -> tuple[int, int, int]:
-    """By which a file is known to be the same one, unchanged."""
+    """Inode, size and modification time, by which an unchanged file is recognised."""
     stat = file.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def fingerprint(name: str, tensor: Tensor, where: str | None = None) -> Fingerprint:
-    """where: InputError with this and the tensor's name when it holds NaN or infinity, which is no
-    use to anybody."""
+    """Name, dtype, shape and sha256 of a tensor. where: if given, a tensor with NaN or infinity is
+    an InputError that names this place."""
     content = _bytes(tensor)
     if where is not None and tensor.is_floating_point() and not _finite(content, tensor.dtype):
         raise InputError(f"{where}: tensor {name} holds values that are not finite")
@@ -250,7 +250,7 @@ def fingerprint(name: str, tensor: Tensor, where: str | None = None) -> Fingerpr
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaN and -0 included."""
+    """Whether two tensors are equal bit for bit, NaN and -0 included."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
 
 
@@ -259,11 +259,13 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _finite(content: Tensor, dtype: torch.dtype) -> bool:
-    """Of the bytes of a floating type. Sign aside, the bits of what is not finite are, in an IEEE
-    type, a whole number no smaller than infinity's: looked at so, ten times faster than by
-    converting them."""
+    """Whether all values are finite. content: the bytes of a floating-point tensor of type `dtype`.
+
+    In an IEEE type the bits of NaN and infinity without the sign, read as an integer, are at least
+    those of infinity. Comparing integers is ten times faster than converting the values.
+    """
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize)
-    if whole is None:  # eight bits, of which few kinds know infinity
+    if whole is None:  # eight-bit types, most of which have no infinity
         return bool(torch.isfinite(content.view(dtype).float()).all())
     infinity = int(torch.tensor(torch.inf, dtype=dtype).view(whole))
     return all(
@@ -272,6 +274,7 @@ def _finite(content: Tensor, dtype: torch.dtype) -> bool:
 
 
 def content_hash(parts: list[Fingerprint], config: dict[str, Any]) -> str:
+    """sha256 of all fingerprints, sorted, and of the config without the keys NOT_HASHED."""
     digest = hashlib.sha256()
     for name, dtype, shape, body in sorted(parts):
         digest.update(f"{name} {dtype} {list(shape)} {body}\n".encode())

@@ -1,5 +1,5 @@
-"""Score files: how much each attention layer is worth, bound by hash to the checkpoint they were
-measured on."""
+"""Score files: the importance of each attention layer, bound by content hash to the checkpoint that
+was scored."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hybridize.checkpoint.json_files import read_json
 from hybridize.checkpoint.manifest import ancestors, hidden
 from hybridize.errors import InputError, setting
 
-PREFERRED = ("mmr", "restore", "loo")  # the order in which `replace` takes them; others come after these, by name
+PREFERRED = ("mmr", "restore", "loo")  # the order in which `replace` looks for them; other kinds follow by name
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """`score`: higher means convert later. `stderr`: its standard error, None where unknown.
-    `ranks`: the first and last rank, from 1, that it has in 90% of all resamples of what was
-    measured, None where unknown."""
+    """The score of one layer. score: higher means convert later. stderr: its standard error, None
+    if unknown. ranks: the 90% interval of the layer's rank, from 1, over resamples of the
+    measurements, None if unknown."""
 
     layer: int
     score: float
@@ -32,8 +32,8 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """One ranking. `checkpoint` is the content hash of what was measured; `seconds` how long that
-    took."""
+    """One ranking. checkpoint: content hash of the checkpoint that was scored; seconds: duration of
+    the scoring."""
 
     kind: str
     checkpoint: str
@@ -53,8 +53,8 @@ class Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """InputError naming the file when it is no score file, or has a score that is missing, doubled
-    or not finite."""
+    """The scores in a file. InputError naming the file if it is not a score file, or a layer's score
+    is missing, duplicate or not finite."""
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise InputError(f"{path} is not a score file of format {FORMAT}")
@@ -73,7 +73,7 @@ def read_scores(path: Path) -> Scores:
     if len({s.layer for s in layers}) != len(layers):
         raise InputError(f"{path} scores a layer twice")
     if not isinstance(scores.checkpoint, str) or not isinstance(scores.kind, str):
-        raise InputError(f"{path} does not say what it was measured on")
+        raise InputError(f"{path} does not name its kind of score and the checkpoint that was scored")
     return scores
 
 
@@ -89,7 +89,7 @@ def _pair(found: Any) -> tuple[int, int] | None:
 
 
 def beside(checkpoint: Path, name: str, folder: str) -> Path:
-    """CHECKPOINT/FOLDER, or ./FOLDER/NAME where the checkpoint is a hub id or read-only."""
+    """CHECKPOINT/FOLDER, or ./FOLDER/NAME if the checkpoint is a hub id or read-only."""
     if Path(name).is_dir() and os.access(checkpoint, os.W_OK):
         return checkpoint / folder
     return Path(folder) / name.strip("/").replace("/", "--")
@@ -100,7 +100,7 @@ def scores_path(checkpoint: Path, name: str, kind: str) -> Path:
 
 
 def score_files(checkpoint: Path, name: str) -> list[Path]:
-    """The score files of a checkpoint, those that `replace` prefers first."""
+    """The score files of a checkpoint, in the order of `replace`'s preference."""
     found = [path for path in beside(checkpoint, name, "scores").glob("*.json") if path.is_file()]
     places = {kind: place for place, kind in enumerate(PREFERRED)}
     return sorted(found, key=lambda path: (places.get(path.stem, len(places)), path.stem))
@@ -112,10 +112,10 @@ def find_scores(checkpoint: Path, name: str) -> Path | None:
 
 
 def explain_no_scores(path: Path, name: str) -> str:
-    """What to do for a checkpoint without scores; an ancestor's are named, if there are such."""
+    """The error message for a checkpoint without scores; it names scores of an ancestor, if any."""
     what = f"{name} has no scores; run score-loo, score-mmr or score-restore first, or name layers with {setting('indices')}"
     for place in ancestors(path).values():
         found = find_scores(Path(place), place)
         if found is not None:
-            return f"{what}; {setting('scores')} {found} takes those of {place}, which it was made from"
+            return f"{what}; {setting('scores')} {found} uses the scores of {place}, from which it was made"
     return what

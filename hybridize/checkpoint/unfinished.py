@@ -1,5 +1,5 @@
-"""What an unfinished run leaves beside its output, and whether a command line may go on with it.
-Imports no torch."""
+"""The directory that an unfinished run leaves next to its output, and whether a command may continue
+it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SETTINGS = "settings.json"
 
 
 def run_path(output: Path) -> Path:
-    """The folder of the run that makes `output`."""
+    """The directory of the run that makes `output`."""
     return output.with_name(output.name + ".run")
 
 
 def check_unfinished(run: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """InputError where the folder `run` holds an unfinished run and neither flag says what to do
-    with it, or `resume` is to go on with other settings than it had. settings: those that are known
-    by now; the others are not compared."""
+    """InputError if the directory `run` holds an unfinished run and neither `resume` nor `overwrite`
+    is set, or `resume` is set and its settings differ. settings: those known so far; others are not
+    compared."""
     if not (run / SETTINGS).exists():
         return
     if resume:
@@ -34,7 +34,7 @@ def check_unfinished(run: Path, settings: dict[str, Any], resume: bool, overwrit
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of each setting that differs; of settings inside settings the inner one."""
+    """Name and both values of each setting that differs; in nested settings, of the inner one."""
     for key, value in now.items():
         found = before.get(key)
         if isinstance(value, dict) and isinstance(found, dict):

@@ -1,9 +1,8 @@
-"""What of lm-eval is used beside its documented entry points. For the versions that it was tried on
-see TRIED.
+"""Imports from lm-eval beyond its documented entry points. TRIED has the tested versions.
 
-Importing this imports lm-eval, which takes seconds: to be done where it is needed. How its tasks
-look inside is known to `evaluation/harness.py` and `evaluation/answering.py`, which import what
-they build on from here.
+Importing this module imports lm-eval, which takes seconds, so import it only where it is needed.
+`evaluation/harness.py` and `evaluation/answering.py` depend on the structure of its tasks, and
+import what they build on from here.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ PROBES = ("get_git_commit_hash", "add_env_info")
 
 
 def keep_templates() -> None:
-    """Each of a task's templates is compiled once. lm-eval compiles them anew for every document,
-    which takes longer than a small model's answers."""
+    """Caches the compiled templates of tasks. lm-eval compiles them again for every document, which
+    takes longer than a small model's answers."""
     if "from_string" not in vars(env):
         env.from_string = functools.cache(env.from_string)
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """lm-eval prints tables of its own settings and tqdm bars: they go nowhere, our command
-    reports."""
+    """Suppresses the tables of settings and the progress bars of lm-eval; our command reports
+    instead."""
     for name in ("lm_eval", "lm-eval", "datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     before = tqdm.tqdm.__init__
-    # it also asks git and pip about the machine, which takes seconds and prints errors outside a
-    # repository
+    # It also runs git and pip to describe the machine, which takes seconds and prints errors outside
+    # a repository.
     probes = {name: getattr(evaluator, name) for name in PROBES if hasattr(evaluator, name)}
     for name in probes:
         setattr(evaluator, name, lambda *_: None)

@@ -1,5 +1,4 @@
-"""What of transformers is used beside its documented classes. For the versions that it was tried on
-see TRIED."""
+"""Imports from transformers beyond its documented classes. TRIED has the tested versions."""
 
 from __future__ import annotations
 
@@ -17,6 +16,6 @@ __all__ = [
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Lets `config._attn_implementation = name` mean `function`. No mask is made for a name that
-    masks do not know."""
+    """Registers `function` for `config._attn_implementation = name`. transformers makes no mask for
+    a name that is not registered for masks, too."""
     ALL_ATTENTION_FUNCTIONS.register(name, function)

@@ -1,1 +1,1 @@
-"""Rows of text in every form, encoded and packed into batches."""
+"""Training rows in all supported forms, their encoding, and their packing into batches."""

@@ -1,9 +1,9 @@
-"""What a chat template makes of a conversation: the prompt before each answer, and what the model
-would write after it.
+"""Renders conversations with a chat template: the prompt before each answer, and the text that the
+model would generate after it.
 
-A template may render a turn otherwise once something follows it (reasoning is dropped, a system
-text moves). So each answer is looked at as the last message, after exactly what a server would have
-given to the model.
+A template may render a turn differently once something follows it (reasoning is dropped, a system
+text moves). Each answer is therefore rendered as the last message, after exactly the prompt that a
+server would give to the model.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 from hybridize.data.forms import REASONING, Conversation, Message
 from hybridize.errors import InputError, first_line, setting
 
-PROBE = "Qx7probeZ4"  # stands for an answer's text, to see what the template writes around it
-_OPENED = re.compile(r"<([\w:.-]*(?:think|thought|reason)[\w:.-]*)>\s*\Z", re.IGNORECASE)  # as <think>, at a prompt's end
+PROBE = "Qx7probeZ4"  # replaces an answer's text, to find what the template writes around it
+_OPENED = re.compile(r"<([\w:.-]*(?:think|thought|reason)[\w:.-]*)>\s*\Z", re.IGNORECASE)  # such as <think> at a prompt's end
 _EMPTY_BLOCK = re.compile(r"<([\w:.-]+)>\s*</\1>")
-_TEXT_MARK = re.compile(r"\s*<[|/]?[\w|\u2581\uff5c-]+\|?>")  # as <|im_end|> where the tokenizer has no such token
-_NEAR = 6  # characters of a prompt's end by which its place is known again
+_TEXT_MARK = re.compile(r"\s*<[|/]?[\w|\u2581\uff5c-]+\|?>")  # such as <|im_end|>, if it is not a token
+_NEAR = 6  # characters at a prompt's end that suffice to recognise its place
 _HALF_MARK = re.compile(r"<[^<>\s]*\Z")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer: the model reads `prompt` and writes `text`, which ends with the template's end
-    token(s), if it has any.
+    """One answer: the model reads `prompt` and generates `text`, which includes the template's end
+    token(s), if any.
 
-    ending: the part of `text` that ends the answer; after: the line break that the template writes
-    behind it. lost: what the row says and the template does not show. unclosed: the prompt opens a
-    block, as <think>, which the answer leaves open.
+    ending: the part of `text` that ends the answer; after: the line break that the template adds
+    after it. lost: text of the row that the template does not render. unclosed: the prompt opens a
+    block such as <think> that the answer does not close.
     """
 
     prompt: str
@@ -44,10 +44,10 @@ class Turn:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or `template`, a Jinja text in its place.
+    """A tokenizer's chat template, or the Jinja text `template` instead.
 
-    Named templates (a dict) are chosen between as transformers does: `tool_use` where a row has
-    tools and there is one, else `default`.
+    Of named templates (a dict) one is chosen as in transformers: `tool_use` if it exists and the
+    row has tools, else `default`.
     """
 
     def __init__(self, tokenizer: Any, template: str | dict[str, str] | None = None) -> None:
@@ -59,16 +59,16 @@ class ChatTemplate:
         self._parts: dict[str, bool] = {}
 
     def prompt(self, conversation: Conversation, where: str) -> str:
-        """What a model reads before it answers the conversation's last message."""
+        """The text that a model reads before it answers the conversation's last message."""
         return self._render(conversation, conversation.messages, where, prompt=True)
 
     def whole(self, conversation: Conversation, where: str) -> str:
-        """The finished conversation."""
+        """The whole conversation as text, without a generation prompt."""
         return self._render(conversation, conversation.messages, where)
 
     def joined(self, conversation: Conversation, where: str) -> str | None:
-        """The finished conversation, if every answer stands in it as it was written, right after
-        its prompt."""
+        """The whole conversation as text, if it has every answer unchanged directly after its prompt;
+        else None."""
         whole = self.whole(conversation, where)
         for at, message in enumerate(conversation.messages):
             if message["role"] == "assistant":
@@ -82,8 +82,8 @@ class ChatTemplate:
         return whole
 
     def turns(self, conversation: Conversation, where: str) -> list[Turn]:
-        """Every answer of the conversation, in order. InputError where the template rejects it or
-        never shows an answer."""
+        """All answers of the conversation, in order. InputError if the template rejects it or does
+        not render an answer exactly once."""
         messages = conversation.messages
         return [self._turn(conversation, at, where) for at, one in enumerate(messages) if one["role"] == "assistant"]
 
@@ -92,11 +92,9 @@ class ChatTemplate:
         probed = self._render(conversation, [*before, _probe(message)], where)
         place = probed.rfind(PROBE)
         if probed.count(PROBE) > 1:
-            raise InputError(
-                f"{where}: the chat template shows an answer {probed.count(PROBE)} times; which of them is written?"
-            )
+            raise InputError(f"{where}: the chat template renders an answer {probed.count(PROBE)} times; it must do so once")
         if place < 0:
-            raise InputError(f"{where}: the loss mask keeps no token of this row: the chat template does not show its answers")
+            raise InputError(f"{where}: no token of this row has a loss: the chat template does not render its answers")
         around, tail = probed[:place], probed[place + len(PROBE) :]
         prompt = self._render(conversation, before, where, prompt=True) if before else around
         lead, lost = self._before_text(conversation, at, around, prompt, where), ""
@@ -113,14 +111,14 @@ class ChatTemplate:
         return Turn(prompt, text + ending, ending, after[: len(after) - len(after.lstrip())], lost, unclosed)
 
     def _before_text(self, conversation: Conversation, at: int, around: str, prompt: str, where: str) -> str:
-        """What the template writes between its prompt and a plain answer's text; `around`: all that
-        it writes before that."""
+        """What the template writes between its prompt and a plain answer's text; around: everything
+        that it writes before the text."""
         if around.startswith(prompt):
             return around[len(prompt) :]
-        # it writes otherwise what precedes a finished answer: the place is known by the generation
-        # prompt, if there is one
-        asked = self._render(conversation, conversation.messages[:at], where)
-        header = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        # The template renders what precedes a finished answer differently: the answer's place is
+        # found by the generation prompt, if there is one.
+        question = self._render(conversation, conversation.messages[:at], where)
+        header = prompt[len(question) :] if prompt.startswith(question) else ""
         if header.strip():
             place = around.rfind(header)
             return around[place + len(header) :] if place >= 0 else ""
@@ -128,13 +126,13 @@ class ChatTemplate:
         return around[len(text) :] if _same_end(text, prompt) >= _NEAR else ""
 
     def _split(self, conversation: Conversation, at: int, tail: str, where: str) -> tuple[str, str]:
-        """What the template writes after an answer's text: what ends the answer, and what follows,
-        as a line break.
+        """Splits what the template writes after an answer's text (`tail`) into the part that ends
+        the answer and the rest, for example a line break.
 
-        The end is the first special token; where others follow at once, all up to the tokenizer's
-        own end token, if that is among them: what follows a finished chat may begin with special
-        tokens, too. Without one it is a mark in the text, or the lines that stand there also when a
-        question follows.
+        The ending is the first special token; if others follow directly, it extends to the
+        tokenizer's own end token, if that is among them, since the text after a finished chat may
+        begin with special tokens, too. Without a special token the ending is a mark in the text, or
+        the lines that are also there when a question follows.
         """
         found = self._marks.search(tail) if self._marks else None
         if found is None:
@@ -149,18 +147,19 @@ class ChatTemplate:
         return tail[:end], tail[end:]
 
     def _as_before_a_question(self, conversation: Conversation, at: int, tail: str, where: str) -> int:
-        """How much of `tail` stands behind an answer in the middle of a chat, too, in whole lines."""
+        """How many characters of `tail`, in whole lines, also follow an answer in the middle of a
+        chat."""
         question = {"role": "user", "content": "Why?"}
         messages = [*conversation.messages[:at], _probe(conversation.messages[at]), question]
         try:
             other = self._render(conversation, messages, where).rsplit(PROBE, 1)[-1]
-        except InputError:  # a template that takes no question there
+        except InputError:  # the template rejects a question there
             return len(tail)
         same = tail[: _shared(tail, other)]
         return same.rfind("\n") + 1 or len(same) - len(same.lstrip())
 
     def _run(self, text: str, begin: int) -> list[str]:
-        """The special tokens that follow one another from `begin` on."""
+        """The consecutive special tokens from `begin` on."""
         found: list[str] = []
         while self._marks and (mark := self._marks.match(text, begin)):
             found.append(mark[0])
@@ -170,17 +169,17 @@ class ChatTemplate:
     def _composed(
         self, conversation: Conversation, at: int, prompt: str, plain: tuple[str, str, str], where: str
     ) -> tuple[tuple[str, str, str], str]:
-        """An answer with reasoning, tool calls or several parts, as the template renders it: its
-        text, ending, what follows.
+        """An answer with reasoning, tool calls or several parts, as the template renders it: (text,
+        ending, what follows), and the text of the row that the template omits.
 
-        Also what of it the template leaves out. plain: what the template writes before and after a
-        plain answer in its place, and between prompt and answer.
+        plain: what the template writes for a plain answer in its place: before its text, between
+        prompt and text, and after the text.
         """
         message, (around, lead, tail) = conversation.messages[at], plain
         rendered = self._render(conversation, conversation.messages[: at + 1], where)
         if rendered.startswith(prompt):
             begin = len(prompt)
-        else:  # the template writes otherwise what precedes a finished answer: the probe shows where the answer begins
+        else:  # what precedes a finished answer is rendered differently: the probe shows where the answer begins
             begin = min(_shared(around, rendered), len(around) - len(lead))
             if half := _HALF_MARK.search(rendered[:begin]):
                 begin = half.start()
@@ -195,12 +194,12 @@ class ChatTemplate:
         thought, source = message.get(REASONING[0], ""), self._source(conversation)
         if thought.strip() and thought.strip() not in text and "</think>" in source and not message.get("tool_calls"):
             written = _joined(message.get("content", ""))
-            text, thought = f"<think>\n{thought.strip()}\n</think>\n\n{written}", ""  # the block that the template cuts out
+            text, thought = f"<think>\n{thought.strip()}\n</think>\n\n{written}", ""  # the block that the template removes
         return (text, ending, after), _lost(text, thought, _texts(message), message.get("tool_calls", ()))
 
     def _last_marks(self, body: str) -> tuple[str, str, str]:
-        """`body` in three: the special token that it closes with, what stands before, and line
-        breaks after it."""
+        """Splits `body` into the text before its last special token, that token, and the white space
+        after it. Everything is text if it does not end with a special token."""
         text = body.rstrip()
         marks = list(self._marks.finditer(text)) if self._marks else []
         if not marks or marks[-1].end() < len(text):
@@ -238,8 +237,8 @@ class ChatTemplate:
         raise InputError(f"{where}: the chat template rejects it: {first_line(failed)}") from failed
 
     def _forms(self, messages: Sequence[Message], source: str) -> Iterable[list[Message]]:
-        """The messages as most templates take them, then as older ones want them: no content is an
-        empty one, and arguments of tool calls are JSON text."""
+        """The messages as most templates expect them, then as older ones do: with an empty content
+        instead of none, and with the arguments of tool calls as JSON text."""
         listed = any(isinstance(message.get("content"), list) for message in messages)
         joins = listed and not self._reads_parts(source)
         first = [{**m, "content": _joined(m["content"])} if joins and "content" in m else m for m in messages]
@@ -250,14 +249,14 @@ class ChatTemplate:
             yield [{"content": "", **_with_text_arguments(message)} for message in first]
 
     def _reads_parts(self, source: str) -> bool:
-        """Whether the template takes a message's content as a list of parts; others would print the
+        """Whether the template accepts a message's content as a list of parts; others print the
         list."""
         if source not in self._parts:
             try:
                 shown = self.tokenizer.apply_chat_template(
                     [{"role": "user", "content": [{"type": "text", "text": PROBE}]}], chat_template=source, tokenize=False
                 )
-            except Exception:  # whatever the template has against a list
+            except Exception:  # a template that rejects a list may raise anything
                 shown = ""
             self._parts[source] = PROBE in shown and "'text'" not in shown and '"text"' not in shown
         return self._parts[source]
@@ -272,10 +271,10 @@ def _is_plain(message: Message) -> bool:
 
 
 def _lead(lead: str, prompt: str, content: str) -> str:
-    """What of `lead` the answer begins with.
+    """The part of `lead` that belongs to the answer: all of it or nothing.
 
-    An empty block of reasoning is nobody's text and left out; what closes a block that the prompt
-    has opened stays, unless the answer goes on with the block or closes it itself.
+    An empty block of reasoning was not generated and is omitted. A mark that closes a block opened
+    by the prompt stays, unless the answer continues the block or closes it itself.
     """
     opened = _OPENED.search(prompt)
     thinks = opened and (f"</{opened[1]}>" in content or content.lstrip().startswith(f"<{opened[1]}>"))
@@ -283,7 +282,7 @@ def _lead(lead: str, prompt: str, content: str) -> str:
 
 
 def _continued(prompt: str, text: str) -> str:
-    """`text` without an opening mark, as <think>, that the prompt has written already."""
+    """`text` without an opening mark such as <think> that the prompt already ends with."""
     opened = _OPENED.search(prompt)
     if opened is None or not text.lstrip().startswith(f"<{opened[1]}>"):
         return text
@@ -293,7 +292,7 @@ def _continued(prompt: str, text: str) -> str:
 
 
 def _until_cut(text: str, message: Message) -> str:
-    """An answer of several parts up to the last thing that was written before it was cut."""
+    """A cut answer of several parts, up to the end of the last text that was generated."""
     if _is_plain(message) or "tool_calls" in message:
         return text
     last = next((part for part in reversed(_texts(message)) if part), message.get(REASONING[0], ""))
@@ -304,13 +303,12 @@ def _until_cut(text: str, message: Message) -> str:
 
 
 def _lost(text: str, thought: str, contents: Sequence[str], calls: Sequence[dict[str, Any]]) -> str:
-    """What of an answer's parts does not stand in `text`: reasoning, then content, then names and
-    arguments of calls."""
+    """The parts of an answer that `text` lacks: reasoning, content, tool calls."""
     thought, contents = thought.strip(), [part.strip() for part in contents]
     begin = text.find(thought) + len(thought) if thought in text else 0
     missing = [part for part in contents if part not in text]
     if thought and (thought not in text or any(part in text and part not in text[begin:] for part in contents)):
-        missing.insert(0, thought)  # or it stands in the content alone
+        missing.insert(0, thought)  # also if it only occurs inside the content
     for call in calls:
         function = _function(call)
         values = list(_values(function.get("arguments")))
@@ -320,7 +318,7 @@ def _lost(text: str, thought: str, contents: Sequence[str], calls: Sequence[dict
 
 
 def _values(value: Any) -> Iterable[str]:
-    """The words and numbers in a call's arguments, as JSON writes them."""
+    """The keys, words and integers in a call's arguments, as JSON writes them."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield str(key)
@@ -335,9 +333,9 @@ def _values(value: Any) -> Iterable[str]:
 
 
 def _prints_python(text: str, messages: Sequence[Message]) -> bool:
-    """Whether a template printed a call's arguments as Python has them, not JSON."""
-    told = [_function(call).get("arguments") for message in messages for call in message.get("tool_calls", ())]
-    return any(isinstance(one, dict) and one and str(one) in text and str(one) != json.dumps(one) for one in told)
+    """Whether a template printed a call's arguments in Python's notation instead of JSON."""
+    arguments = [_function(call).get("arguments") for message in messages for call in message.get("tool_calls", ())]
+    return any(isinstance(one, dict) and one and str(one) in text and str(one) != json.dumps(one) for one in arguments)
 
 
 def _shared(one: str, other: str) -> int:
@@ -361,8 +359,7 @@ def _texts(message: Message) -> list[str]:
 
 
 def _joined(content: Any) -> str:
-    """Several text parts as one text, a line each, as servers hand them to templates that take no
-    lists."""
+    """Several text parts joined by line breaks, as servers do for templates that accept no lists."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
@@ -377,7 +374,7 @@ def _with_text_arguments(message: Message) -> Message:
     calls = []
     for call in message["tool_calls"]:
         function = _function(call)
-        told = function.get("arguments")
-        function = {**function, "arguments": told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)}
+        value = function.get("arguments")
+        function = {**function, "arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
         calls.append({**call, "function": function} if "function" in call else {**call, **function})
     return {**message, "tool_calls": calls}

@@ -1,5 +1,4 @@
-"""The training and held-out rows of a run, and how they become batches. Knows nothing of training
-settings."""
+"""The training and held-out rows of a run and their batches. Independent of training settings."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from hybridize.data.packing import Batch, batched, endless, mixed, pack_document
 from hybridize.data.rows import Rows, read_mixture
 from hybridize.errors import InputError, WorkError
 
-CHECKED = 20_000  # rows that are encoded before anything starts; later ones only have their fields checked
-HELDOUT_ROWS = 64  # at most so many of the training rows are held out when there is no --eval-data
+CHECKED = 20_000  # rows that are encoded before anything starts; of later ones only the fields are checked
+HELDOUT_ROWS = 64  # most training rows that are held out without `eval_data`
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Shares of positions that hold text and that are learnt; of so many `documents` how many are
-    longer than a row, and the longest, in tokens."""
+    """How documents fill packed rows. held, learnt: shares of positions that hold text, and that
+    have a loss; cut: how many of the `documents` are longer than a row; longest: in tokens."""
 
     held: float
     learnt: float
@@ -34,8 +33,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training sources, each with its share of the tokens, held-out rows, and how both become
-    batches."""
+    """Training sources, each with its share of the tokens, held-out rows, and the batches of both."""
 
     sources: Sequence[tuple[Rows, float]]
     heldout: Rows
@@ -43,20 +41,22 @@ class Corpus:
 
     @property
     def rows(self) -> Rows:
-        """The training rows of all sources, one after the other."""
+        """The training rows of all sources, concatenated."""
         return Rows.joined([rows for rows, _ in self.sources])
 
     def lines(self, order: Iterator[Any], length: int) -> Iterator[Any]:
+        """Documents packed into rows of `length` tokens: as one stream with the mask `none`, else
+        each document whole."""
         if self.encoder.mask == "none":
             return pack_stream(order, length)
         pad = self.encoder.tokenizer.pad_token_id
         return pack_documents(order, length, pad if pad is not None else self.encoder.tokenizer.eos_token_id or 0)
 
     def documents(self, seed: int) -> Iterator[Document]:
-        """Endless training documents, the same for the same seed; each source in turn as its share
-        of the tokens falls due.
+        """Endless training documents, the same for the same seed; the sources are mixed by their
+        shares of the tokens.
 
-        A row whose answers need contexts of their own is several documents.
+        A row whose answers need separate contexts yields several documents.
         """
 
         def one(rows: Rows) -> Iterator[Document]:
@@ -69,7 +69,7 @@ class Corpus:
         """Endless batches of `batch_size` sequences of `seq_len` tokens, the same for the same
         seed.
 
-        WorkError for a row that cannot be encoded: of many rows only the first are tried
+        WorkError for a row that cannot be encoded, since only the first CHECKED rows are encoded
         beforehand.
         """
         try:
@@ -86,7 +86,7 @@ class Corpus:
         return list(batched(chosen, batch_size, last=True))
 
     def packing(self, seed: int, seq_len: int, sample: int = 512) -> Packing | None:
-        """How the first `sample` training documents are packed; None where they do not fill a row."""
+        """How the first `sample` training documents are packed; None if they do not fill a row."""
         documents = list(itertools.islice(self.documents(seed), min(sample, len(self.rows))))
         lines = list(self.lines(iter(documents), seq_len))
         if not lines:
@@ -98,18 +98,18 @@ class Corpus:
         return Packing(min(1.0, held / places), sum(sum(line[3]) for line in lines) / places, len(documents), cut, max(lengths))
 
     def example(self, seed: int, most: int = 400) -> str:
-        """The first training document as text, what is learnt between brackets, long stretches cut
-        in the middle."""
+        """The first training document as text, with tokens that have a loss in brackets and long
+        stretches shortened in the middle."""
         document, parts = next(self.documents(seed)), []
-        for kept, group in itertools.groupby(zip(document.loss_mask, document.ids, strict=True), key=lambda pair: pair[0]):
+        for counts, group in itertools.groupby(zip(document.loss_mask, document.ids, strict=True), key=lambda pair: pair[0]):
             text = self.encoder.tokenizer.decode([token for _, token in group])
             text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-            parts.append(f"\u27e6{text}\u27e7" if kept else text)
+            parts.append(f"\u27e6{text}\u27e7" if counts else text)
         return "".join(parts)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of all rows, training and held-out: what a resumed run must find unchanged."""
+        """sha256 of all training and held-out rows, which a resumed run must find unchanged."""
         digest = hashlib.sha256()
         for part, weight in (*self.sources, (self.heldout, 0.0)):
             for row in part:
@@ -119,10 +119,10 @@ class Corpus:
 
 
 def open_corpus(data: str, eval_data: str | None, encoder: Encoder, limit: int | None = None, hold_out: bool = True) -> Corpus:
-    """Reads and checks all rows and encodes the first CHECKED of each part, so that bad data shows
-    before any weight is loaded.
+    """Reads and checks all rows and encodes the first CHECKED of each part, so that bad data is
+    found before any weights are loaded.
 
-    Without `eval_data` the last rows of each source are held out, if `hold_out`.
+    Without `eval_data` the last rows of each source are held out, if `hold_out` is set.
     """
     sources = read_mixture(data, limit)
     if eval_data is not None:

@@ -1,5 +1,5 @@
-"""Rows to token ids and the loss mask: what the student is to learn, each answer in the context it
-would be written in."""
+"""Encodes rows to token ids and a loss mask, each answer in the context in which a model would
+generate it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hybridize.data.forms import Conversation, Pair, Plain, read_form, read_ques
 from hybridize.errors import InputError, setting
 
 MASKS = ("assistant", "none")
-REMEMBERED = 50_000_000  # tokens, five bytes each: rows are checked before training, which then need not tokenise them again
+REMEMBERED = 50_000_000  # cached tokens, five bytes each: training need not tokenise again the rows that were checked before
 _LOST, _UNCLOSED, _ENDLESS, _STALE = "lost", "unclosed", "endless", "stale"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised row. loss_mask[i]: predicting token i counts in the loss.
+    """One tokenised row. loss_mask[i]: whether the prediction of token i counts in the loss.
 
-    starts: where its sequences begin; each is a text of its own, which does not see the others.
-    whole: it ends as it was meant to, and was not cut at a length.
+    starts: where its sequences begin; each is a separate text, which does not see the others.
+    whole: its end is the intended one; False if generation was cut at a length.
     """
 
     ids: list[int]
@@ -31,7 +31,7 @@ class Document:
     whole: bool = True
 
     def parts(self) -> list[Document]:
-        """The sequences, one document each."""
+        """The sequences, as one document each."""
         if len(self.starts) == 1:
             return [self]
         ends = [*self.starts[1:], len(self.ids)]
@@ -42,9 +42,9 @@ class Document:
 class Encoder:
     """Tokenises rows with a checkpoint's tokenizer and chat template.
 
-    mask `assistant` keeps what the assistant writes (all tokens of a `text` row), `none` keeps
-    every token. chat_template: a Jinja template in place of the tokenizer's own. vocabulary: how
-    many tokens the model knows, where a row with another is to be refused.
+    mask: `assistant` computes the loss on what the assistant writes (all tokens of a `text` row),
+    `none` on every token. chat_template: a Jinja template instead of the tokenizer's own.
+    vocabulary: the size of the model's embedding, to reject rows with other tokens.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class Encoder:
         self.tokenizer, self.mask, self.vocabulary = tokenizer, mask, vocabulary
         self.chat = ChatTemplate(tokenizer, chat_template)
         self.template = self.chat.template
-        self.unread: dict[str, None] = {}  # keys of rows that nobody reads, in the order of their first sight
+        self.unread: dict[str, None] = {}  # ignored keys of rows, in the order of their first occurrence
         self._counted: Counter[str] = Counter()
         self._known: dict[tuple[str, int], tuple[array[int], bytes, tuple[int, ...], bool]] = {}
         self._room = REMEMBERED
         self._front, self._back = self._added()
 
     def encode(self, row: dict[str, Any], where: str) -> Document:
-        """The row called `where`. InputError naming it when the mask keeps none of its tokens or
+        """The row called `where`, cached. InputError naming it if none of its tokens has a loss or
         the template rejects it."""
         name = where, hash(repr(row))
         if name in self._known:
@@ -75,8 +75,8 @@ class Encoder:
         return document
 
     def prompt(self, row: dict[str, Any], where: str) -> list[int]:
-        """What a model reads before it answers the row called `where`: chat messages without a last
-        answer, or a prompt."""
+        """The token ids that a model reads before it answers the row called `where`: those of its
+        messages without a last answer, or of its prompt."""
         question = read_question(row, where)
         if isinstance(question, str) and self.template:
             question = Conversation([{"role": "user", "content": question}])
@@ -89,24 +89,25 @@ class Encoder:
         return self._check(self._tokens(self.chat.prompt(question, where), where), where)
 
     def remarks(self) -> list[str]:
-        """Sentences on what of the rows so far is not learnt, or not as one might think; for the
-        start of a run."""
-        said = []
+        """Warnings about the rows so far, for the start of a run: text without a loss, and other
+        surprises."""
+        found = []
         if count := self._counted[_LOST]:
             tokens = self._counted["lost tokens"]
-            said.append(f"{count} answers have text that the chat template does not show: {tokens} tokens are not learnt")
+            found.append(f"{count} answers have text that the chat template does not render: {tokens} tokens have no loss")
         if count := self._counted[_UNCLOSED]:
-            said.append(
-                f"{count} answers do not close the thinking that the chat template's prompt opens: all is learnt as thought"
+            found.append(
+                f"{count} answers do not close the reasoning block that the chat template's prompt opens: "
+                "the model learns them as reasoning"
             )
         if count := self._counted[_ENDLESS]:
-            said.append(f"the chat template ends {count} answers with no token: their end is not learnt")
+            found.append(f"the chat template adds no end token to {count} answers: the model does not learn to end them")
         if count := self._counted[_STALE]:
-            said.append(f"{count} answers were written with another tokenizer: they are tokenised anew")
-        return said
+            found.append(f"{count} answers were generated with another tokenizer: they are tokenised again")
+        return found
 
     def read(self, row: dict[str, Any], where: str) -> Document:
-        """Like `encode`, of a row that will not come again."""
+        """Like `encode`, without the cache."""
         form, unread = read_form(row, where)
         source = str(self.template)  # a template may read any key of a message
         self.unread.update(
@@ -123,12 +124,12 @@ class Encoder:
         if self.mask == "none":
             document = Document(document.ids, [True] * len(document.ids), document.starts, document.whole)
         if not any(any(part.loss_mask[1:]) for part in document.parts()):
-            raise InputError(f"{where}: the loss mask keeps no token of this row")
+            raise InputError(f"{where}: no token of this row has a loss")
         self._check(document.ids, where)
         return document
 
     def _plain(self, form: Plain, where: str) -> Document:
-        """With what the tokenizer adds by itself, and the end token."""
+        """A text with the special tokens that the tokenizer adds, and the end token."""
         ids = self._with_added(form.text, where)
         end = self.tokenizer.eos_token_id
         if end is not None and ids[-1:] != [end]:
@@ -136,8 +137,8 @@ class Encoder:
         return Document(ids, [True] * len(ids))
 
     def _pair(self, form: Pair, where: str) -> Document:
-        """A prompt and its response without a chat template: one text, of which the response and
-        the end token are learnt."""
+        """A prompt and its response without a chat template: one text, with a loss on the response
+        and the end token."""
         before = form.before
         head = self._without_back(self._with_added(before, where))
         if self._is_written(form.written, form.response):
@@ -150,8 +151,8 @@ class Encoder:
         return Document(head + answer, [False] * len(head) + [True] * len(answer), whole=not form.cut)
 
     def _conversation(self, form: Conversation, where: str) -> Document:
-        """Each answer after its own prompt; answers share a sequence as long as the next prompt
-        begins with all before it."""
+        """Each answer after its own prompt; an answer continues the current sequence if its prompt
+        begins with that sequence, else it starts a new one."""
         written = form.generated and form.messages[-1]["role"] == "assistant"
         if self.mask == "none" and not written and (text := self.chat.joined(form, where)) is not None:
             joined = self._tokens(text, where)
@@ -183,7 +184,9 @@ class Encoder:
             self._count(turn, whole)
         if last and not form.generated:
             ids += self._tokens(turns[-1].after, where)
-        if self.mask == "none" and not (last and form.generated):  # what follows the last answer belongs to the stream
+        if self.mask == "none" and not (
+            last and form.generated
+        ):  # with a loss on every token, text after the last answer is included
             every, sequence = self._tokens(self.chat.whole(form, where), where), ids[starts[-1] :]
             if every[: len(sequence)] == sequence:
                 ids += every[len(sequence) :]
@@ -191,17 +194,16 @@ class Encoder:
         return Document(ids, loss_mask, tuple(starts), whole)
 
     def _answer(self, head: list[int], before: str, text: str, where: str) -> list[int]:
-        """The ids of `text` as a model would write it after `before`, whose ids are `head`."""
+        """The ids of `text` as a model would generate it after `before`, whose ids are `head`."""
         both = self._tokens(before + text, where)
         bare = head[len(self._front) :] if self._front and head[: len(self._front)] == self._front else head
         for begin in (head, bare):
             if both[: len(begin)] == begin:
                 return both[len(begin) :]
-        return self._continued(text, where)  # a token would reach over the border, but the model reads `head`
+        return self._continued(text, where)  # a token would span the border, but the model reads `head`
 
     def _continued(self, text: str, where: str) -> list[int]:
-        """The ids of `text` where it does not begin a text: some tokenizers put a space before what
-        does."""
+        """The ids of `text` in the middle of a text: at the beginning some tokenizers add a space."""
         mark = self.tokenizer.eos_token
         if mark:
             before, both = self._tokens(mark, where), self._tokens(mark + text, where)
@@ -210,7 +212,8 @@ class Encoder:
         return self._tokens(text, where)
 
     def _is_written(self, ids: list[int] | None, text: Any) -> bool:
-        """Whether a row's own ids can be taken for its answer `text`: they are this tokenizer's."""
+        """Whether a row's own ids can be used for its answer `text`: this tokenizer decodes them to
+        it."""
         if ids is None:
             return False
         known = self.vocabulary or len(self.tokenizer)
@@ -236,12 +239,12 @@ class Encoder:
             if at is None:
                 raise
             raise InputError(
-                f"{where} has half a character ({text[at]!a}, a lone surrogate) after {text[max(0, at - 20) : at]!r}"
+                f"{where} has a lone surrogate ({text[at]!a}, half a character) after {text[max(0, at - 20) : at]!r}"
             ) from error
 
     def _with_added(self, text: str, where: str) -> list[int]:
-        """With what the tokenizer adds by itself, once: a text may have it already, as a rendered
-        chat has."""
+        """The ids of a text with the special tokens that the tokenizer adds, but not twice if the
+        text has them already, as a rendered chat does."""
         ids = self._tokens(text, where, added=True)
         front, back = self._front, self._back
         if front and ids[: 2 * len(front)] == front * 2:
@@ -251,32 +254,33 @@ class Encoder:
         return ids
 
     def _without_back(self, ids: list[int]) -> list[int]:
-        """Without what the tokenizer adds behind a text: an answer is to follow."""
+        """The ids without the special tokens that the tokenizer adds after a text, so that an answer
+        can follow."""
         return ids[: -len(self._back)] if self._back and ids[-len(self._back) :] == self._back else ids
 
     def _added(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind any text."""
+        """The special tokens that the tokenizer adds before and after any text."""
         bare, full = self._tokens("a", ""), self._tokens("a", "", added=True)
         at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
         return full[:at], full[at + len(bare) :]
 
     def _check(self, ids: list[int], where: str) -> list[int]:
-        """The ids; InputError where one is beyond what the model has embeddings for."""
+        """The ids; InputError if the model has no embedding for one of them."""
         if self.vocabulary is not None and (unknown := unknown_token(self.tokenizer, ids, self.vocabulary)):
             raise InputError(f"{where} has {unknown}")
         return ids
 
 
 def unknown_token(tokenizer: Any, ids: list[int], vocabulary: int) -> str | None:
-    """The highest of the ids, in words, where the model has no embedding for it, only for
-    `vocabulary` tokens; else None."""
+    """A description of the highest id if the model, which has `vocabulary` embeddings, has none for
+    it; else None."""
     if not ids or (highest := max(ids)) < vocabulary:
         return None
     token = tokenizer.convert_ids_to_tokens(highest)
-    return f"the token {token!r} ({highest}), but the model knows only {vocabulary} tokens"
+    return f"the token {token!r} ({highest}), but the model has only {vocabulary} embeddings"
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
-    """The text of tokens, special ones included, as it is: no space is put in or taken out."""
+    """The text of tokens, including special ones, without any clean-up of spaces."""
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text

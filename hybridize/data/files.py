@@ -1,5 +1,5 @@
-"""Files of rows, told apart by what is in them: JSON lines, a JSON list, parquet or plain text,
-compressed or not."""
+"""Reads files of rows, whose format is detected from their content: JSON lines, a JSON list, parquet
+or plain text, compressed or not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typing import IO, Any, Protocol, runtime_checkable
 from hybridize.errors import InputError, first_line
 
 KNOWN = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".bz2", ".xz")
-_SPOOL = 64 << 20  # bytes of an unpacked file that stay in memory; a larger one lies on the disk
-_NAMED = {  # what is not read, by its first bytes
+_SPOOL = 64 << 20  # bytes; a larger unpacked file is kept on disk
+_NAMED = {  # formats that are not supported, by their first bytes
     codecs.BOM_UTF32_LE: "UTF-32 text; save it as UTF-8", codecs.BOM_UTF32_BE: "UTF-32 text; save it as UTF-8",
     codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8", codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
     b"PK\x03\x04": "a zip archive (or a spreadsheet); unpack it first", b"ARROW1": "an Arrow file; save it as parquet",
@@ -30,17 +30,17 @@ _NAMED = {  # what is not read, by its first bytes
 
 @runtime_checkable
 class Labelled(Protocol):
-    """Rows that know their own names."""
+    """Rows that name themselves, as file:line for example."""
 
     def where(self, index: int) -> str: ...
 
 
 def open_rows(path: Path) -> tuple[Sequence[Any], str]:
-    """The rows of a file, and what one is called before its number ("" for lines).
+    """The rows of a file, and the word before a row's number in its name ("" for lines).
 
-    Read are JSON lines (blank lines do not count), a JSON list of objects, parquet, and text, which
-    is one `text` row; each plain or as gzip, bzip2, xz or zstd; with or without a byte order mark.
-    InputError says what another file is.
+    Supported are JSON lines (blank lines do not count), a JSON list of objects, parquet, and text,
+    which is one `text` row; each plain or compressed by gzip, bzip2, xz or zstd (parquet only
+    plain); with or without a byte order mark. InputError naming the format of another file.
     """
     with path.open("rb") as file:
         head = file.read(16)
@@ -58,14 +58,14 @@ def open_rows(path: Path) -> tuple[Sequence[Any], str]:
     if inner.suffix == ".txt":
         text = _text(path, source.read())
         if "\0" in text:
-            raise InputError(f"{path} holds NUL characters, as UTF-16 text without a mark does; save it as UTF-8")
+            raise InputError(f"{path} has NUL characters, as UTF-16 without a byte order mark does; save it as UTF-8")
         return [{"text": text}] if text.strip() else [], ""
     listed = _listed(path, source, head)
     return (listed, "row ") if listed is not None else (Lines(path, source, None if unpack else path), "")
 
 
 def _unpacker(path: Path, head: bytes) -> Callable[[Any], Any] | None:
-    """What opens a compressed file, or None for one that is not."""
+    """The function that opens a compressed file for reading, None for an uncompressed one."""
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         try:
             from compression.zstd import ZstdFile  # type: ignore[import-not-found, unused-ignore]  # from Python 3.14 on
@@ -85,7 +85,8 @@ def _unpacker(path: Path, head: bytes) -> Callable[[Any], Any] | None:
 
 
 def _spooled(path: Path, unpack: Callable[[Any], Any]) -> IO[bytes]:
-    target: Any = tempfile.SpooledTemporaryFile(_SPOOL)  # noqa: SIM115  (it is given away)
+    """The unpacked content, in a temporary file. InputError if it cannot be unpacked."""
+    target: Any = tempfile.SpooledTemporaryFile(_SPOOL)  # noqa: SIM115  (the caller gets it)
     try:
         with path.open("rb") as packed, unpack(packed) as plain:
             shutil.copyfileobj(plain, target, 1 << 20)
@@ -110,7 +111,7 @@ def _parquet(path: Path, unpacked: IO[bytes] | None) -> Any:
 
     disable_progress_bars()
     if unpacked is not None:
-        raise InputError(f"{path} is a parquet file packed once more; unpack it first")
+        raise InputError(f"{path} is a compressed parquet file; unpack it first")
     try:
         return Dataset.from_parquet(str(path))
     except Exception as error:  # datasets wraps what pyarrow raises
@@ -118,7 +119,7 @@ def _parquet(path: Path, unpacked: IO[bytes] | None) -> Any:
 
 
 def _listed(path: Path, source: IO[bytes], head: bytes) -> list[Any] | None:
-    """The rows of a file that is one JSON list of objects; None for one of JSON lines."""
+    """The rows of a file that is one JSON list of objects; None for a file of JSON lines."""
     opening = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if opening not in (b"[", b"{"):
         return None
@@ -128,7 +129,7 @@ def _listed(path: Path, source: IO[bytes], head: bytes) -> list[Any] | None:
         value = json.loads(first)
         if opening == b"{" or not all(isinstance(part, dict) for part in value):
             return None
-    except ValueError:  # it goes on in the next line, or is no JSON
+    except ValueError:  # the value continues in the next line, or is not JSON
         if opening == b"{" and first.strip() != b"{":
             return None
     except RecursionError:
@@ -141,16 +142,18 @@ def _listed(path: Path, source: IO[bytes], head: bytes) -> list[Any] | None:
         return None
     except ValueError as error:
         if first.strip() not in (b"[", b"{"):
-            return None  # a broken line, which is named by its number
+            return None  # a broken line, whose number the reader of lines will report
         raise InputError(f"{path} is not JSON: {error}") from error
     if isinstance(value, dict):
-        raise InputError(f"{path} is one JSON object over several lines; rows are an object a line, or a list of objects")
+        raise InputError(
+            f"{path} is one JSON object over several lines; rows must be one object per line, or a list of objects"
+        )
     return value if isinstance(value, list) else None
 
 
 class Table(Sequence[Any]):
-    """The rows of an Arrow table. Its typed columns give every object every key of the column:
-    those without a value go."""
+    """The rows of an Arrow table, without keys whose value is null: typed columns give every object
+    all keys of the column."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
@@ -169,10 +172,11 @@ def _pruned(value: Any) -> Any:
 
 
 class Lines(Sequence[Any]):
-    """The lines of a JSON-lines file that are not blank, read off the disk one by one: 24 bytes of
-    memory a line.
+    """The lines of a JSON-lines file that are not blank, each read from disk on access; 24 bytes of
+    memory per line.
 
-    watched: the file that must not change meanwhile, which would be an InputError.
+    watched: None for a temporary file; otherwise it is an InputError if the file changes while in
+    use.
     """
 
     def __init__(self, path: Path, source: Any, watched: Path | None) -> None:
@@ -203,9 +207,9 @@ class Lines(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         begin, end = self._begins[index], self._ends[index]
-        line = os.pread(self._file.fileno(), end - begin, begin)  # any thread may: there is no position to share
+        line = os.pread(self._file.fileno(), end - begin, begin)  # thread-safe: uses no shared file position
         if self._watched and self._state() != self._before:
-            raise InputError(f"{self.path} was changed while it was in use")
+            raise InputError(f"{self.path} has changed while it was in use")
         try:
             return json.loads(line.decode())
         except UnicodeDecodeError as error:

@@ -1,8 +1,7 @@
-"""The forms in which people keep training rows, and the three forms that the rest of the program
-knows.
+"""Converts the common forms of training rows to the three forms that the rest of the program uses.
 
 A row becomes a `Conversation` (chat messages), a `Pair` (prompt and response) or a `Plain` text.
-Knows nothing of tokenizers.
+Independent of tokenizers.
 """
 
 from __future__ import annotations
@@ -14,28 +13,28 @@ from typing import Any
 from hybridize.errors import InputError
 
 Message = dict[str, Any]
-ROLES = {  # ShareGPT's names of who speaks, and the roles of chat templates
+ROLES = {  # ShareGPT's names of speakers -> the roles of chat templates
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant", "assistant": "assistant", "function_call": "assistant", "tool": "tool",
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-REASONING = ("reasoning_content", "reasoning", "thinking")  # what servers call the reasoning beside an answer
-WRITTEN_BY_GENERATE = frozenset({"tokens", "row", "sample"})  # what `generate` notes about its answers
-CONTEXT = ("tools", "documents", "chat_template_kwargs")  # what of a row its chat template reads beside the messages
-LOSS_WEIGHTS = ("weight", "train")  # a message's share of the loss in other tools, which is not read here
+REASONING = ("reasoning_content", "reasoning", "thinking")  # servers' names for the reasoning of an answer
+WRITTEN_BY_GENERATE = frozenset({"tokens", "row", "sample"})  # keys that `generate` adds to its answers
+CONTEXT = ("tools", "documents", "chat_template_kwargs")  # keys of a row that chat templates read besides the messages
+LOSS_WEIGHTS = ("weight", "train")  # a message's weight in the loss in other tools, ignored here
 READ = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "from", "value", *REASONING}  # of a message
-CUT = ("length", "max_tokens", "max_length")  # what servers call an answer that reached its length
+CUT = ("length", "max_tokens", "max_length")  # servers' finish reasons for an answer that reached the maximum length
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Chat messages as templates take them: no key without a value; `content` a text, a list of
-    text parts, or missing.
+    """Chat messages as templates expect them: no key with the value null; `content` is a text, a
+    list of text parts, or missing.
 
-    kwargs: what the row gives the chat template besides (`tools`, `documents`,
-    `chat_template_kwargs`). generated: a model wrote the last answer, which ends where it ended.
-    cut: it reached its length without an end. written: its token ids, where its text does not give
-    them back.
+    kwargs: other arguments of the chat template from the row (`tools`, `documents`,
+    `chat_template_kwargs`). generated: a model generated the last answer, so nothing follows it.
+    cut: that answer reached the maximum length without an end. written: its token ids, if the row
+    has them.
     """
 
     messages: list[Message]
@@ -46,14 +45,14 @@ class Conversation:
 
     @property
     def question(self) -> Conversation:
-        """Up to where the assistant is to speak: without a last answer."""
+        """The conversation without a last answer."""
         messages = self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
         return Conversation(messages, self.kwargs)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its response; `system` stands before them. generated, cut, written: see
+    """A prompt and its response, after the text `system` if any. generated, cut, written: see
     Conversation."""
 
     prompt: str
@@ -65,11 +64,11 @@ class Pair:
 
     @property
     def before(self) -> str:
-        """What stands before the response without a chat template."""
+        """The text before the response if there is no chat template."""
         return f"{self.system}\n{self.prompt}" if self.system else self.prompt
 
     def as_chat(self) -> Conversation:
-        """The same as chat messages."""
+        """The pair as chat messages."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.response}]
         return Conversation(messages, {}, self.generated, self.cut, self.written)
@@ -83,10 +82,10 @@ class Plain:
 
 
 def read_form(row: Any, where: str) -> tuple[Conversation | Pair | Plain, frozenset[str]]:
-    """What the row called `where` says, and those of its keys that are not read. InputError naming
-    the row where it has no known form or lacks something to learn from.
+    """The content of the row called `where`, and those of its keys that are ignored. InputError
+    naming the row if it has no known form or nothing to train on.
 
-    Known: `messages`; ShareGPT's `conversations`; `prompt` with `response` or `completion`;
+    Known forms: `messages`; ShareGPT's `conversations`; `prompt` with `response` or `completion`;
     Alpaca's `instruction`, `input` and `output`; `text`. A key with the value null counts as
     missing.
     """
@@ -105,16 +104,16 @@ def read_form(row: Any, where: str) -> tuple[Conversation | Pair | Plain, frozen
 
 
 def read_question(row: Any, where: str) -> Conversation | Pair | str:
-    """What is to be answered in the row called `where`: chat messages less a last answer, or a
-    prompt, a pair where there is a system text to it.
+    """The question of the row called `where`: chat messages without a last answer, or a prompt, as a
+    pair with an empty response if the row has a system text.
 
-    InputError naming the row where there is nothing to answer.
+    InputError naming the row if there is nothing to answer.
     """
     given = _given(row, where)
     form, _ = _conversation(given, where)
     if form is not None:
         if not form.question.messages:
-            raise InputError(f"{where}: there is no message before the assistant's")
+            raise InputError(f"{where}: there is no message before the assistant's answer")
         return form.question
     prompt, system = _prompt(given, where), _text(given, "system", where)
     if not prompt:
@@ -123,7 +122,7 @@ def read_question(row: Any, where: str) -> Conversation | Pair | str:
 
 
 def check_row(row: Any, where: str) -> None:
-    """InputError naming the row unless it has a known form with something to learn from; see
+    """InputError naming the row unless it has a known form and something to train on; see
     read_form."""
     read_form(row, where)
 
@@ -150,8 +149,8 @@ def _unread(given: dict[str, Any], read: set[str]) -> frozenset[str]:
 
 
 def _conversation(given: dict[str, Any], where: str) -> tuple[Conversation | None, set[str]]:
-    """Of a row with `messages`, `conversations`, or lists of messages as `prompt` and `completion`;
-    None for others."""
+    """The conversation in a row with `messages`, `conversations`, or lists of messages as `prompt`
+    and `completion`, else None; and the keys that were read."""
     read = set(CONTEXT)
     if "messages" in given:
         messages, read = _messages(given["messages"], "messages", where), read | {"messages"}
@@ -163,20 +162,20 @@ def _conversation(given: dict[str, Any], where: str) -> tuple[Conversation | Non
     elif isinstance(given.get("prompt"), list):
         messages, read = _messages(given["prompt"], "prompt", where), read | {"prompt", "completion"}
         if "completion" in given:
-            said = given["completion"]
-            said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
-            messages = messages + _messages(said, "completion", where)
+            answer = given["completion"]
+            answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            messages = messages + _messages(answer, "completion", where)
     else:
         return None, set()
     kwargs = {key: value for key in ("tools", "documents") if (value := _listed(given, key, where))}
-    asked = _parsed(given.get("chat_template_kwargs", {}))
-    if not isinstance(asked, dict):
+    more = _parsed(given.get("chat_template_kwargs", {}))
+    if not isinstance(more, dict):
         raise InputError(f"{where}: `chat_template_kwargs` must be an object")
-    return Conversation(messages, kwargs | asked, *_generated(given, where)), read
+    return Conversation(messages, kwargs | more, *_generated(given, where)), read
 
 
 def _pair(given: dict[str, Any], where: str) -> tuple[Pair | None, set[str]]:
-    """Of a row with `prompt` or `instruction`; None for others."""
+    """The pair in a row with `prompt` or `instruction`, else None; and the keys that were read."""
     if "instruction" in given or "output" in given:
         names = ("instruction", "output")
     elif "prompt" in given or "response" in given or "completion" in given:
@@ -184,14 +183,14 @@ def _pair(given: dict[str, Any], where: str) -> tuple[Pair | None, set[str]]:
     else:
         return None, set()
     if not all(isinstance(given.get(name), str) for name in names):
-        raise InputError(f"{where}: `{names[0]}` and `{names[1]}` must both be there, as text")
+        raise InputError(f"{where}: `{names[0]}` and `{names[1]}` must both be given, as text")
     system = _text(given, "system", where)
     pair = Pair(_prompt(given, where) or "", given[names[1]], system, *_generated(given, where))
     return pair, {*names, "system", *(("input",) if names[0] == "instruction" else ())}
 
 
 def _prompt(given: dict[str, Any], where: str) -> str | None:
-    """The question of a pair. Alpaca's `input` follows its `instruction` on a line of its own."""
+    """The question of a pair. Alpaca's `input` follows its `instruction` on a new line."""
     if "instruction" not in given:
         return _text(given, "prompt", where)
     return "\n".join(part for key in ("instruction", "input") if (part := _text(given, key, where)))
@@ -216,7 +215,8 @@ def _text(given: dict[str, Any], key: str, where: str) -> str | None:
 
 
 def _parsed(value: Any) -> Any:
-    """A JSON text as what it says: tables with typed columns keep schemas so."""
+    """The value of a JSON text, the form in which tables with typed columns store schemas; anything
+    else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -233,7 +233,8 @@ def _listed(given: dict[str, Any], key: str, where: str) -> list[Any] | None:
 
 
 def _generated(given: dict[str, Any], where: str) -> tuple[bool, bool, list[int] | None]:
-    """What `generate` says of an answer: that there is one, that it was cut, and its token ids."""
+    """What `generate` records of an answer: whether it is generated, whether it was cut, and its
+    token ids."""
     finish, ids = given.get("finish", given.get("finish_reason")), given.get("token_ids")
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
         raise InputError(f"{where}: `token_ids` must be a list of token ids")
@@ -247,12 +248,11 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
 
 
 def _message(value: Any, where: str) -> Message:
-    """One message without keys that say nothing; reasoning under all the names that templates know
-    it by."""
+    """One message without empty keys, and with its reasoning under all names that templates use."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise InputError(f"{where}: each message needs a `role` and a `content`, both text")
     message = {key: part for key, part in value.items() if _is_json(part) and key not in LOSS_WEIGHTS}
-    if isinstance(message.get("function_call"), dict) and "tool_calls" not in message:  # as OpenAI had it before tools
+    if isinstance(message.get("function_call"), dict) and "tool_calls" not in message:  # OpenAI's form before tools
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
@@ -268,7 +268,7 @@ def _message(value: Any, where: str) -> Message:
     thoughts = [message[key] for key in REASONING if message.get(key)]
     thought = thoughts[0] if thoughts else None
     if not isinstance(thought, str | None) or any(other != thought for other in thoughts):
-        raise InputError(f"{where}: the reasoning of a message must be text, and one")
+        raise InputError(f"{where}: the reasoning of a message must be a single text")
     for key in REASONING:
         message.pop(key, None)
     if thought is not None:
@@ -279,8 +279,8 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether a value says something that a template can be given: no null, and no date of a
-    table's."""
+    """Whether a template can be given the value: it is neither null nor a table's type such as a
+    date."""
     return isinstance(value, str | bool | int | float | list | dict)
 
 
@@ -289,13 +289,13 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "text", "text": part}
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise InputError(f"{where}: a message has a part of type {kind!r}; only text can be learnt")
+        raise InputError(f"{where}: a message has a part of type {kind!r}; only text is supported")
     return {"type": "text", "text": part["text"]}
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as an object, as templates and servers have them; OpenAI's files keep them as JSON
-    text."""
+    """A tool call with its arguments as an object, as templates and servers expect; OpenAI's files
+    have them as JSON text."""
     function = call.get("function")
     if isinstance(function, dict) and isinstance(_parsed(function.get("arguments")), dict):
         return {**call, "function": {**function, "arguments": _parsed(function["arguments"])}}
@@ -305,23 +305,23 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt(value: Any, where: str) -> list[Message]:
-    """`from` and `value` of ShareGPT as roles and contents; some sets have `role` and `content`
-    under the same name."""
+    """ShareGPT's turns as messages; some data sets have `role` and `content` in them instead of
+    `from` and `value`."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         raise InputError(f"{where}: `conversations` must be a list with at least one message")
     return [_message(turn if "from" not in turn else _sharegpt_turn(turn, where), where) for turn in value]
 
 
 def _sharegpt_turn(turn: dict[str, Any], where: str) -> Message:
-    speaker, said = turn["from"], turn.get("value")
+    speaker, value = turn["from"], turn.get("value")
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise InputError(f"{where}: nobody knows who {speaker!r} is in `conversations`; known: {', '.join(ROLES)}")
-    if not isinstance(said, str):
+        raise InputError(f"{where}: unknown speaker {speaker!r} in `conversations`; use one of {', '.join(ROLES)}")
+    if not isinstance(value, str):
         raise InputError(f"{where}: each turn of `conversations` needs a `from` and a `value`, both text")
     if speaker != "function_call":
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        return {**rest, "role": ROLES[speaker], "content": said}
-    calls = _parsed(said)
+        rest = {key: part for key, part in turn.items() if key not in ("from", "value")}
+        return {**rest, "role": ROLES[speaker], "content": value}
+    calls = _parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         raise InputError(f"{where}: a function_call must be JSON with `name` and `arguments`")
@@ -331,6 +331,6 @@ def _sharegpt_turn(turn: dict[str, Any], where: str) -> Message:
 def _check_answers(form: Conversation, where: str) -> None:
     answers = [message for message in form.messages if message["role"] == "assistant"]
     if not answers:
-        raise InputError(f"{where}: there is no assistant message to learn from")
+        raise InputError(f"{where}: there is no assistant message to train on")
     if not any(message.get(key) for message in answers for key in ("content", "tool_calls", REASONING[0])):
-        raise InputError(f"{where}: the assistant says nothing")
+        raise InputError(f"{where}: all assistant messages are empty")

@@ -1,8 +1,9 @@
-"""Documents to rows of one length, and rows to batches. The order follows from the seed alone.
+"""Packs documents into rows of equal length, and rows into batches. The order depends on the seed
+alone.
 
-Two ways: `documents` packs whole documents beside one another, each with positions of its own, so
-that attention, convolution and state stay inside it; `stream` joins everything into one text and
-cuts it, as in pretraining.
+`pack_documents` puts whole documents into a row, each with positions from 0, so that attention,
+convolution and state stay inside each document; `pack_stream` joins everything into one text and
+cuts it into windows, as in pretraining.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from hybridize.data.encode import Document
 
-OPEN_ROWS = 32  # rows that first-fit may still add to
+OPEN_ROWS = 32  # rows to which first-fit may still add documents
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All [B, T]: ids; positions, which restart at each document, or None where each row is one
-    text from its start; labels, the next token's id; loss_mask, whether it counts."""
+    """Packed rows, all [B, T]: ids; positions, which restart at each document, or None if each row
+    is a single text; labels, the next token's id; loss_mask, whether its prediction counts."""
 
     ids: Tensor
     positions: Tensor | None
@@ -35,22 +36,22 @@ class Batch:
 
     @cached_property
     def kept(self) -> int:
-        """How many positions count: asked of the host's copy where there was one, since a device
-        must be waited for."""
+        """The number of positions that count in the loss. `to` keeps the count made on the host,
+        since reading it from a device would have to wait for it."""
         return int(self.loss_mask.sum())
 
     @cached_property
     def documents(self) -> int:
-        """At least as many as any row holds, what is padded at its end among them; the host's count
+        """An upper bound on the documents in a row, its padding counted as one; made on the host
         like `kept`."""
         return 1 if self.positions is None else int((self.positions == 0).sum(1).max())
 
     def boundaries(self, documents: int) -> Tensor:
-        """int32 [B * documents + 1]: where each document begins among all B * T positions, in
-        order; the rest is B * T.
+        """int32 [B * documents + 1]: the start of each document among all B * T positions, in order;
+        unused entries are B * T.
 
-        documents: no fewer than `self.documents`. Asks nothing of the device, so a CUDA graph can
-        hold it.
+        documents: at least `self.documents`. Needs no synchronisation with the device, so that a
+        CUDA graph can capture it.
         """
         assert self.positions is not None
         index = (self.positions == 0).flatten().cumsum(0) - 1
@@ -66,10 +67,12 @@ class Batch:
         return self._each(lambda t: t[which], "documents")
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device, with its counts made before."""
         return self._each(lambda t: t.to(device, non_blocking=True), "documents", "kept")
 
     def _each(self, change: Callable[[Tensor], Tensor], *counts: str) -> Batch:
-        """All tensors changed; counts that still hold, made before they go to a device."""
+        """A batch with all tensors changed. counts: names of cached counts that remain valid,
+        computed before the change."""
         fields = (self.ids, self.positions, self.labels, self.loss_mask)
         made = Batch(*(None if t is None else change(t) for t in fields))  # type: ignore[arg-type]
         made.__dict__.update({name: getattr(self, name) for name in counts})
@@ -80,16 +83,16 @@ Line = tuple[list[int], list[int] | None, list[int], list[bool]]  # ids, positio
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` documents in one pass; another for each epoch."""
+    """The order of `count` documents in one epoch, different for each epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
 
 
 def pack_documents(documents: Iterable[Document], length: int, pad: int) -> Iterator[Line]:
-    """First-fit over the last OPEN_ROWS rows. Longer documents are cut into pieces of `length`,
-    each then on its own.
+    """Packs documents by first-fit into the OPEN_ROWS rows that are open. Documents longer than
+    `length` are cut into pieces of that length, each a document of its own.
 
-    Pieces of which no prediction counts are left out.
+    Pieces without a loss are omitted.
     """
     rows: list[Line] = []
     for document in documents:
@@ -119,11 +122,11 @@ def _filled(row: Line, length: int, pad: int) -> Line:
 
 
 def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
-    """Consecutive windows of the joined documents; the window's last position predicts the next
+    """Consecutive windows of the concatenated documents; a window's last position predicts the next
     window's first token.
 
-    The rest that does not fill a window is left out. What follows a document that was cut is not
-    learnt as its end.
+    A remainder that does not fill a window is omitted. The first token after a document that was cut
+    has no loss, since it is not that document's end.
     """
     ids: list[int] = []
     loss_mask: list[bool] = []
@@ -159,7 +162,7 @@ def _stack(group: list[Line]) -> Batch:
 
 
 def endless(document: Callable[[int], Document], count: int, seed: int) -> Iterator[Document]:
-    """Documents 0..count-1 in a new order each epoch, for ever."""
+    """Documents 0..count-1 without end, in a new order each epoch."""
     epoch = 0
     while True:
         for index in epoch_order(count, seed, epoch):
@@ -168,11 +171,11 @@ def endless(document: Callable[[int], Document], count: int, seed: int) -> Itera
 
 
 def mixed(streams: Sequence[Iterator[Document]], weights: Sequence[float]) -> Iterator[Document]:
-    """One document after the other, from the stream that is furthest behind its share of the
-    tokens."""
-    given = [0.0] * len(streams)
+    """Interleaves streams of documents: the next one is from the stream that is furthest behind its
+    share of the tokens."""
+    tokens = [0.0] * len(streams)
     while True:
-        behind = min(range(len(streams)), key=lambda i: given[i] / weights[i])
+        behind = min(range(len(streams)), key=lambda i: tokens[i] / weights[i])
         document = next(streams[behind])
-        given[behind] += len(document.ids)
+        tokens[behind] += len(document.ids)
         yield document

@@ -1,4 +1,4 @@
-"""Items made ahead by a thread."""
+"""Prefetches the items of an iterator in a thread."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-PATIENCE = 10.0  # seconds for the item that is being made
+PATIENCE = 10.0  # seconds that the thread gets to finish its current item
 
 
 def prefetched(items: Iterator[Item], depth: int = 4) -> Generator[Item]:
-    """The same items, made by a thread up to `depth` ahead, so that tokenising does not hold up the
-    device."""
+    """The same items, prepared by a thread up to `depth` ahead, so that the device does not wait for
+    tokenisation."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -48,4 +48,4 @@ def prefetched(items: Iterator[Item], depth: int = 4) -> Generator[Item]:
                 raise item
     finally:
         stop.set()
-        thread.join(PATIENCE)  # one that is in C++ when the interpreter ends takes the whole process down (SIGABRT)
+        thread.join(PATIENCE)  # a thread in C++ code at interpreter exit aborts the process (SIGABRT)

@@ -1,7 +1,7 @@
-"""Training rows from files or a hub data set, checked field by field before anything starts; see
-forms.py for what a row is.
+"""Reads training rows from files or a hub data set and checks their fields before anything starts;
+forms.py has the forms of rows.
 
-Knows nothing of tokenizers.
+Independent of tokenizers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Row = dict[str, Any]
 
 
 class Rows(Sequence[Row]):
-    """Rows with a name for each (`file:line`), so that an error can point at it. Holds no more of
-    them than `rows` does."""
+    """Rows, each with a name (`file:line`) for error messages. A view: holds no rows in memory
+    besides `rows`."""
 
     def __init__(self, name: str, rows: Sequence[Row], unit: str, begin: int = 0, end: int | None = None) -> None:
         self.name, self._rows, self._unit = name, rows, unit
@@ -36,21 +36,23 @@ class Rows(Sequence[Row]):
         return self._rows[self._at[index]]
 
     def where(self, index: int) -> str:
+        """The name of a row."""
         place = self._at[index]
         return self._rows.where(place) if isinstance(self._rows, Labelled) else f"{self.name}:{self._unit}{place + 1}"
 
     def part(self, begin: int, end: int) -> Rows:
-        """Rows begin..end - 1, still called by their places in the whole."""
+        """Rows begin..end - 1, named as in the whole."""
         return Rows(self.name, self._rows, self._unit, self._at.start + begin, self._at.start + end)
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """One after the other; each row keeps its name. One part is itself."""
+        """The concatenation of parts, in which each row keeps its name. A single part is returned as
+        it is."""
         return parts[0] if len(parts) == 1 else cls(", ".join(part.name for part in parts), _Chain(parts), "")
 
 
 class _Chain(Sequence[Row]):
-    """Several rows, one after the other."""
+    """The concatenation of several `Rows`."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts, self._ends = parts, [0, *itertools.accumulate(len(part) for part in parts)]
@@ -72,22 +74,22 @@ class _Chain(Sequence[Row]):
 
 
 def find_data(data: str | None, teacher: Path | None) -> str:
-    """`data`, or what it is when omitted: $HYBRIDIZE_DATA, ./traces.jsonl, then the teacher's own
-    traces.jsonl."""
+    """`data`, or the first default that exists: $HYBRIDIZE_DATA, ./traces.jsonl, the teacher's own
+    traces.jsonl. InputError if there is none."""
     candidates = [data, os.environ.get("HYBRIDIZE_DATA"), "traces.jsonl" if Path("traces.jsonl").is_file() else None]
     if teacher is not None and (teacher / "traces.jsonl").is_file():
         candidates.append(str(teacher / "traces.jsonl"))
     found = next((c for c in candidates if c), None)
     if found is None:
-        raise InputError(f"no data: give {setting('data')} FILE, set HYBRIDIZE_DATA, or put a traces.jsonl into this folder")
+        raise InputError(f"no data: give {setting('data')} FILE, set HYBRIDIZE_DATA, or put a traces.jsonl into this directory")
     return found
 
 
 def read_mixture(spec: str, limit: int | None = None, what: str = "data") -> list[tuple[Rows, float]]:
-    """The sources of SPEC, or of SPEC=WEIGHT,SPEC=WEIGHT,..., each with its share of the tokens, 1
-    unless given; see read_rows.
+    """The sources of a specification, SPEC or SPEC=WEIGHT,SPEC=WEIGHT,..., each with its weight in
+    the mixture of tokens, 1 by default; see read_rows.
 
-    limit: rows of each; what: the setting that SPEC is.
+    limit: most rows per source; what: the setting that the specification comes from.
     """
     if Path(spec).expanduser().is_file() or not set(spec) & set(",="):
         return [(read_rows(spec, limit, what), 1.0)]
@@ -95,11 +97,11 @@ def read_mixture(spec: str, limit: int | None = None, what: str = "data") -> lis
 
 
 def read_rows(spec: str, limit: int | None = None, what: str = "data", check: Callable[[Any, str], None] | None = None) -> Rows:
-    """Rows of a local file (see files.open_rows), or of a hub data set: its `train` split, or
-    ID:SPLIT.
+    """The rows of a local file (see files.open_rows), or of a hub data set: its `train` split, or
+    the split in ID:SPLIT.
 
-    check: what a row must be [default: check_row]. Raises InputError naming file and line when
-    there are no rows or one lacks its fields.
+    check: validates a row [default: check_row]. InputError if there are no rows, or naming file and
+    line if a row lacks its fields.
     """
     path = Path(spec).expanduser()
     if path.is_file():
@@ -123,7 +125,7 @@ def _read_hub(spec: str, what: str) -> Rows:
     name, _, split = spec.partition(":")
     try:
         return Rows(spec, Table(load_dataset(name, split=split or "train")), "row ")
-    except Exception as error:  # datasets raises many kinds, all meaning: not to be had
+    except Exception as error:  # datasets raises many kinds for an unavailable data set
         raise InputError(
-            f"{setting(what)} {spec} is no local file, and the hub did not give it: {first_line(error)}"
+            f"{setting(what)} {spec} is not a local file, and could not be fetched from the hub: {first_line(error)}"
         ) from error

@@ -1,5 +1,5 @@
-"""A few windows of text out of training rows, for calibration: the joined stream of documents in a
-seeded order."""
+"""Samples windows of text from training rows for calibration: the concatenated documents in a seeded
+order."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hybridize.data.packing import epoch_order
 from hybridize.data.rows import Rows
 from hybridize.errors import InputError
 
-WINDOW = 1024  # the eager attention that calibration watches holds heads x WINDOW^2 weights
-FEWEST = 32
+WINDOW = 1024  # tokens; the eager attention of calibration holds heads x WINDOW^2 weights
+FEWEST = 32  # tokens
 
 
 def sample_windows(rows: Rows, encoder: Encoder, tokens: int, seed: int, longest: int = WINDOW) -> Tensor:
-    """About `tokens` token ids as [W, T], T at most `longest`; fewer where the rows have fewer.
+    """About `tokens` token ids as [W, T], T at most `longest`; fewer if the rows have fewer.
 
-    Reads no more rows than it needs. InputError when there are not even FEWEST.
+    Encodes only as many rows as needed. InputError if there are fewer than FEWEST tokens.
     """
     ids: list[int] = []
     for index in epoch_order(len(rows), seed, 0):

@@ -1,5 +1,5 @@
-"""The embedded teacher: a small Llama that reasons in steps, with the traces to distill on and the
-tasks to measure it by."""
+"""The embedded teacher: a small Llama that reasons in steps, with traces for distillation and tasks
+for evaluation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ TEACHER, TASKS = (Path(__file__).parent / name for name in ("teacher", "tasks"))
 
 
 def write_demo(folder: Path, overwrite: bool = False) -> tuple[Path, Path]:
-    """Copies both to FOLDER/teacher and FOLDER/tasks. InputError when one is there already and not
-    `overwrite`, unless it is what a run that was cut short had done of it."""
+    """Copies the teacher and the tasks to FOLDER/teacher and FOLDER/tasks, whose paths it returns.
+    InputError if one exists without `overwrite`, except for a complete copy from an interrupted
+    run."""
     targets = [(TEACHER, folder / "teacher"), (TASKS, folder / "tasks")]
     missing = [(source, target) for source, target in targets if overwrite or not _same(source, target)] or targets
     for _, target in missing:

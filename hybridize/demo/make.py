@@ -3,7 +3,7 @@ H100).
 
 Trains a tokenizer and a small Llama on generated word problems, checks it on held-out ones, and
 writes what ships in the package: OUT/teacher, the bf16 checkpoint with tokenizer and traces to
-distil on, and OUT/tasks/heldout.jsonl. Everything follows from the seeds below; only the GPU's
+distill on, and OUT/tasks/heldout.jsonl. Everything follows from the seeds below; only the GPU's
 rounding is not reproducible.
 """
 
@@ -34,8 +34,8 @@ HELDOUT, TRACES = 400, 4000
 
 
 def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 384 entries with single digits, so that any text round-trips and numbers
-    stay legible."""
+    """A byte-level BPE tokenizer of 384 entries with one token per digit, so that any text
+    round-trips and numbers stay legible."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -64,14 +64,15 @@ def make_config(tokenizer: PreTrainedTokenizerFast, hidden: int, heads: int, kv_
 
 
 def render(problem: Problem) -> tuple[str, str]:
+    """The prompt and the answer of a problem, as in the chat template."""
     return f"{USER}{problem.question}{END}{ASSISTANT}", f"{problem.solution}{END}"
 
 
 class Batches(IterableDataset):
-    """Endless batches of packed fresh problems: (ids, labels), each [rows, length]; labels keep the
-    solutions only.
+    """Endless batches of newly generated, packed problems: (ids, labels), each [rows, length]; labels
+    are -100 outside solutions.
 
-    `exclude` holds the held-out questions. Each loader worker draws from a seed of its own.
+    exclude: the held-out questions. Each loader worker has its own seed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, exclude: set[str], rows: int, length: int) -> None:
@@ -96,6 +97,7 @@ class Batches(IterableDataset):
 
 @torch.no_grad()
 def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
+    """The share of problems whose greedy answer ends with the right number."""
     right = 0
     for start in range(0, len(problems), 100):
         part = problems[start : start + 100]
@@ -108,12 +110,12 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
 
 
 def drop_attention(model: LlamaForCausalLM, most: float) -> None:
-    """While training, each sequence loses each layer's attention with a probability drawn from 0 to
-    `most`.
+    """Drops attention outputs in training: each sequence loses each layer's attention with a
+    probability that is drawn between 0 and `most` for the sequence.
 
-    Large models have attention layers that they hardly need; a small one grows them only when it is
-    made to (LayerDrop, 1909.11556, on attention alone). Without it every one of eight layers is
-    vital and there is nothing to convert.
+    Large models have attention layers that they hardly need; a small one learns them only with this
+    (LayerDrop, arXiv 1909.11556, on attention alone). Without it all eight layers are essential and
+    none can be converted.
     """
 
     rates: list[torch.Tensor] = []  # one draw per sequence, shared by the layers of one forward

@@ -1,9 +1,8 @@
-"""Word problems that a small model can only solve by looking things up and working step by step.
+"""Word problems that a small model can only solve by retrieval and step-by-step arithmetic.
 
 Each problem names some people and how many things each has, in shuffled order and mostly relative
-to one another. The solution first walks back from the person asked about to the one whose count is
-given, then forward again, one arithmetic step a sentence. Knows nothing of models or tokens: text
-in, text out.
+to one another. The solution first goes back from the person in question to the one whose count is
+given, then forward again, with one arithmetic step per sentence. Independent of models and tokens.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ class Problem:
         head, right = self.solution.split(" The answer is ")[0].removesuffix(".").rsplit("=", 1)
         near = (int(right) + step for step in (10, -10, 1, -1, 11, -11))
         wrong = [value for value in near if 0 <= value <= 99][:3]
-        return head + "=", [f"{number}." for number in (right, *wrong)]  # with its full stop: else "1" begins "10"
+        return head + "=", [f"{number}." for number in (right, *wrong)]  # with a full stop, since "1" is a prefix of "10"
 
 
 def make_problem(rng: random.Random, *, people: tuple[int, int] = (3, 5), depth: tuple[int, int] = (2, 3)) -> Problem:
-    """Draw one problem; `people` bounds how many are named, `depth` how many steps the chain has
-    (both inclusive)."""
+    """Draws one problem. people, depth: inclusive bounds of the number of people and of the steps in
+    the chain."""
     while True:
         problem = _attempt(rng, people, depth)
         if problem is not None:
@@ -74,8 +73,8 @@ def _attempt(rng: random.Random, people: tuple[int, int], depth: tuple[int, int]
     facts = [f"{names[0]} has {value[names[0]]} {thing}."]
     work = [" from ".join(names[steps::-1]) + f". {names[0]} has {value[names[0]]}."]
     for index, name in enumerate(names[1:], start=1):
-        # the first `steps` people form the chain; the others hang off anyone already placed, as
-        # distractors
+        # The people up to index `steps` form the chain; the others are distractors, relative to any
+        # earlier person.
         source = names[index - 1] if index <= steps else rng.choice(names[:index])
         before, change = value[source], rng.randint(2, 39)
         if rng.random() < 0.5:
@@ -96,7 +95,7 @@ def _attempt(rng: random.Random, people: tuple[int, int], depth: tuple[int, int]
 
 
 def make_problems(count: int, seed: int, *, exclude: frozenset[str] = frozenset()) -> list[Problem]:
-    """`count` distinct problems, none of whose questions is in `exclude`."""
+    """`count` problems with distinct questions, none of them in `exclude`."""
     problems: list[Problem] = []
     rng, seen = random.Random(seed), set(exclude)
     while len(problems) < count:

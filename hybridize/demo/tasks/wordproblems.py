@@ -1,4 +1,4 @@
-"""Loads the held-out word problems that lie beside the tasks, wherever the folder was copied to."""
+"""Loads the held-out word problems from the directory of the tasks, wherever it was copied to."""
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ def question_and_work(doc: dict[str, Any]) -> str:
 
 
 def rotated(doc: dict[str, Any]) -> list[str]:
-    """The choices, the right one at a place that follows from the answer, so that no position is
-    favoured."""
+    """The choices, rotated by an amount that depends on the answer, so that no position is favoured."""
     shift = int(doc["answer"]) % len(doc["choices"])
     return doc["choices"][-shift:] + doc["choices"][:-shift] if shift else doc["choices"]
 
