@@ -153,9 +153,7 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     except Exception as error:  # bad values raise many types of exceptions in config classes
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        raise InputError(
-            f"{where} has RoPE of type longrope, which is not supported: it changes cached keys beyond some length"
-        )
+        raise InputError(f"{where} has RoPE of type longrope, which is not supported, since it changes cached keys")
     if not attention.is_causal:
         raise InputError(f"{where}: bidirectional attention is not supported")
     head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}
@@ -165,7 +163,7 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
         norm = {"over": over, "offset": FAMILIES[family].norm_offset}
     teacher = Teacher(
         family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
-        config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of exactly 1 keeps weights bit-identical
+        config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # exactly 1 keeps weights bit-identical
         config.rms_norm_eps,
     )  # fmt: skip
     known = (*(f".self_attn.{short}" for short in tensors), "rotary_emb.inv_freq")
