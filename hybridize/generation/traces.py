@@ -71,9 +71,7 @@ class Traces:
         if path.is_dir():
             raise InputError(f"{path} is a directory; {setting('output')} must be a file")
         part = part_of(path)
-        if (
-            path.exists() and not overwrite and not (resume and part.exists())
-        ):  # both exist if the run was killed just before the end
+        if path.exists() and not overwrite and not (resume and part.exists()):  # both: killed just before the end
             raise InputError(f"{path} exists; give another {setting('output')} or {setting('overwrite')}")
         check_writable(path)
         self.journal = Journal(part, settings, resume, overwrite)
@@ -81,7 +79,7 @@ class Traces:
             self.lines = {(int(line["row"]), int(line["sample"])): line for line in self.journal.lines}
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.journal.path} is not an unfinished run of generate; {setting('overwrite')} starts anew"
+                f"{self.journal.path} is not an unfinished run of generate; {setting('overwrite')} starts over"
             ) from error
 
     def add(self, key: tuple[int, int], line: dict[str, Any]) -> None:

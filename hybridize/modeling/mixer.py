@@ -164,9 +164,8 @@ class Mixer(nn.Module):
         return cache is not None and x.shape[1] == 1 and getattr(cache.layers[self.layer_idx], "inplace", False)
 
     def _store(self, cache: Any, state: Tensor) -> None:
-        if (
-            cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]
-        ):  # otherwise it was updated in place
+        """Writes the last state into the cache, unless it was updated in place."""
+        if cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]:
             cache.layers[self.layer_idx].update_recurrent_state(state)
 
 
@@ -186,8 +185,8 @@ def mixer_class(shape: dict[str, Any]) -> type[Mixer]:
     kind = shape["kind"]
     if kind not in MIXERS:
         raise ValueError(
-            f"the config's `mixer` is of unknown kind {kind!r}; known are {', '.join(MIXERS)} (import the package that defines "
-            "another kind first)"
+            f"the config's `mixer` is of unknown kind {kind!r}; known kinds: {', '.join(MIXERS)} (a kind of another package "
+            "needs that package to be imported first)"
         )
     MIXERS[kind].check(shape)
     return MIXERS[kind]

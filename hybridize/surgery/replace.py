@@ -86,9 +86,8 @@ def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surger
         mixer: dict[str, Any] | None = teacher.mixer
         carried = {key: teacher.mixer[key] for key in CARRIED_KEYS if teacher.mixer.get(key)}
         if carried != teacher.carried and layers:
-            raise InputError(
-                f"the checkpoint's mixers have {carried or 'no biases and norms'}, but its attention {teacher.carried}"
-            )
+            ours, theirs = carried or "no biases and norms", teacher.carried or "none"
+            raise InputError(f"the checkpoint's mixers have {ours}, but its attention has {theirs}")
     else:
         kind = given.pop("kind", DEFAULT_MIXER)
         mixer = kind_of(kind).shape(teacher, given) if layers else None

@@ -27,7 +27,7 @@ class Selection:
     def __post_init__(self) -> None:
         check_either("say which layers", f"{setting('layers')} N", self.layers, f"{setting('indices')} LIST", self.indices)
         if self.indices is not None and self.scores is not None:
-            raise InputError(f"{setting('scores')} has no use beside {setting('indices')}")
+            raise InputError(f"{setting('scores')} has no use with {setting('indices')}")
 
 
 def choose_layers(
@@ -60,9 +60,8 @@ def choose_layers(
         chosen = lowest(teacher, ranking, count, inherited)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    cut = max(
-        place for place, layer in enumerate(ranking.ranking(), 1) if layer in chosen
-    )  # in places of the full ranking, which may include layers converted earlier
+    # the cut as a place in the full ranking, which may include layers converted earlier
+    cut = max(place for place, layer in enumerate(ranking.ranking(), 1) if layer in chosen)
     tied = [layer for layer in ambiguous_at_cut(ranking.layers, cut) if layer not in teacher.mixer_layers]
     if tied:
         names = ", ".join(map(str, tied))

@@ -153,7 +153,9 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
     except Exception as error:  # bad values raise many types of exceptions in config classes
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        raise InputError(f"{where} has RoPE of type longrope, which is not supported, since it changes cached keys")
+        raise InputError(
+            f"{where} has RoPE of type longrope, which is not supported: it changes cached keys beyond some length"
+        )
     if not attention.is_causal:
         raise InputError(f"{where}: bidirectional attention is not supported")
     head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}

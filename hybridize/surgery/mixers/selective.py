@@ -27,12 +27,8 @@ class SelectiveKind(MixerKind):
     """
 
     parts = ("z", "conv", "decay", "scale", "out")
-    default_parts = (
-        "z",
-        "conv",
-        "decay",
-        "scale",
-    )  # `out` improves the start but worsens the result after training: docs/results.md
+    # `out` improves the start but worsens the result after training: docs/results.md
+    default_parts = ("z", "conv", "decay", "scale")
     expanded: ClassVar[bool]
 
     def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:
