@@ -54,7 +54,7 @@ class VectorNorm(nn.Module):
         self.weight, self.eps, self.offset = nn.Parameter(torch.full((size,), 1.0 - offset)), eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes each group of `size` channels of x [B, T, n * size]; returns the same shape."""
+        """Normalises each group of `size` channels of x [B, T, n * size]; returns the same shape."""
         groups = x.float().unflatten(-1, (-1, self.weight.shape[0]))
         groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
         return (groups * (self.offset + self.weight.float())).flatten(-2).to(x.dtype)
