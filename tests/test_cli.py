@@ -565,7 +565,7 @@ def test_a_layer_that_is_mamba_already(place: Path, cli: Runner) -> None:
     cli("replace", "--indices", "1")
     assert "layer 1 is already a Mamba layer" in cli.fails("replace", "h1", "--indices", "1")
     assert "never converts one back" in cli.fails("replace", "h1", "--layers", 0)
-    assert "and all must agree" in cli.fails("replace", "h1", "--indices", "2", "--d-state", 4)
+    assert "and all mixers must agree" in cli.fails("replace", "h1", "--indices", "2", "--d-state", 4)
     assert "--mixer mamba: the checkpoint's mixers have mamba2" in cli.fails(
         "replace", "h1", "--indices", "2", "--mixer", "mamba"
     )
