@@ -463,7 +463,7 @@ BAD = [
     (("replace", "./nowhere", "--layers", 1), "./nowhere does not exist"),
     (("replace", "half", "--indices", 1), "is missing, though the index names it"),
     (("replace", "bert", "--indices", 1), "'bert' model; supported families: llama"),
-    (("replace", "classifier", "--indices", 1), "no causal language model but LlamaForSequenceClassification"),
+    (("replace", "classifier", "--indices", 1), "not a causal language model but LlamaForSequenceClassification"),
     (("replace", "sinking", "--indices", 1), "self_attn.sinks has no place in a llama model"),
     (("replace", "--layers", 1), "has no scores"),
     (("replace", "--layers", 9), "has only 4 layers"),
@@ -563,9 +563,9 @@ def test_unknown_flags_are_usage_errors(cli: Runner) -> None:
 
 def test_a_layer_that_is_mamba_already(place: Path, cli: Runner) -> None:
     cli("replace", "--indices", "1")
-    assert "layer 1 is a Mamba layer already" in cli.fails("replace", "h1", "--indices", "1")
-    assert "never turns one back" in cli.fails("replace", "h1", "--layers", 0)
-    assert "and all must agree" in cli.fails("replace", "h1", "--indices", "2", "--d-state", 4)
+    assert "layer 1 is already a Mamba layer" in cli.fails("replace", "h1", "--indices", "1")
+    assert "never converts one back" in cli.fails("replace", "h1", "--layers", 0)
+    assert "and all mixers must agree" in cli.fails("replace", "h1", "--indices", "2", "--d-state", 4)
     assert "--mixer mamba: the checkpoint's mixers have mamba2" in cli.fails(
         "replace", "h1", "--indices", "2", "--mixer", "mamba"
     )

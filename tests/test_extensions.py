@@ -151,8 +151,8 @@ def test_without_the_extension_what_is_missing_is_named(place: Path, cli: Runner
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
         said[checkpoint] = done.stderr
-    assert "of kind 'retention'" in said["h1"]
-    assert "once that package is imported" in said["h1"]
+    assert "of unknown kind 'retention'" in said["h1"]
+    assert "needs that package to be imported" in said["h1"]
     assert "is a 'otter' model; supported families: llama" in said["teacher"]
 
 

@@ -26,7 +26,7 @@ def inputs(batch: int, length: int, inner: int, states: int, seed: int = 0, dtyp
     return wide[0], wide[1], kept[0], wide[2], wide[3], kept[1], kept[2]
 
 
-def recurrence(x, dt, A, B, C, D, bias, keep=None, reset=None, state=None):
+def recurrence(x, dt, A, B, C, D, bias, mask=None, reset=None, state=None):
     """The definition, in float64, one step and one channel at a time."""
     x, dt, A, B, C, D, bias = (t.double() for t in (x, dt, A, B, C, D, bias))
     batch, length, inner = x.shape
@@ -41,7 +41,7 @@ def recurrence(x, dt, A, B, C, D, bias, keep=None, reset=None, state=None):
                 if reset is not None and reset[b, t]:
                     h = torch.zeros_like(h)
                 delta = torch.log1p(torch.exp(dt[b, t, i] + bias[i]))
-                if keep is None or keep[b, t]:
+                if mask is None or mask[b, t]:
                     h = torch.exp(delta * A[i]) * h + delta * x[b, t, i] * B[b, t, i // width]
                 outs.append((h * C[b, t, i // width]).sum() + D[i] * x[b, t, i])
             columns.append(torch.stack(outs))
@@ -71,12 +71,12 @@ def test_gradients_masks_resets_and_states(keep_all: bool, monkeypatch: pytest.M
     monkeypatch.setattr(scan, "KEEP_BYTES", 1 << 40 if keep_all else 0)
     monkeypatch.setattr(scan, "CHUNK", 8)
     args = inputs(2, 21, 8, 4)
-    keep, reset = masks(2, 21)
+    mask, reset = masks(2, 21)
     start = torch.randn(2, 8, 4, requires_grad=True)
     weight, weight_state = torch.randn(2, 21, 8), torch.randn(2, 8, 4)
-    y, last = scan.selective_scan(*args, keep=keep, reset=reset, state=start, backend="torch")
+    y, last = scan.selective_scan(*args, mask=mask, reset=reset, state=start, backend="torch")
     got = torch.autograd.grad((y * weight).sum() + (last * weight_state).sum(), [*args, start])
-    expected, state = recurrence(*args, keep=keep, reset=reset, state=start)
+    expected, state = recurrence(*args, mask=mask, reset=reset, state=start)
     wanted = torch.autograd.grad((expected * weight).sum() + (state * weight_state).sum(), [*args, start])
     assert worst(y, expected) <= 1e-5
     for ours, theirs in zip(got, wanted, strict=True):
@@ -141,8 +141,8 @@ def test_gaps_put_an_empty_step_before_each_reset(rows: list[list[bool]]) -> Non
 @pytest.mark.parametrize("packed", [False, True])
 def test_kernel_equals_torch(dtype: torch.dtype, bound: float, packed: bool) -> None:
     args = inputs(2, 200, 64, 16, dtype=dtype, device="cuda")
-    keep, reset = (m.cuda() for m in masks(2, 200))
-    extra = {"keep": keep, "reset": reset} if packed else {}
+    mask, reset = (m.cuda() for m in masks(2, 200))
+    extra = {"mask": mask, "reset": reset} if packed else {}
     weight = torch.randn(2, 200, 64, device="cuda")
     got, want = [], []
     for backend, found in (("kernel", got), ("torch", want)):

@@ -29,7 +29,7 @@ def inputs(batch: int, length: int, seed: int = 0, dtype: torch.dtype = torch.fl
     return wide[0], wide[1], kept[0], wide[2], wide[3], kept[1], kept[2]
 
 
-def recurrence(x, dt, A, B, C, D, bias, keep=None, reset=None, state=None):
+def recurrence(x, dt, A, B, C, D, bias, mask=None, reset=None, state=None):
     """The definition, in float64, one step and one head at a time: y [B, T, H, P], last state [B,
     H, P, N]."""
     x, dt, A, B, C, D, bias = (t.double() for t in (x, dt, A, B, C, D, bias))
@@ -44,7 +44,7 @@ def recurrence(x, dt, A, B, C, D, bias, keep=None, reset=None, state=None):
                 if reset is not None and reset[b, t]:
                     h = torch.zeros_like(h)
                 delta = torch.log1p(torch.exp(dt[b, t, i] + bias[i]))
-                if keep is None or keep[b, t]:
+                if mask is None or mask[b, t]:
                     h = torch.exp(delta * A[i]) * h + delta * torch.outer(x[b, t, i], B[b, t, i])
                 outs.append(h @ C[b, t, i] + D[i] * x[b, t, i])
             columns.append(torch.stack(outs))
@@ -67,12 +67,12 @@ def test_scan_is_the_recurrence(length: int) -> None:
 def test_gradients_masks_resets_and_states(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssd, "CHUNK", chunk)
     args = inputs(2, 21)
-    keep, reset = masks(2, 21)
+    mask, reset = masks(2, 21)
     start = torch.randn(2, HEADS, WIDTH, STATES, requires_grad=True)
     weight, weight_state = torch.randn(2, 21, HEADS, WIDTH), torch.randn(2, HEADS, WIDTH, STATES)
-    y, last = ssd.ssd_scan(*args, keep=keep, reset=reset, state=start, backend="torch")
+    y, last = ssd.ssd_scan(*args, mask=mask, reset=reset, state=start, backend="torch")
     got = torch.autograd.grad((y * weight).sum() + (last * weight_state).sum(), [*args, start])
-    expected, state = recurrence(*args, keep=keep, reset=reset, state=start)
+    expected, state = recurrence(*args, mask=mask, reset=reset, state=start)
     wanted = torch.autograd.grad((expected * weight).sum() + (state * weight_state).sum(), [*args, start])
     assert worst(y, expected) <= 1e-5
     assert worst(last, state) <= 1e-5
@@ -153,9 +153,9 @@ def test_gated_norm_and_its_gradients() -> None:
 @pytest.mark.parametrize("extra", ["plain", "packed", "padded", "continued"])
 def test_kernel_equals_torch(dtype: torch.dtype, bound: float, extra: str) -> None:
     args = inputs(2, 300, dtype=dtype, device="cuda", size=(4, 64, 64))
-    keep, reset = (m.cuda() for m in masks(2, 300))
+    mask, reset = (m.cuda() for m in masks(2, 300))
     told = {
-        "plain": {}, "packed": {"reset": reset}, "padded": {"keep": keep},
+        "plain": {}, "packed": {"reset": reset}, "padded": {"mask": mask},
         "continued": {"state": torch.randn(2, 4, 64, 64, device="cuda")},
     }[extra]  # fmt: skip
     weight = torch.randn(2, 300, 4, 64, device="cuda")

@@ -80,7 +80,7 @@ class RetentionMixer(Mixer):
         """As MambaMixer.forward: [B, T, D] -> ([B, T, D], None)."""
         cache = past_key_values if cache is None else cache
         x, state = self._convolve(self.project(hidden_states), attention_mask, cache, seq_idx)
-        kwargs = {"keep": attention_mask, "reset": document_starts(seq_idx), "state": state}
+        kwargs = {"mask": attention_mask, "reset": document_starts(seq_idx), "state": state}
         y, last = self.scan(x, inplace=self._steps(cache, x), **kwargs)
         self._store(cache, last)
         return self.out_proj(y), None

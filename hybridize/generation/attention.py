@@ -1,10 +1,10 @@
-"""Attention of one new token a sequence over keys and values that lie at fixed places, each
-sequence with its own count.
+"""Attention of one new token per sequence over a preallocated KV cache, with a separate length for
+each sequence.
 
-`kernel` is a Triton kernel on a CUDA device, `torch` is plain PyTorch. Both read a key and a value
-once for all the query heads that share them.
+`kernel` is a Triton kernel on a CUDA device, `torch` is plain PyTorch. Both read each key and value
+once for all query heads that share it.
 
-Shape legend: B sequences, H query heads, K key/value heads, S places, d head size.
+Shapes: B sequences, H query heads, K KV heads, S cache slots, d head size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "hybridize_decode"
 
 
 def triton_missing() -> str | None:
-    """Why the kernel cannot be used here, or None when it can."""
+    """Returns why the kernel cannot run here, or None if it can."""
     return missing_on_cuda("triton")
 
 
@@ -34,11 +34,11 @@ def decode_attention(
     cap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v over the first min(counts, S) places of each sequence; cap: Gemma 2's
-    soft cap on the logits.
+    """Returns softmax(scale q k^T) v over the first min(counts, S) slots of each sequence, [B, H,
+    d] in values' dtype.
 
-    query [B, H, d]; keys, values [B, K, S, d]; counts [B] int, at least 1. Returns [B, H, d] in
-    values' dtype.
+    query [B, H, d]; keys, values [B, K, S, d]; counts [B] int, at least 1; cap: Gemma 2's soft cap
+    on the scores.
     """
     if backend is None:
         backend = "kernel" if query.is_cuda and triton_missing() is None else "torch"
@@ -56,12 +56,12 @@ def decode_attention(
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, counts: Tensor, **told: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, counts: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention functions: query [B, H, 1, d] -> ([B, 1, H, d], None). A
-    window is the cache's affair."""
-    scale = told.get("scaling") or query.shape[-1] ** -0.5
-    return decode_attention(query[:, :, 0], key, value, counts, scale, told.get("softcap")).unsqueeze(1), None
+    """Attention function as transformers calls it: query [B, H, 1, d] -> ([B, 1, H, d], None).
+    Windows are handled by the cache."""
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return decode_attention(query[:, :, 0], key, value, counts, scale, kwargs.get("softcap")).unsqueeze(1), None
 
 
 register_attention(NAME, _attend)

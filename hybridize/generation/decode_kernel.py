@@ -1,8 +1,9 @@
-"""The Triton kernel behind `decode_attention`: flash decoding, keys and values of a sequence split
-over several programs.
+"""The Triton kernel behind `decode_attention`: flash decoding, with the keys and values of a
+sequence split over several programs.
 
-Bound by the bytes of keys and values, each read once (2 B K n d elements for n places filled). The
-split sizes follow `counts` on the device, so that one captured launch serves every length.
+Its time is bound by the bandwidth for keys and values, each read once (2 B K n d elements for n
+filled slots). The split sizes follow `counts` on the device, so that one captured launch serves
+every length.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 4  # a multiprocessor, at least
+PROGRAMS = 4  # at least, per multiprocessor
 MOST_SPLITS = 64
 
 
@@ -20,13 +21,13 @@ MOST_SPLITS = 64
 def _partial(  # type: ignore[no-untyped-def]
     q, k, v, counts, out, lse, scale, cap,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s,
-    heads, group, width, places, splits,
+    heads, group, width, slots, splits,
     CAPPED: tl.constexpr, G: tl.constexpr, N: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair, split = tl.program_id(0), tl.program_id(1)
     row = (pair // heads).to(tl.int64)
     head = pair % heads
-    count = tl.minimum(tl.load(counts + row).to(tl.int32), places)
+    count = tl.minimum(tl.load(counts + row).to(tl.int32), slots)
     share = tl.cdiv(tl.cdiv(count, splits), N) * N
     begin = split * share
     end = tl.minimum(begin + share, count)
@@ -36,55 +37,55 @@ def _partial(  # type: ignore[no-untyped-def]
     queries = tl.load(q + row * q_b + rows[:, None] * q_h + d[None, :], mask=inside[:, None] & whole[None, :], other=0.0)
     k += row * k_b + head * k_h
     v += row * v_b + head * v_h
-    most = tl.full((G,), -float("inf"), tl.float32)
+    peak = tl.full((G,), -float("inf"), tl.float32)
     total = tl.zeros((G,), tl.float32)
     sums = tl.zeros((G, W), tl.float32)
     for start in range(begin, end, N):
         at = start + n
-        there = at < end
-        keys = tl.load(k + at[None, :].to(tl.int64) * k_s + d[:, None], mask=there[None, :] & whole[:, None], other=0.0)
+        valid = at < end
+        keys = tl.load(k + at[None, :].to(tl.int64) * k_s + d[:, None], mask=valid[None, :] & whole[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         if CAPPED:
             scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
-        scores = tl.where(there[None, :], scores, -float("inf"))
-        now = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp(scores - now[:, None])
-        faded = tl.exp(most - now)
-        total = total * faded + tl.sum(weights, 1)
-        values = tl.load(v + at[:, None].to(tl.int64) * v_s + d[None, :], mask=there[:, None] & whole[None, :], other=0.0)
-        sums = sums * faded[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-        most = now
-    some = total > 0  # a split beyond the count has seen nothing
-    total = tl.where(some, total, 1.0)
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp(scores - new_peak[:, None])
+        rescale = tl.exp(peak - new_peak)
+        total = total * rescale + tl.sum(weights, 1)
+        values = tl.load(v + at[:, None].to(tl.int64) * v_s + d[None, :], mask=valid[:, None] & whole[None, :], other=0.0)
+        sums = sums * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        peak = new_peak
+    nonempty = total > 0  # false for a split beyond the count
+    total = tl.where(nonempty, total, 1.0)
     place = (row * splits + split) * heads * group + rows
     tl.store(out + place[:, None] * width + d[None, :], sums / total[:, None], mask=inside[:, None] & whole[None, :])
-    tl.store(lse + place, tl.where(some, most + tl.log(total), -float("inf")), mask=inside)
+    tl.store(lse + place, tl.where(nonempty, peak + tl.log(total), -float("inf")), mask=inside)
 
 
 @triton.jit
 def _combined(parts, lse, out, all_heads, width, splits, SPLITS: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s, d = tl.arange(0, SPLITS), tl.arange(0, W)
-    there, whole = s < splits, d < width
+    valid, whole = s < splits, d < width
     place = (row * splits + s) * all_heads + head
-    logs = tl.load(lse + place, mask=there, other=-float("inf"))
+    logs = tl.load(lse + place, mask=valid, other=-float("inf"))
     weights = tl.exp(logs - tl.max(logs, 0))
-    found = tl.load(parts + place[:, None] * width + d[None, :], mask=there[:, None] & whole[None, :], other=0.0)
+    found = tl.load(parts + place[:, None] * width + d[None, :], mask=valid[:, None] & whole[None, :], other=0.0)
     total = tl.sum(found * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out + (row * all_heads + head) * width + d, total.to(out.dtype.element_ty), mask=whole)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, scale: float, cap: float | None) -> Tensor:
-    """As `decode_attention`; the last dimension of all three is contiguous."""
+    """Computes `decode_attention`; the last dimension of query, keys and values must be contiguous."""
     batch, all_heads, width = query.shape
-    heads, places = keys.shape[1], keys.shape[2]
+    heads, slots = keys.shape[1], keys.shape[2]
     group, block = all_heads // heads, triton.next_power_of_2(width)
     size = 64 if block <= 128 else 32
     card = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
     processors = 2 if card is None else card.multi_processor_count
-    tiles = 2 * size * block * values.element_size()  # of keys and values, in shared memory once a stage
+    tiles = 2 * size * block * values.element_size()  # bytes of keys and values per stage in shared memory
     stages = 1 if card is None else max(1, min(3, (getattr(card, "shared_memory_per_block_optin", 99 << 10) - 16384) // tiles))
-    splits = min(-(-PROGRAMS * processors // (batch * heads)), -(-places // (2 * size)), MOST_SPLITS)
+    splits = min(-(-PROGRAMS * processors // (batch * heads)), -(-slots // (2 * size)), MOST_SPLITS)
     out = torch.empty(batch, all_heads, width, dtype=values.dtype, device=query.device)
     parts = out if splits == 1 else torch.empty(batch, splits, all_heads, width, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch, splits, all_heads, dtype=torch.float32, device=query.device)
@@ -92,7 +93,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, scale: f
     _partial[(batch * heads, splits)](
         query.to(keys.dtype), keys, values, counts, parts, lse, scale, 0.0 if cap is None else cap,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1),
-        values.stride(2), heads, group, width, places, splits,
+        values.stride(2), heads, group, width, slots, splits,
         CAPPED=cap is not None, G=max(16, triton.next_power_of_2(group)), N=size, W=max(16, block), PRECISION=exact,
         num_warps=4, num_stages=stages,
     )  # fmt: skip

@@ -1,8 +1,7 @@
-"""One step of decoding for many sequences: a captured CUDA graph where that can be, the same calls
-one by one elsewhere.
+"""Decoding of many sequences step by step, as a captured CUDA graph where possible.
 
-Teachers and hybrids go through the same code, so that what is compared is the model. Knows nothing
-of text.
+Teachers and hybrids use the same code, so that comparisons measure the model. Independent of text
+and tokenizers.
 """
 
 from __future__ import annotations
@@ -21,40 +20,43 @@ from hybridize.runtime.device import captured
 from .attention import NAME
 from .cache import DecodeCache
 
-# logits [B, V], how many tokens each row has [B], and those tokens [B, L] -> the next token of
-# each, [B]
+# logits [B, V], the number of tokens of each row [B], and those tokens [B, L] -> the next token of
+# each row [B]
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def greedy(logits: Tensor, *_: Tensor) -> Tensor:
+    """Returns the most likely token of each row [B] for logits [B, V]."""
     return logits.argmax(-1)
 
 
 def can_capture(model: HybridForCausalLM) -> bool:
-    """Whether a step can be a CUDA graph."""
+    """Returns whether a step can be captured as a CUDA graph."""
     return model.device.type == "cuda" and not has_experts(model)
 
 
 def looks_at_the_longest(config: HybridConfig) -> bool:
-    """Whether the model's rotary tables depend on the longest sequence, so that none can be decoded
-    beside another."""
-    told = getattr(config, "rope_parameters", None) or {}
-    kinds = [told, *(part for part in told.values() if isinstance(part, dict))]
+    """Returns whether the model's rotary tables depend on the longest sequence in the batch, so
+    that sequences of different length cannot be decoded together."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return any(part.get("rope_type") in ("dynamic", "longrope") for part in kinds)
 
 
 def check_decodable(config: HybridConfig) -> None:
-    """InputError for a model that no Decoder takes."""
+    """Raises InputError for a model that Decoder does not support."""
     if looks_at_the_longest(config):
-        raise InputError("a model whose RoPE is dynamic or longrope cannot be decoded side by side")
+        raise InputError("a model whose RoPE is dynamic or longrope cannot be decoded in batches")
 
 
 class Decoder:
-    """`rows` sequences of up to `length` tokens, each at its own place. All on the model's device.
+    """Decodes `rows` sequences of up to `length` tokens, each at its own position, on the model's
+    device.
 
-    history [rows, length + 1]: the tokens so far, then a place for what full rows go on to write;
-    `cache.lengths` [rows] of them have been read by the model, and the one after those is next.
-    pick is captured too and must not look at the host.
+    history [rows, length + 1]: the tokens so far, and one more column that full rows write to.
+    `cache.lengths` [rows]: how many of them the model has read; the token after those is the next
+    input. pick is captured, too, and must not synchronise with the host. capture: whether to use a
+    CUDA graph; by default where possible.
     """
 
     def __init__(
@@ -72,28 +74,29 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[int], ids: Tensor) -> Tensor:
-        """Reads prompts ids [len(rows), T] of one length into these rows and picks their first
-        tokens. Gives the logits."""
+        """Reads prompts ids [len(rows), T] of equal length into these rows and picks their first
+        tokens. Returns the logits [len(rows), V]."""
         length = ids.shape[1]
         if length >= self.length:
-            raise ValueError(f"a prompt of {length} tokens leaves no room in {self.length}")
-        read = new_cache(self.model.config)
-        logits = self.model(ids, cache=read, use_cache=True, logits_to_keep=1).logits[:, -1]
-        self.cache.take(rows, read, length)
+            raise ValueError(f"a prompt of {length} tokens leaves no room for an answer in {self.length} tokens")
+        cache = new_cache(self.model.config)
+        logits = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.cache.take(rows, cache, length)
         index = torch.tensor(rows, device=ids.device)
         self.history[index, :length] = ids
         self.history[index, length] = self.pick_rows(logits, index)
         return logits
 
     def pick_rows(self, logits: Tensor, index: Tensor) -> Tensor:
-        """`pick` for some rows alone: it is told of all."""
+        """Returns the picks for the rows `index` [n] with logits [n, V]; `pick` always gets all
+        rows."""
         every = logits.new_zeros(self.rows, logits.shape[1])
         every[index] = logits
         return self.pick(every, self.cache.lengths, self.history)[index]
 
     def step(self) -> None:
-        """Every row reads its newest token and picks the one after it. A full row writes beside its
-        tokens."""
+        """Runs the model on the newest token of every row and picks the next. A full row keeps
+        writing to the extra column of history."""
         if self._graph is None:
             self._step()
         else:
@@ -106,8 +109,8 @@ class Decoder:
         cache.begin_step()
         before, config._attn_implementation = config._attn_implementation, NAME
         try:
-            told: dict[str, Any] = {"attention_mask": self._masks, "position_ids": at, "counts": cache.lengths + 1}
-            hidden = self.model.model(self.history.gather(1, at), cache=cache, use_cache=True, **told).last_hidden_state
+            kwargs: dict[str, Any] = {"attention_mask": self._masks, "position_ids": at, "counts": cache.lengths + 1}
+            hidden = self.model.model(self.history.gather(1, at), cache=cache, use_cache=True, **kwargs).last_hidden_state
         finally:
             config._attn_implementation = before
         logits = self.model.logits(hidden)[:, 0]

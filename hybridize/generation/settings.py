@@ -1,5 +1,5 @@
-"""A checkpoint's generation settings: what of them is followed, what is refused by name, and which
-tokens end an answer."""
+"""Reads a checkpoint's generation settings: which are supported, which are refused by name, and
+which tokens end an answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hybridize.errors import InputError, first_line
 from hybridize.generation.sampling import Rules, SamplingSettings
 
 FILE = "generation_config.json"
-MOST = 1 << 31  # of a number of tokens
-TOP_K = 50  # transformers' own where a checkpoint samples and says nothing
-FOLLOWED: dict[str, tuple[Any, ...]] = {  # settings of every step, with the values at which they do nothing
+MOST = 1 << 31  # limit of settings that count tokens
+TOP_K = 50  # transformers' default if a checkpoint samples without setting it
+FOLLOWED: dict[str, tuple[Any, ...]] = {  # supported, with the values that have no effect
     "repetition_penalty": (None, 1, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0),
     "min_new_tokens": (None, 0), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
     "bad_words_ids": (None, []),
 }  # fmt: skip
-REFUSED: dict[str, tuple[Any, ...]] = {  # others that change what is written, likewise; see transformers' GenerationConfig
+REFUSED: dict[str, tuple[Any, ...]] = {  # not supported, with values that have no effect; see GenerationConfig
     "num_beams": (None, 1), "num_beam_groups": (None, 1), "penalty_alpha": (None, 0, 0.0), "dola_layers": (None,),
     "guidance_scale": (None, 1, 1.0), "sequence_bias": (None,), "encoder_repetition_penalty": (None, 1, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
@@ -33,8 +33,8 @@ REFUSED_IN_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Generation:
-    """How a checkpoint's answers are drawn. ends: tokens that end one; others: settings, with their
-    values, that change what is written and are not followed here."""
+    """How a checkpoint's answers are generated. ends: tokens that end an answer; others:
+    unsupported settings that would change answers, with their values."""
 
     sampling: SamplingSettings
     rules: Rules
@@ -42,13 +42,12 @@ class Generation:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, asked: Mapping[str, Any]) -> Generation:
-    """The settings of the checkpoint directory `path` with this config.json, and over them what the
-    user has `asked` for.
+def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, overrides: Mapping[str, Any]) -> Generation:
+    """Returns the generation settings of the checkpoint directory `path`, overridden by the user's.
 
-    asked: temperature (0 is greedy), top_k, top_p and min_p, None where nothing is asked. Unasked,
-    a checkpoint samples only where its `do_sample` says so. InputError where the file cannot be
-    read.
+    config: its config.json. overrides: the user's temperature (0 is greedy), top_k, top_p and min_p,
+    None where not set. Without a temperature from the user, answers are sampled only if the
+    checkpoint's `do_sample` is set. Raises InputError if the file cannot be read.
     """
     from transformers import GenerationConfig
 
@@ -56,23 +55,26 @@ def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, asked
     try:
         if file.name == FILE:
             made = GenerationConfig.from_pretrained(path, local_files_only=True)
-        else:  # older checkpoints have them there
+        else:  # where older checkpoints keep them
             made = GenerationConfig(**{key: config[key] for key in vars(GenerationConfig()) if key in config})
         _check(made)
-    except Exception as error:  # whatever it has against the file
+    except Exception as error:  # bad values raise many types of exceptions
         raise InputError(f"{file} cannot be read: {first_line(error)}") from error
-    asked = {key: value for key, value in asked.items() if value is not None}
-    samples = asked["temperature"] > 0 if "temperature" in asked else bool(made.do_sample)
-    own = made.do_sample  # what a checkpoint says of sampling is not meant where it does not sample
-    told = {key: getattr(made, key) if own else None for key in ("temperature", "top_k", "top_p", "min_p")} | dict(asked)
-    if own and told["top_k"] is None:
-        told["top_k"] = TOP_K
-    return settings_of(vars(made), told, samples, ends_of((made.eos_token_id, config.get("eos_token_id")), tokenizer))
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    samples = overrides["temperature"] > 0 if "temperature" in overrides else bool(made.do_sample)
+    own = made.do_sample  # transformers ignores sampling settings unless do_sample is set
+    drawn = {key: getattr(made, key) if own else None for key in ("temperature", "top_k", "top_p", "min_p")} | dict(overrides)
+    if own and drawn["top_k"] is None:
+        drawn["top_k"] = TOP_K
+    return settings_of(vars(made), drawn, samples, ends_of((made.eos_token_id, config.get("eos_token_id")), tokenizer))
 
 
 def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool, ends: Iterable[int]) -> Generation:
-    """made: generation settings by name, in transformers' terms; drawn: temperature, top_k, top_p
-    and min_p, None where unset; samples: whether answers are sampled at all."""
+    """Returns the Generation for settings in transformers' terms.
+
+    made: generation settings by name; drawn: temperature, top_k, top_p and min_p, None where unset;
+    samples: whether answers are sampled; ends: tokens that end an answer.
+    """
     unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     chosen = {key: value if drawn.get(key) is None else drawn[key] for key, value in unset.items()}
     if not samples:
@@ -87,7 +89,7 @@ def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool
     if any(len(word) != 1 for word in banned):
         others["bad_words_ids"] = banned
     ends = frozenset(ends)
-    if "min_new_tokens" in given:  # which goes before min_length
+    if "min_new_tokens" in given:  # takes precedence over min_length
         given.pop("min_length", None)
     rules = Rules(
         float(given.get("repetition_penalty", 1.0)), max(0, int(given.get("no_repeat_ngram_size", 0))),
@@ -98,15 +100,15 @@ def settings_of(made: Mapping[str, Any], drawn: Mapping[str, Any], samples: bool
     return Generation(sampling, rules, ends, others)
 
 
-def ends_of(said: Iterable[Any], tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: what generation settings and config say, and where both are silent
-    the tokenizer's own."""
-    ends = {end for one in said for end in (one if isinstance(one, list | tuple) else [one]) if end is not None}
+def ends_of(end_ids: Iterable[Any], tokenizer: Any) -> frozenset[int]:
+    """Returns the tokens that end an answer: `end_ids` (ids, lists of ids or None, from generation
+    settings and config), or if there are none the tokenizer's own."""
+    ends = {end for one in end_ids for end in (one if isinstance(one, list | tuple) else [one]) if end is not None}
     return frozenset(ends or ({tokenizer.eos_token_id} - {None}))
 
 
 def _check(made: Any) -> None:
-    """ValueError where something that is used here is of no use."""
+    """Raises ValueError if a supported setting has an invalid value."""
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if not isinstance(getattr(made, name), int | float | None):
             raise ValueError(f"{name} is {getattr(made, name)!r}")

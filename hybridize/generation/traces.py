@@ -1,5 +1,5 @@
-"""The file that answers are written to: lines as they come into FILE.part, FILE itself, in order,
-once all are there."""
+"""The output file of answers: lines are appended to FILE.part as they come; FILE is written, in
+order, once all are there."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hybridize.generation.writing import Written
 
 
 def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written) -> dict[str, Any]:
-    """The line to distil on: what was asked in `row`, and the answer's text with all its tokens.
+    """Returns the training line for `row`: its question and the answer's text.
 
-    Encoding it gives back the prompt and the answer's ids: where the text alone does not say them,
-    as with templates that cut reasoning out or tokenizers with several ways to say the same, they
-    are in `token_ids`.
+    Encoding the line gives back the ids of prompt and answer. If the text alone does not determine
+    them, as with templates that remove reasoning or tokenizers with several encodings of the same
+    text, the ids are stored in `token_ids`. where: the row's location, for errors.
     """
     text = decoded(encoder.tokenizer, answer.ids)
     line = question_of(encoder, row, where)
@@ -36,14 +36,14 @@ def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written)
 
 
 def question_of(encoder: Encoder, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The part of a line that is known before there is an answer. InputError where it cannot be
+    """Returns the part of a line that precedes the answer. Raises InputError if it cannot be
     written as JSON."""
     question = read_question(row, where)
     if isinstance(question, Pair) and encoder.template:
         question = question.as_chat().question
     if isinstance(question, Conversation) or encoder.template:
-        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question.messages  # type: ignore[union-attr]
-        line = {"messages": asked} | {key: row[key] for key in CONTEXT if row.get(key)}
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question.messages  # type: ignore[union-attr]
+        line = {"messages": messages} | {key: row[key] for key in CONTEXT if row.get(key)}
     else:
         line = {"prompt": question if isinstance(question, str) else question.before}
     try:
@@ -54,21 +54,22 @@ def question_of(encoder: Encoder, row: dict[str, Any], where: str) -> dict[str, 
 
 
 def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, ids: list[int]) -> bool:
-    """Whether the text alone is encoded as its ids are."""
+    """Returns whether encoding the text alone gives the same ids as with `token_ids`."""
     try:
         return encoder.read(line, where).ids == encoder.read(line | {"token_ids": ids}, where).ids
-    except InputError:  # a template that rejects what was written
+    except InputError:  # the template rejects the answer
         return False
 
 
 class Traces:
-    """settings: all that decides the answers; another run's are not gone on with. InputError where
-    something is in the way."""
+    """The answers of a run, by row and sample. settings: everything that determines the answers;
+    only a run with the same settings can be resumed. Raises InputError if the output or an
+    unfinished run is in the way."""
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.path = path
         if path.is_dir():
-            raise InputError(f"{path} is a directory; it names a file")
+            raise InputError(f"{path} is a directory; {setting('output')} must be a file")
         part = part_of(path)
         if path.exists() and not overwrite and not (resume and part.exists()):  # both: killed just before the end
             raise InputError(f"{path} exists; give another {setting('output')} or {setting('overwrite')}")
@@ -78,16 +79,17 @@ class Traces:
             self.lines = {(int(line["row"]), int(line["sample"])): line for line in self.journal.lines}
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.journal.path} is not an unfinished run of generate; {setting('overwrite')} starts anew"
+                f"{self.journal.path} is not an unfinished run of generate; {setting('overwrite')} starts over"
             ) from error
 
     def add(self, key: tuple[int, int], line: dict[str, Any]) -> None:
+        """Stores the line of the answer with key (row, sample) and appends it to the journal."""
         self.lines[key] = {**line, "row": key[0], "sample": key[1]}
         self.journal.put(self.lines[key])
 
     def finish(self) -> list[dict[str, Any]]:
-        """All answers in the order of their prompts. Empty ones are not written: there is nothing
-        to learn from them."""
+        """Writes the file and returns all answers, in the order of their prompts. Empty answers are
+        not written, since they have nothing to train on."""
         lines = [self.lines[key] for key in sorted(self.lines)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines if line["tokens"])
         write_text_atomic(self.path, text)

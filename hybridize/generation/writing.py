@@ -1,5 +1,5 @@
-"""Many prompts through one decoder: a row is taken up by the next prompt as soon as its sequence
-has ended."""
+"""Continuous batching: generates answers to many prompts with one decoder, whose rows are reused as
+soon as a sequence ends."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .cache import sequence_bytes
 from .decoder import Decoder
 from .sampling import Rules, Sampler, SamplingSettings
 
-STRIDE = 16  # steps between two looks at what has been written
-SHARE = 0.9  # of a GPU's free memory, for caches
-SAMPLING = 64  # bytes a token of the vocabulary and row: logits, their order, probabilities and sums
+STRIDE = 16  # steps between checks for finished answers
+SHARE = 0.9  # of a GPU's free memory is used for caches
+SAMPLING = 64  # bytes per row and vocabulary entry: logits, their order, probabilities and sums
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """ids: the prompt; seed: of this answer alone; key: whatever it is called by."""
+    """A requested answer. ids: the prompt; seed: for this answer only; key: identifies it, as in
+    Written."""
 
     key: tuple[int, int]
     ids: list[int]
@@ -32,8 +33,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Written:
-    """ids: the answer without the end token; ended: by such a token or by `stop`, not by its
-    length; broken: a logit of it was not finite, and what was picked from it means nothing."""
+    """A finished answer. ids: its tokens without the end token; ended: whether such a token or
+    `stop` ended it, rather than the length; broken: a logit was NaN or infinite, so its tokens are
+    meaningless."""
 
     key: tuple[int, int]
     ids: list[int]
@@ -42,16 +44,17 @@ class Written:
 
 
 def seed_of(seed: int, key: object) -> int:
-    """Of one answer, the same whatever else is asked."""
+    """Returns the seed of the answer `key`, independent of all other answers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")
 
 
 def rows_that_fit(model: HybridForCausalLM, length: int, most: int) -> int:
-    """At most `most` sequences of `length` tokens, and no more than the GPU's free memory holds."""
+    """Returns how many sequences of `length` tokens fit into the GPU's free memory, at least 1 and
+    at most `most`."""
     if model.device.type != "cuda":
         return most
     gc.collect()
-    torch.cuda.empty_cache()  # what the last decoder held counts as taken until then
+    torch.cuda.empty_cache()  # memory of the last decoder counts as used until then
     room = torch.cuda.mem_get_info(model.device)[0] * SHARE
     return max(
         1, min(most, int(room // (sum(sequence_bytes(model, length, model.dtype)) + SAMPLING * model.config.vocab_size)))
@@ -63,9 +66,12 @@ def write(
     rows: int, rules: Rules | None = None, stop: Callable[[tuple[int, int], list[int]], bool] = lambda *_: False,
     stride: int = STRIDE,
 ) -> Iterator[Written]:  # fmt: skip
-    """Answers as they are finished, in no order. longest: of the prompts, in tokens; rows:
-    sequences side by side; stop: told of every answer's tokens so far, each `stride` steps, and
-    True where there need be no more."""
+    """Yields answers as they finish, in no particular order.
+
+    longest: the longest prompt, in tokens; new: the most new tokens; ends: tokens that end an
+    answer; rows: sequences decoded in parallel; stop: called every `stride` steps with the key and
+    the tokens so far of each answer, returns True to end it.
+    """
     sampler = Sampler(settings, rows, new, model.device, rules)
     decoder = Decoder(model, rows, longest + new, sampler)
     waiting, running = iter(wanted), dict[int, Wanted]()

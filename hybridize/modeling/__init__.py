@@ -1,4 +1,4 @@
-"""What runs: the hybrid causal LM. Importing this registers it with transformers' Auto classes."""
+"""The hybrid causal LM. Importing this package registers it with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The configuration of a hybrid: the teacher's own keys, which layers are Mamba (`layer_types`),
+"""The configuration of a hybrid: the teacher's own keys, which layers are mixers (`layer_types`),
 and the mixer's shape."""
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 MIXER_LAYER = "linear_attention"  # transformers' name for a layer whose cache is a convolution window and a state
-# what the config's `mixer` has, beside its kind's own keys, where the teacher's attention has it:
-# biases of in_proj and out_proj, RMSNorm of B and C as {over: head|all, offset: what is added to
-# the weight}
+# Keys of the config's `mixer` that are set where the teacher's attention has the same: biases of
+# in_proj and out_proj, and the RMSNorm of B and C as {over: head|all, offset: a constant added to
+# the weight}. They come in addition to the keys of the mixer's kind.
 CARRIED_KEYS = ("in_bias", "out_bias", "norm_bc")
 
 
 class HybridConfig(PreTrainedConfig):
-    """Every key of the teacher's config, plus the layout.
+    """The teacher's config with the layout of the hybrid added.
 
-    base_model_type: the teacher's `model_type`. layer_types: one entry a layer, `linear_attention`
-    for a mixer, the teacher's own kind otherwise. mixer: {kind, and the shape keys of that kind},
-    or None while no layer is converted. Raises ValueError when the layout and the mixer contradict
-    each other; the kind itself is checked by the model.
+    base_model_type: the teacher's `model_type`. layer_types: one entry per layer,
+    `linear_attention` for a mixer, otherwise the teacher's own kind of attention. mixer: {kind, and
+    the shape keys of that kind}, or None if no layer is converted. Raises ValueError if layout and
+    mixer contradict each other; the kind itself is checked by the model.
     """
 
     model_type = "hybridize"
@@ -32,7 +32,7 @@ class HybridConfig(PreTrainedConfig):
         mixer: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The family's own class fills in its defaults and reads legacy spellings (rope_theta,
+        # The family's config class fills in its defaults and translates legacy keys (rope_theta,
         # rope_scaling).
         kinds = layer_types
         attention = kwargs.pop("attn_implementation", None)
@@ -43,9 +43,9 @@ class HybridConfig(PreTrainedConfig):
         }
         values |= {alias: getattr(family, name) for alias, name in family.attribute_map.items() if hasattr(family, name)}
         values.pop("layer_types", None)
-        rope = values.pop("rope_parameters", None)  # the family's class has read it, and knows when it is one a kind of layer
+        rope = values.pop("rope_parameters", None)  # the family's class has normalised it, also one set per kind of layer
         super().__init__(attn_implementation=attention, **values)
-        for key, value in values.items():  # the base class drops what it takes for generation settings, use_cache among them
+        for key, value in values.items():  # the base class drops what it treats as generation settings, such as use_cache
             if key not in vars(self):
                 setattr(self, key, value)
         if rope is not None:
@@ -59,30 +59,31 @@ class HybridConfig(PreTrainedConfig):
 
     def _check_layout(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers {self.num_hidden_layers}")
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, but num_hidden_layers is {self.num_hidden_layers}"
+            )
         if MIXER_LAYER in self.layer_types and self.mixer is None:
-            raise ValueError("layer_types has mixers, but the config's `mixer` is missing")
+            raise ValueError("layer_types contains mixers, but the config has no `mixer`")
         if self.mixer is None:
             return
         if not isinstance(self.mixer, dict) or not isinstance(self.mixer.get("kind"), str):
-            raise ValueError(f"the config's `mixer` is {self.mixer!r}, not a table with a `kind`")
+            raise ValueError(f"the config's `mixer` is {self.mixer!r}, not an object with a `kind`")
         norm = self.mixer.get("norm_bc")
         if norm is not None and not (isinstance(norm, dict) and norm.get("over") in ("head", "all") and "offset" in norm):
-            raise ValueError(f"the config's `mixer` has norm_bc {norm!r}, not over: head or all, and an offset")
+            raise ValueError(f"the config's `mixer` has norm_bc {norm!r}; it must have `over` (head or all) and `offset`")
 
     @property
     def mixer_layers(self) -> list[int]:
-        """Indices of the Mamba layers."""
+        """The indices of the mixer layers."""
         return [i for i, kind in enumerate(self.layer_types) if kind == MIXER_LAYER]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All keys: a value that equals Llama's default may differ from the default of this
-        config's own family."""
+        """Returns all keys, not only those that differ from the defaults: the defaults of this
+        class are Llama's, and the family's may differ."""
         return self.to_dict()
 
 
 def hybrid_config(raw: dict[str, Any]) -> HybridConfig:
-    """The hybrid view of a checkpoint's config, whether it is a plain teacher's or already a
-    hybrid's."""
+    """Returns the HybridConfig of a checkpoint's config.json, a teacher's or a hybrid's."""
     keys = {key: value for key, value in raw.items() if key not in ("model_type", "base_model_type", "auto_map")}
     return HybridConfig(base_model_type=raw.get("base_model_type", raw["model_type"]), **keys)

@@ -1,8 +1,8 @@
-"""The Mamba-2 mixer (2405.21060), to the letter the layer that GraniteMoeHybridForCausalLM has, so
-that stock runtimes serve it (hybridize's docs/concepts/architecture.md). Key and value heads are
-expanded to query heads in the weights: every head is its own group.
+"""The Mamba-2 mixer (2405.21060), identical to the layer of GraniteMoeHybridForCausalLM, so that
+stock runtimes can serve it (hybridize's docs/concepts/architecture.md). KV heads are repeated per
+query head in the weights: every head is its own group.
 
-Shapes: B batch, T time, D hidden, H heads, P head size = N state size, I = H * P.
+Shapes: B batch, T time, D hidden size, H heads, P head size = N state size, I = H * P.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .ssd import gated_norm, ssd_scan
 
 
 class GatedRMSNorm(nn.Module):
-    """The gate, then RMSNorm over each group of `group` channels."""
+    """Applies the gate, then RMSNorm over each group of `group` channels."""
 
     def __init__(self, channels: int, group: int, eps: float) -> None:
         super().__init__()
         self.weight, self.group, self.eps = nn.Parameter(torch.ones(channels)), group, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y, z [B, T, channels] -> the same."""
+        """Returns [B, T, channels], of y and z [B, T, channels]."""
         return gated_norm(y, z, self.weight, self.eps, self.group)
 
 
 @register_mixer
 class Mamba2Mixer(Mixer):
-    """in_proj rows, in order: z (I), x (I), B (I), C (I), dt (H); convolution and SiLU over x, B
-    and C; gate, then norm."""
+    """Mamba-2 with one group per head. Rows of in_proj, in order: z (I), x (I), B (I), C (I), dt
+    (H); convolution and SiLU run over x, B and C; the gate comes before the norm."""
 
     kind = "mamba2"
     sizes = ("d_inner", "d_state", "d_conv")
@@ -66,12 +66,12 @@ class Mamba2Mixer(Mixer):
         cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Arguments and result as MambaMixer.forward."""
+        """See MambaMixer.forward."""
         cache = past_key_values if cache is None else cache
         z, xBC, dt = self.project(hidden_states)
         xBC, state = self._convolve(xBC, attention_mask, cache, seq_idx)
-        told: dict[str, Any] = {"keep": attention_mask, "reset": document_starts(seq_idx), "state": state}
-        y, last = self.scan(xBC, dt, inplace=self._steps(cache, xBC), **told)
+        kwargs: dict[str, Any] = {"mask": attention_mask, "reset": document_starts(seq_idx), "state": state}
+        y, last = self.scan(xBC, dt, inplace=self._steps(cache, xBC), **kwargs)
         self._store(cache, last)
         return self.out_proj(self.norm(y, z)), None
 
@@ -80,16 +80,17 @@ class Mamba2Mixer(Mixer):
         return self.heads, self.head, self.head
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> z [B, T, I]; x, B and C side by side [B, T, 3 I]; dt [B, T, H]."""
+        """Returns z [B, T, I]; x, B and C concatenated [B, T, 3 I]; dt [B, T, H]; of hidden states
+        [B, T, D]."""
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, 3 * self.inner, self.heads], dim=-1)
         if self.normed:
             x, B, C = xBC.split(self.inner, dim=-1)
             xBC = torch.cat([x, self.B_norm(B), self.C_norm(C)], -1)
         return z, xBC, dt
 
-    def scan(self, xBC: Tensor, dt: Tensor, **told: Any) -> tuple[Tensor, Tensor]:
-        """What follows the convolution, up to the gate: [B, T, I] and the last state. told: see
-        ssd_scan."""
+    def scan(self, xBC: Tensor, dt: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Runs the part between convolution and gate; returns y [B, T, I] and the last state.
+        kwargs: those of ssd_scan."""
         x, B, C = (t.unflatten(-1, (-1, self.head)) for t in xBC.split(self.inner, dim=-1))
-        y, last = ssd_scan(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, self.dt_bias, **told)
+        y, last = ssd_scan(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, self.dt_bias, **kwargs)
         return y.flatten(2), last

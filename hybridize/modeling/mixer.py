@@ -1,7 +1,7 @@
-"""What every mixer shares: starting values, parameters that stay float32, and the convolution with
-its cache.
+"""The base class of all mixers: initial values, parameters that stay float32, and the convolution
+with its cache.
 
-Knows nothing of the layers around a mixer. Shapes: B batch, T time, I inner = query heads *
+Independent of the layers around a mixer. Shapes: B batch, T time, I inner width = query heads *
 head_dim, K taps.
 """
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from .scan import causal_conv, conv_step
 
-FLOAT32 = ("A_log", "D", "dt_bias")  # parameters that stay float32 under every cast
+FLOAT32 = ("A_log", "D", "dt_bias")  # parameters that no cast changes
 
 
 def initial(name: str, shape: tuple[int, ...], fan_in: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """The starting value of a mixer parameter, float32 on the CPU.
+    """Returns the initial value of a mixer parameter, float32 on the CPU.
 
-    A = -(1..N) a channel (Mamba) or uniform in -[1, 16] a head (Mamba-2, 2405.21060), D = 1, dt
-    bias = the inverse softplus of log-uniform [1e-3, 1e-1] (2312.00752, section 3.6), norm 1;
-    everything else is uniform in +-fan_in^-1/2, torch's default for linear and convolution; fan_in
-    is the last dimension unless given.
+    A = -(1..N) per channel (Mamba) or uniform in [-16, -1] per head (Mamba-2, 2405.21060), D = 1,
+    dt bias = the inverse softplus of log-uniform [1e-3, 1e-1] (2312.00752, section 3.6), norm
+    weights 1, biases of in_proj and out_proj 0; everything else is uniform in +-fan_in^-1/2,
+    torch's default for linear layers and convolutions. fan_in: the last dimension unless given.
     """
     if name == "A_log":
         if len(shape) == 1:
@@ -41,34 +41,35 @@ def initial(name: str, shape: tuple[int, ...], fan_in: int | None = None, genera
 
 
 def inverse_softplus(step: Tensor) -> Tensor:
-    """t with softplus(t) = step, for step > 0."""
+    """Returns t with softplus(t) = step, for step > 0."""
     return step + torch.log(-torch.expm1(-step))
 
 
 class VectorNorm(nn.Module):
-    """RMSNorm of B or C as the teacher's attention has of keys or queries: over each head, or over
-    all of them together."""
+    """RMSNorm of B or C, as the teacher's attention normalises keys or queries: over each head, or
+    over all heads together."""
 
     def __init__(self, size: int, eps: float, offset: float) -> None:
         super().__init__()
         self.weight, self.eps, self.offset = nn.Parameter(torch.full((size,), 1.0 - offset)), eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, n * size] -> the same, each run of `size` channels by itself."""
-        runs = x.float().unflatten(-1, (-1, self.weight.shape[0]))
-        runs = runs * torch.rsqrt(runs.square().mean(-1, keepdim=True) + self.eps)
-        return (runs * (self.offset + self.weight.float())).flatten(-2).to(x.dtype)
+        """Normalises each group of `size` channels of x [B, T, n * size]; returns the same shape."""
+        groups = x.float().unflatten(-1, (-1, self.weight.shape[0]))
+        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        return (groups * (self.offset + self.weight.float())).flatten(-2).to(x.dtype)
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass is made from (config, layer index) and has `in_proj`, `conv1d`
-    and `out_proj`, the forward pass of a transformers attention layer, and `state_shape`.
+    """Base class of all mixers. A subclass is constructed from (config, layer index) and has
+    `in_proj`, `conv1d` and `out_proj`, the forward signature of a transformers attention layer, and
+    `state_shape`.
 
-    kind: its name in the config. sizes: the keys of the config's `mixer` that are whole numbers
-    above 0; choices: those that are one of several words. The flags say what its kernels can do:
-    fits_float16, whether no value exceeds float16; deterministic, whether its CUDA kernels add in a
-    fixed order; graphs_documents, whether a CUDA graph can hold a step on packed documents; tunes,
-    whether its kernels try their configurations at first use, for minutes.
+    kind: its name in the config. sizes: the keys of the config's `mixer` that are positive
+    integers. choices: the keys that take one of several words. Flags: fits_float16, no activation
+    exceeds float16's range; deterministic, its CUDA kernels add in a fixed order; graphs_documents,
+    a CUDA graph can capture a step on packed documents; tunes, its kernels autotune at first use,
+    which takes minutes.
     """
 
     kind: ClassVar[str]
@@ -85,20 +86,20 @@ class Mixer(nn.Module):
 
     @classmethod
     def check(cls, shape: dict[str, Any]) -> None:
-        """ValueError unless the config's `mixer` has what this kind needs."""
+        """Raises ValueError unless the config's `mixer` has valid values for all keys of this kind."""
         missing = [key for key in (*cls.sizes, *cls.choices) if key not in shape]
         if missing:
             raise ValueError(f"the config's `mixer` lacks {', '.join(missing)}")
-        odd = [f"{key} {shape[key]!r}" for key in cls.sizes if type(shape[key]) is not int or shape[key] < 1]
-        if odd:
-            raise ValueError(f"the config's `mixer` has {', '.join(odd)}, where whole numbers above 0 belong")
+        invalid = [f"{key} {shape[key]!r}" for key in cls.sizes if type(shape[key]) is not int or shape[key] < 1]
+        if invalid:
+            raise ValueError(f"the config's `mixer` has {', '.join(invalid)}; these must be whole numbers above 0")
         for key, words in cls.choices.items():
             if shape[key] not in words:
-                raise ValueError(f"the config's `mixer` has {key} {shape[key]!r}, which is not {' or '.join(words)}")
+                raise ValueError(f"the config's `mixer` has {key} {shape[key]!r}; it must be {' or '.join(words)}")
 
     def _add_norms(self, shape: dict[str, Any], head: int, keys: int, queries: int, eps: float) -> None:
-        """B_norm and C_norm where the config has `norm_bc`, else nothing; keys, queries: channels
-        of B and C."""
+        """Adds B_norm and C_norm, as the config's `norm_bc` says; identities if it has none. keys,
+        queries: the channels of B and of C."""
         given = shape.get("norm_bc")
         sizes = (head, head) if given and given["over"] == "head" else (keys, queries)
         made = [VectorNorm(size, eps, given["offset"]) if given else nn.Identity() for size in sizes]
@@ -106,7 +107,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Plain starting values for all parameters."""
+        """Sets all parameters to their initial values (see `initial`)."""
         with torch.device("cpu"):
             for name, parameter in self.named_parameters():
                 if parameter.is_meta:
@@ -117,21 +118,21 @@ class Mixer(nn.Module):
                 parameter.copy_(value - offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mixer:
-        """Moves with the module, but never changes the type of A_log, D and dt bias: bf16 loses
+        """Applies fn as nn.Module does, but keeps A_log, D and dt bias in float32: bfloat16 loses
         small steps and decays."""
-        kept = {name: p.data for name, p in self._parameters.items() if p is not None and name in FLOAT32}
+        originals = {name: p.data for name, p in self._parameters.items() if p is not None and name in FLOAT32}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, before in originals.items():
             parameter = getattr(self, name)
             if parameter.dtype != torch.float32:
                 parameter.data = before.to(parameter.device)
         return self
 
     def _convolve(self, x: Tensor, attention_mask: Tensor | None, cache: Any, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
-        """[B, T, channels] -> the same after convolution and SiLU, and the state that a cached
-        prefix left, if any.
+        """Returns x [B, T, channels] after convolution and SiLU, and the state that a cached prefix
+        left, if any.
 
-        Continues from and updates the window in `cache`; padding enters as zeros.
+        Continues from the window in `cache` and updates it; padding enters as zeros.
         """
         if attention_mask is not None:
             x = x * attention_mask.unsqueeze(-1).to(x.dtype)
@@ -139,7 +140,7 @@ class Mixer(nn.Module):
         conv = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if cache is None:
             return causal_conv(x, *conv, seq_idx=seq_idx), None
-        # `layers[i]` and not the get_*_state helpers: transformers 5.17 lacks them
+        # `layers[i]` because transformers 5.17 has no get_*_state helpers
         layer, taps, length = cache.layers[self.layer_idx], self.conv1d.kernel_size[0], x.shape[1]
         if self._steps(cache, x):
             return conv_step(x[:, 0], layer.conv_states[0], *conv).unsqueeze(1), layer.recurrent_states[0]
@@ -150,50 +151,49 @@ class Mixer(nn.Module):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Of one sequence's recurrent state, which is float32."""
+        """The shape of one sequence's recurrent state, which is float32."""
         raise NotImplementedError
 
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """What one sequence keeps: the window in `dtype`, the state in float32."""
+        """Returns the bytes cached per sequence: the window in `dtype`, the state in float32."""
         return self.conv1d.weight.shape[0] * self.conv1d.kernel_size[0] * dtype.itemsize + 4 * math.prod(self.state_shape)
 
     def _steps(self, cache: Any, x: Tensor) -> bool:
-        """Whether x [B, T, channels] is one more token for a cache whose states may be moved on in
-        place, as it says itself. transformers' caches may not: what is to be rolled back keeps its
-        past."""
+        """Returns whether x [B, T, channels] is one token and the cache allows its states to be
+        updated in place. transformers' own caches do not: they may have to roll back."""
         return cache is not None and x.shape[1] == 1 and getattr(cache.layers[self.layer_idx], "inplace", False)
 
     def _store(self, cache: Any, state: Tensor) -> None:
-        if cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]:  # else it has been moved on
+        """Writes the last state into the cache, unless it was updated in place."""
+        if cache is not None and state is not cache.layers[self.layer_idx].recurrent_states[0]:
             cache.layers[self.layer_idx].update_recurrent_state(state)
 
 
 Kind = TypeVar("Kind", bound=type[Mixer])
-MIXERS: dict[str, type[Mixer]] = {}  # kind, as the config has it, to class
+MIXERS: dict[str, type[Mixer]] = {}  # kind in the config -> class
 
 
 def register_mixer(mixer: Kind) -> Kind:
-    """A class decorator: models whose config has `mixer.kind` = the class's `kind` are built with
-    it."""
+    """Class decorator: models whose config's `mixer.kind` is the class's `kind` are built with it."""
     MIXERS[mixer.kind] = mixer
     return mixer
 
 
 def mixer_class(shape: dict[str, Any]) -> type[Mixer]:
-    """The class of a config's `mixer`. ValueError where nothing imported defines its kind, or where
-    it is incomplete."""
+    """Returns the class of a config's `mixer`. Raises ValueError if its kind is not registered or
+    its keys are incomplete."""
     kind = shape["kind"]
     if kind not in MIXERS:
         raise ValueError(
-            f"the config's `mixer` is of kind {kind!r}; these exist: {', '.join(MIXERS)} (a kind that another package defines "
-            "is there once that package is imported)"
+            f"the config's `mixer` is of unknown kind {kind!r}; known kinds: {', '.join(MIXERS)} (a kind of another package "
+            "needs that package to be imported first)"
         )
     MIXERS[kind].check(shape)
     return MIXERS[kind]
 
 
 def document_starts(seq_idx: Tensor | None) -> Tensor | None:
-    """[B, T] bool, True where another document begins inside a row; None for None."""
+    """Returns [B, T] bool, True where a document begins inside a row; None for None."""
     if seq_idx is None:
         return None
     return nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))

@@ -1,8 +1,8 @@
 """The hybrid causal LM: a teacher's own layers, some with a mixer in place of attention.
 
-The backbone's forward is ours, because mixers need what attention layers never see: the 2-D padding
-mask, the packing boundaries, and a position count that does not come from a key/value cache. Knows
-nothing of training or files.
+It has its own backbone forward because mixers need inputs that attention layers do not get: the 2-D
+padding mask, the packing boundaries, and a position count that does not come from a KV cache.
+Independent of training and files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
 
 from .configuration_hybridize import MIXER_LAYER, HybridConfig
-from .mamba import MambaMixer  # noqa: F401  (importing a kind of mixer registers it)
+from .mamba import MambaMixer  # noqa: F401  (the import registers the kind)
 from .mamba2 import Mamba2Mixer  # noqa: F401
 from .mixer import FLOAT32, Mixer, mixer_class
 from .stock import (
@@ -55,14 +55,15 @@ def _hybrid_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def converted_layer(layer_class: type[nn.Module], config: HybridConfig, index: int) -> nn.Module:
-    """A layer of the teacher's own class, norms, MLP and residuals as they are, whose `self_attn`
-    is a mixer."""
+    """Returns a layer of the teacher's own class, with its norms, MLP and residuals, whose
+    `self_attn` is a mixer."""
     return _hybrid_class(layer_class)(config, index)  # type: ignore[arg-type]
 
 
 class HybridCache(DynamicCache):
-    """The cache of a hybrid, in which masks find the first window and the first full attention:
-    transformers before 5.23 takes a mixer's place for either."""
+    """The cache of a hybrid with attention layers. Masks are sized by its first sliding-window and
+    its first full-attention layer; transformers before 5.23 would take a mixer's entry for either.
+    """
 
     @property
     def is_sliding(self) -> list[bool | None]:
@@ -70,8 +71,8 @@ class HybridCache(DynamicCache):
 
 
 class StateCache(DynamicCache):
-    """The cache of a layout without any attention, which transformers' own cannot count the tokens
-    of."""
+    """The cache of a hybrid without attention layers, whose tokens transformers' own cache cannot
+    count."""
 
     hybrid_seen_tokens = 0
     is_compileable = False
@@ -81,7 +82,7 @@ class StateCache(DynamicCache):
 
 
 def new_cache(config: HybridConfig) -> DynamicCache:
-    """An empty cache that fits the layout: keys and values for attention layers, window and state
+    """Returns an empty cache for the layout: keys and values for attention layers, window and state
     for mixers."""
     stateful = set(config.layer_types) == {MIXER_LAYER}
     return StateCache(config=config) if stateful else HybridCache(config=config)
@@ -89,13 +90,13 @@ def new_cache(config: HybridConfig) -> DynamicCache:
 
 @functools.cache
 def _loaded_as(family: str, model_class: Any) -> Any:
-    """The class itself, or, for a family whose tensors have other names on the disk than in memory
-    (mixtures of experts), one of its own, since transformers looks by a class's name for how to
-    translate them."""
+    """Returns the class itself, or a subclass named after the family if the family's tensors have
+    other names on disk than in memory (mixtures of experts): transformers looks up the conversion
+    by class name."""
     mapping = get_checkpoint_conversion_mapping(family)
     if not mapping or model_class.__name__.startswith(f"{family}_"):
         return model_class
-    name = f"{family}_{model_class.__name__}"  # ends as the class does, by which a causal LM is known
+    name = f"{family}_{model_class.__name__}"  # transformers recognises a causal LM by the end of its class name
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
     return type(name, (model_class,), {"__module__": model_class.__module__})
 
@@ -116,12 +117,12 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @property
     def _family(self) -> Any:
-        """The family's own backbone class."""
+        """The backbone class of the teacher's family."""
         return MODEL_MAPPING[CONFIG_MAPPING[self.config.base_model_type]]
 
     @property
     def _supports_sdpa(self) -> bool:  # type: ignore[override]
-        capped = getattr(self.config, "attn_logit_softcapping", None) is not None  # which sdpa drops without a word
+        capped = getattr(self.config, "attn_logit_softcapping", None) is not None  # sdpa silently ignores the cap
         return bool(self._family._supports_sdpa) and not capped
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
@@ -133,8 +134,8 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # by the family's own rule, which also fills buffers that no checkpoint holds; it wants an
-        # instance of its class
+        # The family's rule also fills buffers that no checkpoint holds; it must be called on an
+        # instance of the family's class.
         family = self._family.__new__(self._family)
         nn.Module.__init__(family)
         family.config = self.config
@@ -145,19 +146,19 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 class HybridModel(HybridPreTrainedModel):
     """Embedding, layers, final norm. Weights keep the teacher's names; a converted layer has
-    `mixer.*`, no `self_attn.*`.
+    `mixer.*` instead of `self_attn.*`.
 
-    The family is one whose backbone is embedding, layers and norm, with nothing in between that
-    this file does not do.
+    Only for families whose backbone is embedding, layers and norm, without further steps in
+    between.
     """
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         if config.mixer is not None:
             mixer_class(config.mixer)
-        # The family's parts are built on our config, which has all of its keys, so that one
-        # attention setting rules all; they are not told of mixers, which no family's rotary tables
-        # know.
+        # The family's parts are built from this config, so that one attention setting applies to
+        # all. Mixer layers are hidden from them, since no family's rotary embedding knows that
+        # kind.
         kinds = config.layer_types
         config.layer_types = ["full_attention" if kind == MIXER_LAYER else kind for kind in kinds]
         teacher = self._family(config)
@@ -185,12 +186,13 @@ class HybridModel(HybridPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T]; cache:
-        by either of its names.
+        """Returns last_hidden_state [B, T, D] and the cache, if one is used.
 
-        Without a mask and a cache, positions that restart mark packed documents (transformers'
-        convention): attention, convolution and state then stay within each. cu_seq_lens_q says that
-        they do restart, which nobody then has to look up. Returns last_hidden_state [B, T, D].
+        input_ids [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T]; the cache
+        is accepted under both of its names. Without a mask and a cache, positions that restart mark
+        packed documents (transformers' convention): attention, convolution and state then stay
+        within each document. cu_seq_lens_q states that they do restart, which saves checking it on
+        the host.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -204,26 +206,26 @@ class HybridModel(HybridPreTrainedModel):
             cache = new_cache(self.config)
         length = hidden.shape[1]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        packed = position_ids is not None  # or may be: finding out makes the host wait for the device
+        packed = position_ids is not None  # possibly: finding out makes the host wait for the device
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device).unsqueeze(0)
 
         extra = self.layer_inputs(hidden, attention_mask, position_ids, cache, packed, **kwargs)
-        trail = [hidden]
+        all_hidden = [hidden]
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden = layer(hidden, position_ids=position_ids, use_cache=use_cache, **{CACHE: cache}, **extra[kind])
-            trail.append(hidden)
+            all_hidden.append(hidden)
         hidden = self.norm(hidden)
         if isinstance(cache, StateCache):
             cache.hybrid_seen_tokens = past + length
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             **{CACHE: cache if use_cache else None},
-            hidden_states=(*trail[:-1], hidden) if output_hidden_states else None,
+            hidden_states=(*all_hidden[:-1], hidden) if output_hidden_states else None,
         )
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Ids [B, T] to what the first layer hears [B, T, D]."""
+        """Returns the first layer's input [B, T, D] for ids [B, T]."""
         return self._scaled(self.embed_tokens(input_ids))
 
     def _scaled(self, embeds: Tensor) -> Tensor:
@@ -239,11 +241,11 @@ class HybridModel(HybridPreTrainedModel):
         kinds: Iterable[str] = (),
         **kwargs: Any,
     ) -> dict[str, dict[str, Any]]:
-        """What each kind of layer is told beside the hidden states [B, T, D]: rotary tables, its
-        mask, packing boundaries.
+        """Returns, by kind of layer, the keyword arguments it gets in addition to the hidden states
+        [B, T, D]: rotary tables, mask, packing boundaries.
 
-        packed: whether positions may restart. kinds: more than the model has; a mixer's is always
-        there, since any layer may become one.
+        packed: whether positions may restart. kinds: further kinds besides the model's own; the
+        mixer's entry is always included, since any layer may become one.
         """
         length = hidden.shape[1]
         rotary = None if self.rotary_by_kind else self.rotary_emb(hidden, position_ids=position_ids)
@@ -260,9 +262,9 @@ class HybridModel(HybridPreTrainedModel):
                 continue
             make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
             shared = {CACHE: cache, "position_ids": position_ids}
-            made = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
-            turned = rotary or self.rotary_emb(hidden, position_ids=position_ids, layer_type=kind)
-            extra[kind] = {"attention_mask": made, "position_embeddings": turned, **kwargs}
+            causal = masks[kind] if masks else make(self.config, inputs_embeds=hidden, attention_mask=plain, **shared)
+            tables = rotary or self.rotary_emb(hidden, position_ids=position_ids, layer_type=kind)
+            extra[kind] = {"attention_mask": causal, "position_embeddings": tables, **kwargs}
         return extra
 
 
@@ -290,8 +292,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As in any transformers causal LM: logits [B, T or logits_to_keep, vocabulary]; labels
-        -100 are left out."""
+        """Returns logits [B, T or logits_to_keep, vocabulary], as any transformers causal LM;
+        labels of -100 have no loss."""
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             cache=past_key_values if cache is None else cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
@@ -305,7 +307,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [..., D] to logits [..., V], by the family's own scale and soft cap."""
+        """Returns logits [..., V] of final hidden states [..., D], with the family's scale and soft
+        cap."""
         logits, scaling = self.lm_head(hidden), getattr(self.config, "logits_scaling", 1.0)
         logits = logits if scaling == 1 else logits / scaling
         return soft_capped(logits, getattr(self.config, "final_logit_softcapping", None))
@@ -318,14 +321,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap) (Gemma 2, 2408.00118, section 2); the logits themselves without a
-    cap."""
+    """Returns cap * tanh(logits / cap) (Gemma 2, 2408.00118, section 2), or the logits unchanged if
+    cap is None."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The last `length` columns of a 2-D mask as bool, or None where nothing is padded (or a step
-    decodes one token)."""
+    """Returns the last `length` columns of a 2-D mask as bool, or None if nothing is padded or one
+    token is decoded."""
     if attention_mask is None or attention_mask.ndim != 2 or length == 1:
         return None
     mask = attention_mask[:, -length:].bool()
@@ -333,8 +336,8 @@ def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def document_index(position_ids: Tensor, hidden: Tensor, known: bool = False) -> Tensor | None:
-    """[B, T] number of the packed document each token belongs to, or None where no position
-    restarts, unless it is known that some do."""
+    """Returns [B, T], the index of the packed document each token belongs to, or None if no
+    position restarts. known: some are known to restart, so do not check."""
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not known and not bool(breaks.any()):
         return None

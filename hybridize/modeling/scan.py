@@ -1,11 +1,10 @@
 """The selective scan and the causal convolution, each with two backends behind one function.
 
-`kernel` is mamba-ssm / causal-conv1d on a CUDA device, `torch` is plain PyTorch made for a few CPU
-cores. `backend_for` is the only place that chooses. Knows nothing of models, checkpoints or
-configs.
+`kernel` is mamba-ssm / causal-conv1d on a CUDA device, `torch` is plain PyTorch written for a few
+CPU cores. Only `backend_for` chooses. Independent of models, checkpoints and configs.
 
-Shape legend: B batch, T time, I inner channels, N state size, G groups of B/C (channel i reads
-group i // (I / G)), K taps.
+Shapes: B batch, T time, I inner channels, N state size, G groups of B/C (channel i reads group i //
+(I / G)), K taps.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from torch import Tensor
 CHUNK = 64
 LOG2E = 1.4426950408889634
 KEEP_BYTES = 128 << 20
-_NEVER, _ALWAYS = -1e4, 1e6  # pre-softplus steps that leave a state untouched / erase it, in any float type
+_NEVER, _ALWAYS = -1e4, 1e6  # pre-softplus dt that leaves a state unchanged / erases it, in any float type
 
 
 @functools.cache
 def missing_on_cuda(*modules: str) -> str | None:
-    """Why code that runs on CUDA and needs these modules cannot be used here, in a few words, or
-    None when it can."""
+    """Returns in a few words why code that needs CUDA and these modules cannot run here, or None if
+    it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
@@ -38,27 +37,27 @@ def missing_on_cuda(*modules: str) -> str | None:
 
 
 def kernels_missing() -> str | None:
-    """Why mamba-ssm's and causal-conv1d's kernels cannot be used here, or None when they can."""
+    """Returns why the kernels of mamba-ssm and causal-conv1d cannot run here, or None if they can."""
     return missing_on_cuda("causal_conv1d", "mamba_ssm.ops.selective_scan_interface")
 
 
 def backend_for(device: torch.device) -> str:
-    """`kernel` where `device` is CUDA and mamba-ssm and causal-conv1d work, else `torch`."""
+    """Returns `kernel` if `device` is CUDA and mamba-ssm and causal-conv1d work, else `torch`."""
     return "kernel" if device.type == "cuda" and kernels_missing() is None else "torch"
 
 
-@torch.compiler.disable  # torch.compile sees every scan as one opaque call: its kernels are not the compiler's to trace
+@torch.compiler.disable  # the kernels cannot be traced, so torch.compile calls every scan as it is
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Depthwise causal convolution, then SiLU.
+    """Returns the depthwise causal convolution of x, then SiLU: [B, T, I] in x's dtype.
 
-    x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps never
-    cross into another. Returns [B, T, I] in x's dtype. What precedes x counts as zeros: prepend the
-    cached inputs to continue a sequence.
+    x [B, T, I]; weight [I, K]; bias [I]; seq_idx [B, T] int, equal within a document: taps do not
+    cross into another. Inputs before x count as zeros: prepend the cached inputs to continue a
+    sequence.
     """
     if (backend or backend_for(x.device)) == "kernel" and x.shape[2] % 8 == 0:
         from causal_conv1d import causal_conv1d_fn
 
-        x = x.contiguous()  # a slice of a longer window has rows at addresses that the kernel's wide loads cannot read
+        x = x.contiguous()  # rows of a slice are not aligned for the kernel's vector loads
 
         if seq_idx is not None:
             seq_idx = seq_idx.to(torch.int32).contiguous()
@@ -77,8 +76,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 @torch.compiler.disable
 def conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
-    """`causal_conv` of one more step, x [B, I] -> [B, I]; window [B, I, K], the last K inputs, is
-    moved on in place."""
+    """Returns `causal_conv` of the next step x [B, I] as [B, I]; window [B, I, K], the last K
+    inputs, is shifted in place."""
     given, x = x.dtype, x.to(window.dtype)
     if (backend or backend_for(x.device)) == "kernel" and weight.shape[1] in (2, 3, 4):
         from causal_conv1d import causal_conv1d_update
@@ -99,23 +98,23 @@ def selective_scan(
     D: Tensor,
     dt_bias: Tensor,
     *,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     reset: Tensor | None = None,
     state: Tensor | None = None,
     backend: str | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(delta A) h_{t-1} + delta B x, y = C h + D x with delta = softplus(dt + dt_bias)
-    (Mamba, 2312.00752, alg. 2).
+    """Runs h_t = exp(delta A) h_{t-1} + delta B x, y = C h + D x with delta = softplus(dt +
+    dt_bias) (Mamba, 2312.00752, alg. 2).
 
-    x, dt [B, T, I]; A [I, N] negative, D, dt_bias [I], all float32; B, C [B, T, G, N]. keep [B, T]
-    bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it first (a new
-    document). state [B, I, N] float32: what a cached prefix left. Returns y [B, T, I] in x's dtype
-    and the last state, float32, which may be `state` itself where `inplace` allows it.
+    x, dt [B, T, I]; A [I, N] negative, D, dt_bias [I], all float32; B, C [B, T, G, N]. mask [B, T]
+    bool: False (padding) leaves the state unchanged. reset [B, T] bool: True (a new document)
+    clears the state first. state [B, I, N] float32: left by a cached prefix. Returns y [B, T, I] in
+    x's dtype and the last state in float32; with `inplace` this may be `state` itself.
     """
     backend = backend or backend_for(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "kernel" and inplace and state is not None and x.shape[1] == 1 and keep is None:
+        if backend == "kernel" and inplace and state is not None and x.shape[1] == 1 and mask is None:
             from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
             heads = B.shape[2]
@@ -126,10 +125,10 @@ def selective_scan(
             )  # fmt: skip
             return y.flatten(1).unsqueeze(1), state
         if backend == "kernel" and state is None and x.shape[1] > 1:
-            return _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset)
+            return _scan_kernel(x, dt, A, B, C, D, dt_bias, mask, reset)
         delta = F.softplus(dt.float() + dt_bias)
-        if keep is not None:
-            delta = delta * keep.unsqueeze(-1)
+        if mask is not None:
+            delta = delta * mask.unsqueeze(-1)
         if state is None:
             state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1], dtype=torch.float32)
         xs = x.float()
@@ -137,15 +136,15 @@ def selective_scan(
         return (y + D * xs).to(x.dtype), last
 
 
-def _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset):  # type: ignore[no-untyped-def]
+def _scan_kernel(x, dt, A, B, C, D, dt_bias, mask, reset):  # type: ignore[no-untyped-def]
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    if keep is not None:
-        dt = dt.masked_fill(~keep.unsqueeze(-1), _NEVER)
+    if mask is not None:
+        dt = dt.masked_fill(~mask.unsqueeze(-1), _NEVER)
     back = None
     if reset is not None and bool(reset[:, 1:].any()):
-        # The kernel knows no boundaries: one extra step before each, with x = 0 and a huge delta,
-        # erases the state.
+        # The kernel has no document boundaries: one extra step before each, with x = 0 and a huge
+        # delta, erases the state.
         source, back = _gaps(reset)
         gap = (source < 0).unsqueeze(-1)
         rows = source.clamp(min=0) + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
@@ -159,7 +158,7 @@ def _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset):  # type: ignore[no-un
             spread(B),
             spread(C),
         )
-    # variable B and C go in as [B, G, N, T]; one dtype for all that varies in time
+    # time-dependent B and C are passed as [B, G, N, T]; all time-dependent inputs share a dtype
     y, last = selective_scan_fn(
         x.transpose(1, 2).contiguous(), dt.to(x.dtype).transpose(1, 2).contiguous(), A,
         B.to(x.dtype).permute(0, 2, 3, 1).contiguous(), C.to(x.dtype).permute(0, 2, 3, 1).contiguous(), D,
@@ -172,11 +171,11 @@ def _scan_kernel(x, dt, A, B, C, D, dt_bias, keep, reset):  # type: ignore[no-un
 
 
 def _gaps(reset: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each step of the spread sequence comes from (-1: a gap), and where each original step
-    went.
+    """Returns the source index of each step of the sequence with gaps (-1: a gap), and the new
+    index of each original step.
 
-    Gaps stand before every reset but one at t = 0; shorter rows are filled up with gaps in front,
-    where there is no state yet.
+    There is a gap before every reset, except at t = 0; shorter rows are padded with gaps at the
+    front, where there is no state yet.
     """
     batch, length = reset.shape
     before = torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:]], 1).cumsum(1)
@@ -187,13 +186,13 @@ def _gaps(reset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The recurrence over chunks of CHUNK steps, states as [t, B, N, I], so that each step is one
-    contiguous multiply-add.
+    """The recurrence over chunks of CHUNK steps, with states as [t, B, N, I], so that each step is
+    one contiguous multiply-add.
 
-    Backward walks each chunk in reverse. Small calls keep all decays and states for it; larger ones
-    keep the states at chunk starts and run each chunk again, so that memory does not grow with T x
-    N. Inside, everything is time first, I is split into [G, P], and A is transposed and in units of
-    log 2, because exp2 takes half the time of exp.
+    Backward goes through the chunks in reverse. Small calls keep all decays and states for it;
+    larger ones keep the states at chunk starts and recompute each chunk, so that memory does not
+    grow with T x N. Inside, everything is time first, I is split into [G, P], and A is transposed
+    and in units of log 2, because exp2 takes half the time of exp.
     """
 
     @staticmethod
@@ -243,18 +242,18 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _chunk(begin, *tensors):  # type: ignore[no-untyped-def]
-    """One chunk of each [B, T, ...] tensor, time first."""
+    """Returns one chunk of each [B, T, ...] tensor, time first."""
     return [None if t is None else t[:, begin : begin + CHUNK].transpose(0, 1).contiguous() for t in tensors]
 
 
 class _Work:
-    """Decays [CHUNK, B, N, I] and states [CHUNK + 1, B, N, I], reused because fresh pages cost as
-    much as the arithmetic."""
+    """Buffers for decays [CHUNK, B, N, I] and states [CHUNK + 1, B, N, I], reused because
+    allocating new pages takes as long as the arithmetic."""
 
     def __init__(self, x: Tensor, A2: Tensor, groups: int) -> None:
         steps, self.groups = min(CHUNK, x.shape[1]), groups
         self.decay, self.H = A2.new_empty(steps, len(x), *A2.shape), A2.new_empty(steps + 1, len(x), *A2.shape)
-        self.decays, self.states = self.decay.unbind(0), self.H.unbind(0)  # made once: a view costs as much as a small step
+        self.decays, self.states = self.decay.unbind(0), self.H.unbind(0)  # created once: a view takes as long as a small step
 
     def inner(self, t: Tensor) -> Tensor:
         """[t, B, I] or [t, B, N, I] -> [t, B, 1 or N, G, P]."""
@@ -266,12 +265,13 @@ class _Work:
         return t.transpose(2, 3).unsqueeze(-1)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        """left (states or inner) times right (inner or outer) into `out`; returned as [t, B, N, G,
-        P]."""
+        """Writes left (states or inner) times right (inner or outer) into `out`; returns it as [t,
+        B, N, G, P]."""
         return torch.mul(left if left.ndim == 5 else self.inner(left), right, out=self.inner(out))
 
     def run(self, x, delta, B, reset, A2, h):  # type: ignore[no-untyped-def]
-        """One chunk, all time first: fills the decays and the states; returns the states, h first."""
+        """Runs one chunk, all tensors time first: fills decays and states; returns the states, h
+        first."""
         decay, H = self.decay[: len(x)], self.H[: len(x) + 1]
         torch.mul(delta.unsqueeze(2), A2, out=decay).exp2_()
         if reset is not None:

@@ -1,11 +1,11 @@
 """The Mamba-2 scan (state space duality, 2405.21060) and its gated norm, each with two backends
 behind one function.
 
-`kernel` is mamba-ssm's Triton code on a CUDA device, `torch` is matrix products over chunks. Knows
-nothing of models.
+`kernel` is mamba-ssm's Triton code on a CUDA device, `torch` is matrix products over chunks.
+Independent of models.
 
-Shape legend: B batch, T time, H heads (each its own group of B and C), P head size, N state size, L
-steps of a chunk.
+Shapes: B batch, T time, H heads (each its own group of B and C), P head size, N state size, L steps
+of a chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .scan import backend_for
 
-CHUNK = 64  # torch: L^2 (N + P) + 2 L N P products a chunk and head are fewest a step where L is near N and P
+CHUNK = 64  # torch: L^2 (N + P) + 2 L N P products per chunk and head; per step, fewest for L near N and P
 KERNEL_CHUNK = 256
 
 
@@ -32,24 +32,24 @@ def ssd_scan(
     D: Tensor,
     dt_bias: Tensor,
     *,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     reset: Tensor | None = None,
     state: Tensor | None = None,
     backend: str | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt + dt_bias),
-    one A, D and delta a head.
+    """Runs h_t = exp(delta A) h_{t-1} + delta x B^T, y = h C + D x with delta = softplus(dt +
+    dt_bias), one A, D and delta per head.
 
     x [B, T, H, P]; dt [B, T, H]; A [H] negative, D, dt_bias [H], all float32; B, C [B, T, H, N].
-    keep [B, T] bool: False leaves the state as it is (padding). reset [B, T] bool: True forgets it
-    first (a new document). state [B, H, P, N] float32: what a cached prefix left. Returns y [B, T,
-    H, P] in x's dtype and the last state, float32, which may be `state` itself where `inplace`
-    allows it.
+    mask [B, T] bool: False (padding) leaves the state unchanged. reset [B, T] bool: True (a new
+    document) clears the state first. state [B, H, P, N] float32: left by a cached prefix. Returns y
+    [B, T, H, P] in x's dtype and the last state in float32; with `inplace` this may be `state`
+    itself.
     """
     kernel = (backend or backend_for(x.device)) == "kernel"
     with torch.autocast(x.device.type, enabled=False):
-        if kernel and inplace and state is not None and x.shape[1] == 1 and keep is None:
+        if kernel and inplace and state is not None and x.shape[1] == 1 and mask is None:
             from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
             across = lambda t: t.unsqueeze(-1).expand(*t.shape, x.shape[3])  # noqa: E731
@@ -59,12 +59,12 @@ def ssd_scan(
             )  # fmt: skip
             return y.unsqueeze(1), state
         delta = F.softplus(dt.float() + dt_bias)
-        if keep is not None:
-            delta = delta * keep.unsqueeze(-1)
+        if mask is not None:
+            delta = delta * mask.unsqueeze(-1)
         if kernel and x.shape[1] > 1:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-            if x.dtype == torch.float32:  # Triton's own way with float32 products is TF32, good for three digits
+            if x.dtype == torch.float32:  # Triton's default for float32 products is TF32, accurate to three digits
                 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
             documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
             y, last = mamba_chunk_scan_combined(
@@ -78,11 +78,11 @@ def ssd_scan(
 
 
 def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
-    """Within a chunk every pair of steps by matrix products, between chunks the states in turn
-    (2405.21060, section 6).
+    """Chunked scan: pairs of steps within a chunk by matrix products, states between chunks one
+    after the other (2405.21060, section 6).
 
-    Time is filled up with steps of delta = 0, which change nothing. Decay exponents are summed in
-    float64: they are differences of sums that grow with the chunk.
+    Time is padded with steps of delta = 0, which change nothing. Decay exponents are summed in
+    float64, because they are differences of sums that grow with the chunk.
     """
     batch, length, heads, width = x.shape
     size = min(CHUNK, length)
@@ -96,8 +96,8 @@ def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
     dA = chunks(delta * A).double()
     s = dA.cumsum(-1)  # [chunks, B, H, L]
     within = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-    onward = torch.ones_like(s, dtype=torch.bool)  # step t still sees the state that came in
-    until = onward  # step t is still seen by the state that goes out
+    onward = torch.ones_like(s, dtype=torch.bool)  # whether step t depends on the chunk's initial state
+    until = onward  # whether the chunk's final state depends on step t
     if reset is not None:
         document = chunks(reset.long().unsqueeze(-1)).cumsum(-1)  # [chunks, B, 1, L]
         within = within & (document.unsqueeze(-1) == document.unsqueeze(-2))
@@ -119,8 +119,8 @@ def _chunked(x, delta, A, B, C, reset, state):  # type: ignore[no-untyped-def]
 
 @torch.compiler.disable
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group: int, backend: str | None = None) -> Tensor:
-    """RMSNorm over each `group` channels of y * silu(z), times `weight` [I], in float32; y, z [B,
-    T, I] -> y's dtype."""
+    """Returns RMSNorm over each `group` channels of y * silu(z), times `weight` [I], computed in
+    float32; y, z [B, T, I]; the result has y's dtype."""
     if (backend or backend_for(y.device)) == "kernel":
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 

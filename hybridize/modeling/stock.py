@@ -1,7 +1,7 @@
-"""What of transformers these files use beside its documented classes.
+"""Imports of transformers' internals that the modeling files need.
 
-Tried on transformers 5.17.0 to 5.24.0. This folder is exported as it is and runs without hybridize,
-so it stands apart from `hybridize/compat/`, which holds the same for everything else.
+Tested with transformers 5.17.0 to 5.24.0. This folder is exported as it is and must run without
+hybridize, so it does not use `hybridize/compat/`, which has the same role for all other code.
 """
 
 import inspect
@@ -12,7 +12,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-# What layers, masks and outputs call a cache. `past_key_values` until 5.23, and deprecated since.
+# The name of the cache argument of layers, masks and outputs: `past_key_values` until 5.23,
+# deprecated since.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""Devices, loading, forward passes, and processes."""
+"""Devices, model loading, forward passes, and distributed processes."""

@@ -1,7 +1,6 @@
-"""The processes of one run under torchrun: who they are, sums over them, and models sharded over
-them (FSDP2).
+"""Distributed runs under torchrun: ranks, reductions over them, and sharded models (FSDP2).
 
-One process is a run without any of this: nothing is wrapped, sums are the tensors themselves.
+With a single process nothing is wrapped and reductions return their input.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, setting
 from hybridize.modeling import FLOAT32
 
-PATIENCE = timedelta(days=7)  # a checkpoint of 140 GB is not written in ten minutes
-BUCKET_BYTES = 64 << 20  # gradients that travel together
+PATIENCE = timedelta(days=7)  # writing a checkpoint of 140 GB takes longer than torch's default timeout
+BUCKET_BYTES = 64 << 20  # gradients reduced in one message
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """group: over which processes talk, and wait for one that writes or has more to do; no GPU
-    waits there."""
+    """This process's rank, the number of processes, and a CPU group for objects and barriers, on
+    which ranks wait for one that writes or has more work, without blocking a GPU."""
 
     rank: int = 0
     size: int = 1
@@ -41,18 +40,18 @@ class DistributedContext:
 
     @property
     def main(self) -> bool:
-        """Whether this process speaks and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Summed over the ranks, in place."""
+        """Sums a tensor over the ranks, in place, and returns it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def first(self, value: Any) -> Any:
-        """What the first rank has, on all: clocks and files may look different from rank to rank,
-        decisions must not."""
+        """Returns the first rank's value on all ranks: clocks and files may differ between ranks,
+        but decisions must not."""
         if self.size > 1:
             box = [value]
             dist.broadcast_object_list(box, 0, self.group)
@@ -60,29 +59,29 @@ class DistributedContext:
         return value
 
     def all(self, value: Any) -> list[Any]:
-        """What each rank has, in their order, on all."""
+        """Returns the values of all ranks, ordered by rank, on all ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, self.group)
         return values
 
     def found(self, text: str) -> str:
-        """The first rank's text that is not empty, on all."""
+        """Returns the first non-empty text, ordered by rank, on all ranks; else an empty string."""
         return next(filter(None, self.all(text)), "")
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Waits until all ranks have called this."""
         if self.size > 1:
             dist.barrier(self.group)
 
     def another_group(self) -> Any:
-        """A group of the same ranks for a thread of its own, whose messages would get among those
-        of the training."""
+        """Returns a new CPU group of the same ranks for use in another thread, so that its messages
+        do not mix with those of training; None for one process."""
         return dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
 
     def share(self, rows: int, what: str) -> slice:
-        """This rank's part of `rows` sequences. InputError unless all parts are equal, since ranks
-        work in step."""
+        """Returns this rank's slice of `rows` sequences. Raises InputError unless all slices are
+        equally long, since ranks work in lockstep. what: the setting that gives `rows`."""
         if rows % self.size:
             raise InputError(f"{setting(what)} {rows} cannot be split evenly over {self.size} processes")
         part = rows // self.size
@@ -90,16 +89,15 @@ class DistributedContext:
 
 
 def world_size() -> int:
-    """How many processes torchrun has announced, one without it."""
+    """Returns the number of processes that torchrun started, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device) -> tuple[DistributedContext, torch.device]:
-    """The process group that torchrun announces in the environment, and this rank's own device; one
-    rank without it.
+    """Joins the process group described by torchrun's environment variables; returns it and this
+    rank's own device. Without torchrun it is one process.
 
-    In the middle of a step ranks wait for one another as long as torch's defaults have it (10
-    minutes on GPUs), else PATIENCE.
+    Collectives on GPUs have torch's default timeout (10 minutes), those of `group` have PATIENCE.
     """
     size = world_size()
     if size == 1:
@@ -109,29 +107,29 @@ def join(device: torch.device) -> tuple[DistributedContext, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, rank, _ = next(rendezvous("env://"))
-        # torchrun --max-restarts hands on the store of the processes that died, in which their
-        # addresses still are
+        # torchrun --max-restarts reuses the store, which still holds the addresses of the processes
+        # that died
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        # gloo beside NCCL: checkpoints are written from the CPU's copies
+        # gloo in addition to NCCL: checkpoints are written from copies on the CPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return DistributedContext(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=PATIENCE)), device
 
 
 def leave() -> None:
-    """Ends the process group, if there is one."""
+    """Destroys the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def small(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A_log, D and dt bias: whole on every rank and float32 under every policy, since bfloat16
-    loses decays and steps."""
+    """Returns A_log, D and dt bias by name. They are not sharded and stay float32 under every
+    policy, since bfloat16 loses small decays and steps."""
     return {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in FLOAT32}
 
 
 def fill(model: nn.Module, module: nn.Module, source: CheckpointReader, device: torch.device) -> None:
-    """Reads the weights of `module`, a part of `model` without storage, onto `device`."""
+    """Reads the weights of `module`, a part of `model` that is on the meta device, onto `device`."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if holds(source, name)}
     for part in module.modules():
         for key, parameter in list(part.named_parameters(recurse=False)):
@@ -148,13 +146,12 @@ def shard(
     dtype: torch.dtype | None,
     source: CheckpointReader | None,
 ) -> None:
-    """Shards the weights of `model` over all ranks, each layer as one unit, the rest with `root`,
-    which holds it.
+    """Shards the weights of `model` over all ranks: each layer as one unit, the rest together with
+    `root`, which contains the model and must be the module that is called.
 
-    Weights that belong to neither stay whole. dtype: what weights are gathered and computed in;
-    gradients are summed in float32. `root` must be what is called. source: where weights without
-    storage are read from, layer by layer, so that no rank ever holds more than its share and one
-    layer.
+    Parameters of `small` stay whole. dtype: in which weights are gathered and computed; gradients
+    are summed in float32. source: where weights on the meta device are read from, layer by layer,
+    so that no rank ever holds more than its share and one layer.
     """
     mesh = init_device_mesh(device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -176,20 +173,20 @@ def shard(
 
 
 def reshard(root: nn.Module) -> None:
-    """Parameters are their shards again: a forward pass without a backward leaves those of the root
+    """Frees gathered parameters: a forward pass without a backward leaves those of the root
     gathered."""
     if isinstance(root, FSDPModule):
         root.reshard()
 
 
 def average_gradients(model: nn.Module, ranks: DistributedContext) -> None:
-    """The mean over the ranks for all parameters that are whole on each, as FSDP has it for those
-    that it sharded."""
+    """Averages over the ranks the gradients of all parameters that are not sharded, in place; FSDP
+    averages those of sharded ones."""
     if ranks.size == 1:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
-    for bucket in _buckets(grads):  # a message each for hundreds of small gradients would take longer than their bytes
-        if len(bucket) == 1:  # as large as an embedding: no copy
+    for bucket in _buckets(grads):  # one message per small gradient would be bound by latency
+        if len(bucket) == 1:  # may be as large as an embedding: avoid the copy
             ranks.sum(bucket[0]).div_(ranks.size)
             continue
         flat = ranks.sum(torch.cat([g.flatten() for g in bucket])).div_(ranks.size)
@@ -198,24 +195,25 @@ def average_gradients(model: nn.Module, ranks: DistributedContext) -> None:
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of one type, each of at most BUCKET_BYTES or of one tensor."""
+    """Yields consecutive gradients of one dtype, each list of at most BUCKET_BYTES or of one
+    tensor."""
     bucket: list[Tensor] = []
-    held = 0
+    size = 0
     for grad in grads:
-        if bucket and (grad.dtype != bucket[0].dtype or held + grad.nbytes > BUCKET_BYTES):
+        if bucket and (grad.dtype != bucket[0].dtype or size + grad.nbytes > BUCKET_BYTES):
             yield bucket
-            bucket, held = [], 0
+            bucket, size = [], 0
         bucket.append(grad)
-        held += grad.nbytes
+        size += grad.nbytes
     if bucket:
         yield bucket
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
+    """Returns this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank; every rank must ask."""
+    """Returns the full tensor on every rank; all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, with weights or without. Never touches the network."""
+"""Loads models and tokenizers, with or without weights. Never uses the network."""
 
 from __future__ import annotations
 
@@ -18,61 +18,60 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM, teacher or hybrid, in eval mode with its weights as `dtype`. Never touches the
-    network."""
+    """Returns a causal LM, teacher or hybrid, in eval mode with weights in `dtype`."""
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    told = _how(config, path, dtype)
+    kwargs = _loading_settings(config, path, dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **told
+        path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
     )
     return model.to(device).eval()
 
 
-def _how(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
-    """What loading must be told of a model with this config; InputError where it cannot be had in
-    `dtype`."""
+def _loading_settings(config: Any, path: Path, dtype: torch.dtype) -> dict[str, str]:
+    """Returns additional loading arguments that a model with this config needs. Raises InputError
+    if it cannot run in `dtype`."""
     shape = getattr(config, "mixer", None)
     if dtype == torch.float16 and shape is not None and not mixer_class(shape).fits_float16:
         raise InputError(
             f"{path} has {shape['kind']} mixers, whose output overflows float16; use {setting('dtype')} bfloat16 or float32"
         )
-    # which transformers before 5.23 drops under sdpa
+    # transformers before 5.23 ignores the soft cap under sdpa
     return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
 def load_hybrid(source: CheckpointReader, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
-    """A teacher or hybrid as our own class, whose layers can be run one by one; in eval mode,
-    weights as `dtype`."""
+    """Returns a teacher or hybrid as HybridForCausalLM, whose layers can be run one by one, in eval
+    mode with weights in `dtype`."""
     config = hybrid_config(source.config)
-    told = _how(config, source.path, dtype)
-    model = HybridForCausalLM.from_pretrained(source.path, config=config, dtype=dtype, **told)
+    kwargs = _loading_settings(config, source.path, dtype)
+    model = HybridForCausalLM.from_pretrained(source.path, config=config, dtype=dtype, **kwargs)
     return model.to(device).eval()
 
 
 def load_empty(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The same model without its weights, for a caller that puts them in piece by piece; buffers
-    are real."""
+    """Returns the model of `load_model` with its weights on the meta device, for callers that load
+    them piece by piece; buffers are allocated."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    told, make = _how(config, path, dtype), transformers.AutoModelForCausalLM.from_config
-    return without_storage(lambda: make(config, dtype=dtype, trust_remote_code=trust_remote_code, **told)).eval()
+    kwargs, make = _loading_settings(config, path, dtype), transformers.AutoModelForCausalLM.from_config
+    return without_storage(lambda: make(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)).eval()
 
 
 def without_storage(make: Callable[[], M]) -> M:
-    """The model that `make` makes, its weights tied and on the meta device, none of them drawn;
-    buffers are real."""
+    """Returns the model that `make` builds, with tied, uninitialised weights on the meta device;
+    buffers are allocated."""
     from accelerate import init_empty_weights
 
     from hybridize.compat.transformers import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = make()
-    model.tie_weights()  # type: ignore[operator]  # which goes with the drawing of weights that is left out
+    model.tie_weights()  # type: ignore[operator]  # otherwise part of the skipped initialisation
     return model
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, or InputError where it has none."""
+    """Returns the checkpoint's tokenizer. Raises InputError if it has none that works."""
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -80,6 +79,6 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def quiet_transformers() -> None:
-    """No warnings and progress bars of transformers' own: one program, one voice."""
+    """Turns off transformers' own warnings and progress bars."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

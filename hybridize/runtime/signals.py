@@ -1,5 +1,5 @@
-"""SIGINT and SIGTERM during training: held back for as long as a step takes, or noted for all ranks
-to stop after the same one."""
+"""Handling of SIGINT and SIGTERM during training: delayed until a step ends, or recorded so that
+all ranks stop after the same step."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 @contextlib.contextmanager
 def noted_signals(wait: bool) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM, if `wait`, into the list that is handed out, for all ranks to stop after
-    the same step; a second one interrupts at once."""
-    asked: list[int] = []
+    """Records SIGINT and SIGTERM in the yielded list if `wait` is set, so that all ranks can stop
+    after the same step; a second signal interrupts at once."""
+    received: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        asked.append(number)
-        if len(asked) > 1:
+        received.append(number)
+        if len(received) > 1:
             raise KeyboardInterrupt
 
     with _handling(note) if wait else contextlib.nullcontext():
-        yield asked
+        yield received
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds back SIGINT and SIGTERM until the block is done: an optimizer step is taken whole or
-    not at all."""
+    """Delays SIGINT and SIGTERM until the block ends, so that an optimizer step is complete or not
+    taken at all."""
     held: list[int] = []
     with _handling(lambda number, _: held.append(number)) as before:
         yield
@@ -41,8 +41,8 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
-    """SIGINT and SIGTERM go to `handler`, where this is the thread that may say so; yields what
-    they went to before."""
+    """Installs `handler` for SIGINT and SIGTERM during the block and yields the previous handlers.
+    Does nothing outside the main thread, where Python does not allow it."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return

@@ -1,9 +1,9 @@
-"""Closed forms for a new mixer's free parameters, from what the attention layer does on a few
-thousand tokens.
+"""Closed-form estimates of a new mixer's free parameters, from what the attention layer does on a
+few thousand tokens.
 
-Each is fitted on one layer's inputs and outputs; the teacher's q, k and v rows are never touched.
-Which kind of mixer is set by which of them stands in `surgery/mixers/`. W windows, T tokens, D
-hidden size, I inner width, H heads.
+Each is fitted on one layer's inputs and outputs; the teacher's q, k and v rows are never changed.
+`surgery/mixers/` says which kind of mixer uses which. Shapes: W windows, T tokens, D hidden size, I
+inner width, H heads.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from hybridize.modeling import Mixer
 from hybridize.surgery.observe import LayerObservation
 
-GATE = 2.0  # what z is on every token at the start: silu(2) = 1.76, well on the open side
-TAP = 0.1  # the convolution's last tap: small enough for SiLU to be nearly linear, so that q k and v keep their signs
-STEP = 0.1  # delta at the start
-NEARER = 10.0  # a state forgets this many times faster than the attention looks back: see docs/concepts/method.md
-DRIFT_SHARE = 1.0  # of the drift: what out_proj is asked to take back
-RIDGE_Z, RIDGE_OUT = 1e-3, 1e-2  # of the mean diagonal
+GATE = 2.0  # initial z of every token: silu(2) = 1.76, a gate that is clearly open
+TAP = 0.1  # the convolution's last tap, small so that SiLU is nearly linear and q, k and v keep their signs
+STEP = 0.1  # initial delta
+NEARER = 10.0  # a state forgets this many times faster than the attention distance implies: docs/concepts/method.md
+DRIFT_SHARE = 1.0  # share of the drift that out_proj is fitted to undo
+RIDGE_Z, RIDGE_OUT = 1e-3, 1e-2  # relative to the mean diagonal of the Gram matrix
 
 
 def ridge(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """W [out, in] that minimises |inputs W^T - targets|^2 + strength * mean diagonal of the Gram
-    matrix * |W|^2.
+    """Returns W [out, in] that minimises |inputs W^T - targets|^2 + strength * mean diagonal of the
+    Gram matrix * |W|^2.
 
     inputs [W, T, in], targets [W, T, out]; solved in float64.
     """
     wide = (inputs.shape[-1], inputs.shape[-1]), (inputs.shape[-1], targets.shape[-1])
     gram, cross = (torch.zeros(shape, dtype=torch.float64, device=inputs.device) for shape in wide)
-    for window, wanted in zip(inputs, targets, strict=True):  # a float64 copy of them all would be the largest thing here
+    for window, wanted in zip(inputs, targets, strict=True):  # window by window: a float64 copy of all would dominate memory
         x = window.double()
         gram += x.t() @ x
         cross += x.t() @ wanted.double()
@@ -41,12 +41,12 @@ def ridge(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
 
 
 def features(mixer: Mixer, inputs: Tensor) -> Tensor:
-    """What goes into out_proj, [W, T, I], of inputs [W, T, D]."""
+    """Returns the input of out_proj [W, T, I] for the mixer's inputs [W, T, D]."""
     return _captured(mixer, mixer.out_proj, inputs)  # type: ignore[arg-type]
 
 
 def _captured(mixer: nn.Module, part: nn.Module, inputs: Tensor) -> Tensor:
-    """The first argument that `part` of the mixer gets, window by window."""
+    """Returns the first argument of `part`, a module of the mixer, for all windows."""
     captured: list[Tensor] = []
     handle = part.register_forward_pre_hook(lambda _, given: captured.append(given[0]))
     for window in inputs:
@@ -56,36 +56,36 @@ def _captured(mixer: nn.Module, part: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def open_gate(rows: Tensor, inputs: Tensor) -> None:
-    """Sets in_proj's rows of z [I, D], in place, so that z is near GATE on every token: ridge
-    regression of a constant."""
+    """Sets in_proj's rows of z [I, D] in place, so that z is near GATE on every token (ridge
+    regression of a constant)."""
     rows.copy_(ridge(inputs, torch.full_like(inputs[..., :1], GATE), RIDGE_Z).expand_as(rows))
 
 
 def pass_through(conv: Any) -> None:
-    """The convolution passes the newest token, times TAP, and nothing else."""
+    """Sets the convolution to pass the newest token times TAP and nothing else."""
     conv.weight.zero_()
     conv.weight[:, :, -1] = TAP
     conv.bias.zero_()
 
 
 def decays(distance: Tensor) -> Tensor:
-    """[H] attention distances in tokens -> how many nats of its state each head forgets a step, at
-    most one."""
+    """Returns the decay per step of each head [H], in nats and at most 1, for attention distances
+    [H] in tokens."""
     return (NEARER / distance.clamp(min=1.0)).clamp(max=1.0)
 
 
 def channel_ratio(mixer: Mixer, observed: LayerObservation) -> Tensor:
-    """[I]: what each channel before out_proj must be multiplied by to have the RMS of the attention
+    """Returns [I], the factor that gives each channel before out_proj the RMS of the attention
     heads' output."""
     made, wanted = features(mixer, observed.inputs), observed.heads
     return (wanted.square().mean((0, 1)) / made.square().mean((0, 1)).clamp(min=1e-20)).sqrt()
 
 
 def fit_output(out_proj: nn.Linear, made: Tensor, observed: LayerObservation, o_proj: Tensor) -> None:
-    """out_proj by ridge regression of the attention's output, less the drift of the mixers below,
-    on what it gets [W, T, I].
+    """Fits out_proj in place by ridge regression of the attention's output, less the drift of the
+    mixers below, on its input `made` [W, T, I].
 
-    First the best multiple of what it is, then the regression of what that leaves. o_proj [D, I]:
+    First finds the best multiple of the current weight, then regresses the residual. o_proj [D, I]:
     the attention's weight.
     """
     wanted = observed.heads @ o_proj.to(made.device, torch.float32).t() - DRIFT_SHARE * observed.drift
@@ -96,10 +96,10 @@ def fit_output(out_proj: nn.Linear, made: Tensor, observed: LayerObservation, o_
 
 
 def set_skip(mixer: Any, probe: nn.Module, seen: LayerObservation) -> None:
-    """D of each head: the share of x itself in the least-squares fit of the head's output by state
-    and x, if positive.
+    """Sets D of each head to the ratio of the coefficients of x and of the state in the
+    least-squares fit of the attention head's output by both, if it is positive.
 
-    probe: the module of the mixer that gets state and D x summed.
+    probe: the module of the mixer whose input is the state's output plus D x.
     """
     heads = len(seen.distance)
     mixer.D.zero_()
@@ -113,6 +113,6 @@ def set_skip(mixer: Any, probe: nn.Module, seen: LayerObservation) -> None:
     determinant = (ss * xx - sx * sx).clamp(min=1e-30)
     of_state, of_x = (sy * xx - xy * sx) / determinant, (xy * ss - sy * sx) / determinant
     share = torch.where(of_state > 0, of_x / of_state.clamp(min=1e-30), torch.ones_like(of_x))
-    limit = 10 * (ss / xx.clamp(min=1e-30)).sqrt()  # x never drowns the state
+    limit = 10 * (ss / xx.clamp(min=1e-30)).sqrt()  # so that x does not outweigh the state
     share = torch.minimum(share.clamp(min=0), limit)
     mixer.D.copy_(share.float().repeat_interleave(len(mixer.D) // heads))

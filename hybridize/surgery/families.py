@@ -1,5 +1,4 @@
-"""The families of teachers that can be converted. One row each: what no tensor and no key of a
-config says about them."""
+"""The supported families of teachers, with the properties that neither tensors nor configs reveal."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ FAMILIES: dict[str, FamilySpec] = {}
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """A family by its `model_type` in transformers. Its backbone is embedding, layers and norm; its
-    attention layers have `self_attn` with q_proj, k_proj and v_proj (or qkv_proj) and o_proj, and
-    RMSNorms.
+    """A family, named by its `model_type` in transformers. Its backbone must be embedding, layers
+    and norm; its norms RMSNorm; its attention layers must have `self_attn` with q_proj, k_proj and
+    v_proj (or qkv_proj) and o_proj.
 
-    qk_norm: RMSNorm of queries and keys. output_norm: a norm on the output of attention. sandwich:
-    norms before and after attention and MLP. norm_offset: norms multiply by this plus their weight.
-    scaled_embeddings: by hidden_size^1/2, in code. stock_block: attention layers and norms are
-    those that GraniteMoeHybridForCausalLM has (see export/formats/granite.py).
+    qk_norm: queries and keys are normalised. output_norm: the output of attention is normalised.
+    sandwich: norms before and after attention and MLP. norm_offset: added to the weight of norms.
+    scaled_embeddings: multiplied by hidden_size^1/2, in code. stock_block: attention layers and
+    norms are those of GraniteMoeHybridForCausalLM (see export/formats/granite.py).
     """
 
     family: str
@@ -30,8 +29,8 @@ class FamilySpec:
 
 
 def register_family(spec: FamilySpec) -> FamilySpec:
-    """From here on teachers of this family are accepted. Its classes must be known to transformers'
-    Auto classes."""
+    """Registers a family, so that its teachers are accepted, and returns it. Its classes must be
+    registered with transformers' Auto classes."""
     FAMILIES[spec.family] = spec
     return spec
 

@@ -1,10 +1,10 @@
-"""Surgery as data: each tensor of a new mixer is a list of row blocks, copied from a teacher tensor
-or drawn by a rule.
+"""The mapping of weights as data: each tensor of a new mixer is a list of row blocks, copied from a
+teacher tensor or drawn by a rule.
 
-The mapping is Mamba-in-Llama's (2408.15237, section 3): v -> x, k -> B, q -> C, o -> out_proj,
-their biases with them, and the normalisation of keys and queries as that of B and C. An attention
+The mapping is that of Mamba-in-Llama (2408.15237, section 3): v -> x, k -> B, q -> C, o ->
+out_proj, with their biases; the norms of keys and queries become those of B and C. An attention
 scale other than head_dim^-1/2 is folded into C. RoPE, windows, the softmax and its soft cap have no
-counterpart in a mixer and end here.
+counterpart in a mixer and are dropped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hybridize.surgery.teacher import Teacher
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a teacher's tensor, all of them or `rows` from `begin` on; times `scale`, as a norm's
-    weight beside `offset`."""
+    """Rows of a teacher's tensor: all, or `rows` rows starting at `begin`; multiplied by `scale`.
+    offset: the constant that a norm adds to its weight, included in the scaling."""
 
     name: str
     begin: int = 0
@@ -40,7 +40,7 @@ class Source:
         return ((found.float() + self.offset) * self.scale - self.offset).to(found.dtype)
 
     def describe(self, count: int, head: int | None) -> str:
-        """For people: which rows make `count` of them."""
+        """Returns a description for people of the rows that make up `count` rows. head: see Rows."""
         rows = f"[{self.begin}:{self.begin + self.rows}]" if self.rows is not None else "" if head else f"[0:{count}]"
         spread = f", each {head} rows repeated to {count}" if head else ""
         return f"{self.name}{rows}{spread}" + ("" if self.scale == 1 else f", times {self.scale:g}")
@@ -48,8 +48,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows: those of `source` (whole; or, where `head` is given, each `head` of them as
-    often in a row as gives `count`), or drawn by the mixer's rule when there is no source."""
+    """A block of `count` rows: those of `source`, or drawn by the mixer's rule if there is none.
+    head: if set, each group of `head` source rows is repeated until there are `count`."""
 
     label: str
     count: int
@@ -59,7 +59,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the mixer: its full name, shape, and the blocks of rows it is stacked from."""
+    """One tensor of the mixer: its full name, its shape, and the blocks of rows that are stacked to
+    form it. fan_in: for the drawing rule, see modeling.initial."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,8 +72,8 @@ class Target:
         return self.name.split(".mixer.")[1]
 
     def describe(self, fitted: bool = False) -> str:
-        """One line for people: where each block of rows comes from. `fitted`: calibration will look
-        at it."""
+        """Returns a one-line description for people of where each block of rows comes from. fitted:
+        whether calibration may change it."""
         begin, blocks = 0, []
         for part in self.parts:
             rows = f"{begin}:{begin + part.count}"
@@ -86,7 +87,7 @@ class Target:
 
 
 def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", scale: float = 1.0) -> Source | None:
-    """Where the rows of `part`, one of q k v o, are in the teacher; None where it has no such
+    """Returns where the teacher has the rows of `part` (q, k, v or o), or None if it has no such
     tensor (a bias)."""
     base = f"model.layers.{layer}.self_attn."
     if f"{part}_proj.{what}" in teacher.tensors:
@@ -98,8 +99,8 @@ def source_of(teacher: Teacher, layer: int, part: str, what: str = "weight", sca
 
 
 def build(target: Target, source: Callable[[str], Tensor], seed: int, draw: Callable[..., Tensor] = initial) -> Tensor:
-    """The tensor that `target` describes, in its sources' type, or float32 without any; each draw
-    is seeded by its own name.
+    """Returns the tensor that `target` describes, in the dtype of its sources, or float32 without
+    any. Each drawn block is seeded by its own name.
 
     draw: the rule for rows without a source, see modeling.initial.
     """
@@ -122,6 +123,6 @@ def build(target: Target, source: Callable[[str], Tensor], seed: int, draw: Call
 
 
 def stored(target: Target, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in the type that a checkpoint of `dtype` keeps it in: float32 where the mixer
-    insists."""
+    """Returns `value` in the dtype in which a checkpoint of `dtype` stores it: float32 for the
+    parameters that a mixer keeps in float32."""
     return value.to(torch.float32 if target.parameter in FLOAT32 else dtype)

@@ -1,4 +1,5 @@
-"""Replaces attention layers of a checkpoint by mixers, streaming from one directory into another."""
+"""Replaces attention layers of a checkpoint by mixers, streaming tensors from one directory to
+another."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from hybridize.surgery.teacher import Teacher
 
 @dataclass(frozen=True)
 class MixerSettings:
-    """Kind and shape of new mixers. None: as the checkpoint's other mixers have it, else the
+    """Kind and shape of new mixers. None: the value of the checkpoint's other mixers, or else the
     default (see MixerKind.shape)."""
 
     kind: str | None = None
@@ -37,8 +38,8 @@ class MixerSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to calibrate on, ids [W, T]; which parts of new mixers to set from it; where to run; a
-    name for the text."""
+    """Calibration settings. ids [W, T]: the text's tokens; parts: which parts of new mixers to set;
+    device: where to run; data: the text's name."""
 
     ids: Tensor
     parts: frozenset[str]
@@ -46,10 +47,10 @@ class Calibration:
     data: str
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps; `hash` is of the token ids, whatever file and template they came
-        from."""
+        """Returns the settings for the manifest. `hash` is that of the token ids, so it does not
+        depend on file or template."""
         digest = hashlib.sha256(self.ids.cpu().numpy().tobytes()).hexdigest()
-        known = {part: None for kind in KINDS.values() for part in kind.parts}  # in the order in which they are set
+        known = {part: None for kind in KINDS.values() for part in kind.parts}  # in the order in which calibration sets them
         parts = [part for part in known if part in self.parts]
         return {
             "data": self.data, "tokens": self.ids.numel(), "hash": digest, "device": self.device.type, "parts": parts,
@@ -58,7 +59,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Surgery:
-    """A plan: which layers become mixers, of which shape, and what each new tensor is made of."""
+    """A plan: which layers become mixers, the mixers' config, and the new tensors by layer."""
 
     layers: list[int]
     mixer: dict[str, Any] | None
@@ -66,31 +67,30 @@ class Surgery:
 
     @property
     def kind(self) -> MixerKind:
-        """Of the new mixers; only where there are some."""
+        """The kind of the new mixers; only valid if there are some."""
         assert self.mixer is not None
         return kind_of(self.mixer["kind"])
 
 
 def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surgery:
-    """Raises InputError when the settings contradict the mixers that are there, or do not fit the
-    teacher."""
+    """Returns the plan for converting `layers`. Raises InputError if the settings contradict the
+    checkpoint's other mixers or do not fit the teacher."""
     layers = sorted(layers)
-    asked = {key: value for key, value in asdict(settings).items() if value is not None}
+    given = {key: value for key, value in asdict(settings).items() if value is not None}
     if teacher.mixer is not None:
-        for key, value in asked.items():
+        for key, value in given.items():
             if teacher.mixer.get(key) != value:
-                asked_for = setting("mixer" if key == "kind" else key)
+                flag = setting("mixer" if key == "kind" else key)
                 has = teacher.mixer.get(key, "none")
-                raise InputError(f"{asked_for} {value}: the checkpoint's mixers have {has}, and all must agree")
+                raise InputError(f"{flag} {value}: the checkpoint's mixers have {has}, and all mixers must agree")
         mixer: dict[str, Any] | None = teacher.mixer
         carried = {key: teacher.mixer[key] for key in CARRIED_KEYS if teacher.mixer.get(key)}
         if carried != teacher.carried and layers:
-            raise InputError(
-                f"the checkpoint's mixers carry {carried or 'no biases and norms'}, its attention {teacher.carried}"
-            )
+            ours, theirs = carried or "no biases and norms", teacher.carried or "none"
+            raise InputError(f"the checkpoint's mixers have {ours}, but its attention has {theirs}")
     else:
-        kind = asked.pop("kind", DEFAULT_MIXER)
-        mixer = kind_of(kind).shape(teacher, asked) if layers else None
+        kind = given.pop("kind", DEFAULT_MIXER)
+        mixer = kind_of(kind).shape(teacher, given) if layers else None
     if mixer is None:
         return Surgery(layers, None, {})
     made = kind_of(mixer["kind"])
@@ -98,7 +98,7 @@ def plan(teacher: Teacher, layers: list[int], settings: MixerSettings) -> Surger
 
 
 def hybrid_json(raw: dict[str, Any], surgery: Surgery) -> dict[str, Any]:
-    """The result's config.json: the source's keys, and the layout in its one place."""
+    """Returns the result's config.json: the source's keys with the new layout."""
     before = hybrid_config(raw)
     kinds = [MIXER_LAYER if i in surgery.layers else kind for i, kind in enumerate(before.layer_types)]
     config = {key: value for key, value in raw.items() if key != "auto_map"}
@@ -117,10 +117,10 @@ def starting_values(
     together: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(layer, its new mixer's parameters by name) for each layer of the plan, in order.
+    """Yields (layer, {name: parameter of its new mixer}) for each layer of the plan, in order.
 
-    together: the layers are converted all at once, and each is calibrated above those below; else
-    each is the only one.
+    together: calibrate each mixer on top of the mixers below it; otherwise as if it were the only
+    one. Raises WorkError if a parameter is not finite.
     """
     if calibration is not None:
         config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
@@ -136,10 +136,10 @@ def starting_values(
             values = {name: value.cpu() for name, value in mixer.state_dict().items()}
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
-                source.check_weights()  # it may be theirs, and they name the tensor
+                source.check_weights()  # raises an error that names the tensor if a source is the cause
                 donor.check_weights()
                 raise WorkError(
-                    f"layer {layer}: {name} is not finite, though all weights are; {setting('calibrate', False)}, or other text"
+                    f"layer {layer}: {name} is not finite, but all weights are; use {setting('calibrate', False)} or other text"
                 )
         yield layer, values
 
@@ -148,8 +148,8 @@ def hybrid_tensors(
     source: CheckpointReader, surgery: Surgery, donor: CheckpointReader, seed: int, calibration: Calibration | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """All tensors of the result: untouched ones as they are, mixers built from `donor`'s attention
-    weights."""
+    """Yields (name, tensor) for all tensors of the result: unchanged ones, then those of mixers,
+    built from `donor`'s attention weights."""
     gone = tuple(f"model.layers.{layer}.self_attn." for layer in surgery.layers)
     for name in source.names:
         if not name.startswith(gone):
@@ -175,9 +175,12 @@ def replace(
     progress: Callable[[str], None] = lambda _: None,
     check: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Writes the hybrid to `output`, atomically. `name`: what the user called the source, for the
-    manifest; check: looks at the finished directory before it becomes the output, and raises what
-    speaks against that."""
+    """Writes the hybrid to `output`, atomically.
+
+    name: the source as the user named it, for the manifest. init_from: the donor as the manifest
+    records it. check: called with the finished directory before it becomes the output; raises an
+    exception to reject it.
+    """
     settings = settings | {"calibration": None if calibration is None else calibration.settings()}
     origin = "mil" if calibration is None else "calibrated"
     with AtomicDirectory(output, overwrite) as path:
@@ -185,8 +188,8 @@ def replace(
         for tensor_name, tensor in hybrid_tensors(source, surgery, donor, seed, calibration, progress):
             writer.add(tensor_name, tensor, source if tensor_name in source else None)
             progress(f"writing {tensor_name}")
-        progress("reading the source's weights for its hash")
-        writer.wait()  # the parent's hash wants the same prints
+        progress("hashing the source's weights")
+        writer.wait()  # the parent's hash reuses the hashes of tensors computed while writing
         manifest = descend(source, name, output, "replace", settings, seed)
         for layer in surgery.layers:
             manifest.layers[layer] = {"origin": origin, "from": init_from}

@@ -1,5 +1,5 @@
-"""The teacher contract: what surgery must know of a checkpoint, read from its config and tensors,
-or a refusal by name."""
+"""Describes a teacher for surgery, from its config and tensors, and refuses those that cannot be
+converted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hybridize.runtime.loading import without_storage
 from hybridize.surgery.families import FAMILIES, FamilySpec
 
 FLOATS = ("F32", "BF16", "F16", "F64")
-MOST = {  # beyond what any model has, and far from what would fill memory to look at
+MOST = {  # more than any model has, but few enough to build the model without storage
     "num_hidden_layers": 1000, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 26,
     "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 14, "max_position_embeddings": 1 << 30,
     "num_experts": 1 << 14, "num_local_experts": 1 << 14,
@@ -28,12 +28,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Teacher:
-    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer as in its (hybrid)
-    config.
+    """Attention geometry of a checkpoint, hybrid or not. layer_types and mixer are those of its
+    (hybrid) config.
 
-    tensors: what an attention layer's `self_attn` has, name to shape. scale: the attention scale
-    times head_dim^1/2, 1 in most families. norm_bc: the normalisation of queries and keys as a
-    mixer's config has it, None where there is none.
+    tensors: the parameters of a layer's `self_attn`, name -> shape. scale: the attention scale
+    times head_dim^1/2, 1 in most families. norm_bc: the normalisation of queries and keys in the
+    format of a mixer's config, or None.
     """
 
     family: str
@@ -50,7 +50,7 @@ class Teacher:
 
     @property
     def carried(self) -> dict[str, Any]:
-        """What a mixer's config says of biases and norms."""
+        """The entries of a mixer's config for biases and norms (see CARRIED_KEYS)."""
         found: dict[str, Any] = {}
         if any(name.endswith(".bias") and not name.startswith("o_proj") for name in self.tensors):
             found["in_bias"] = True
@@ -82,7 +82,8 @@ class Teacher:
 
 
 def family_of(config: dict[str, Any], where: str) -> str:
-    """The supported family of a config; InputError naming what it is instead."""
+    """Returns the supported family of a config. Raises InputError if the family is not supported,
+    or if the config is not that of a plain causal language model."""
     kind = str(config.get("model_type"))
     family = str(config.get("base_model_type")) if kind == HybridConfig.model_type else kind
     if family not in FAMILIES:
@@ -91,65 +92,70 @@ def family_of(config: dict[str, Any], where: str) -> str:
     if not isinstance(classes, list):
         raise InputError(f"{where}: architectures is {classes!r}, not a list of classes")
     if not any(str(name).endswith("ForCausalLM") for name in classes):
-        raise InputError(f"{where} is no causal language model but {classes[0]}")
+        raise InputError(f"{where} is not a causal language model but {classes[0]}")
     for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         if config.get(key) not in (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
-            raise InputError(f"{where}: {key} is {config[key]!r}; a checkpoint does not choose what code runs")
+            raise InputError(f"{where}: {key} is {config[key]!r}; a checkpoint must not select code to run")
     for key, most in MOST.items():
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value <= most):
             raise InputError(f"{where}/config.json: {key} is {value!r}, not a whole number from 1 to {most}")
     if config.get("quantization_config"):
-        raise InputError(f"{where} is quantised; surgery needs the plain weights (dequantise it first)")
+        raise InputError(f"{where} is quantised; dequantise it first, since surgery needs the plain weights")
     return family
 
 
 def check_whole(reader: CheckpointReader) -> None:
-    """InputError naming the file and the tensor unless the weights are those of a model of this
-    config: none missing, which transformers would draw at random, none left over, each of the right
-    shape and of a type to compute with."""
+    """Raises InputError, naming the file and the tensor, unless the weights fit the config: no
+    tensor missing, which transformers would initialise at random, none left over, each of the right
+    shape and of a floating-point dtype."""
     where, family = reader.path / "config.json", family_of(reader.config, str(reader.path))
     there = {int(layer[1]) for name in reader.names if (layer := _LAYER.match(name))}
     count = reader.config.get("num_hidden_layers", len(there))
     if there != set(range(len(there))) or len(there) != count:
-        raise InputError(f"{where} says {count} layers, the weights have {len(there)}")
+        raise InputError(f"{where} says {count} layers, but the weights have {len(there)}")
     model = empty_model(reader.config, str(reader.path))
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name, shape in wanted.items():
         found = stored_shape(reader, name)
         if found is None and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            raise InputError(f"{reader.path} has no tensor {name}, which a {family} model of its config.json has")
+            raise InputError(f"{reader.path} has no tensor {name}, which a {family} model with its config.json needs")
         if found is not None and found != shape:
-            raise InputError(f"{reader.path}: {name} has shape {found}, the config says {shape}")
+            raise InputError(f"{reader.path}: {name} has shape {found}, but the config says {shape}")
     for name in reader.names:
         if _LAYER.match(name) and locate(name)[0] not in wanted and not name.endswith("rotary_emb.inv_freq"):
-            raise InputError(f"{reader.file(name)}: {name} has no place in a {family} model of {where}")
+            raise InputError(f"{reader.file(name)}: {name} has no place in a {family} model with {where}")
         if locate(name)[0] in wanted and reader.dtype(name) not in FLOATS:
-            raise InputError(f"{reader.file(name)}: {name} is of type {reader.dtype(name)}; weights are {', '.join(FLOATS)}")
+            raise InputError(
+                f"{reader.file(name)}: {name} is of type {reader.dtype(name)}; weights must be {', '.join(FLOATS)}"
+            )
 
 
 def empty_model(raw: dict[str, Any], where: str) -> HybridForCausalLM:
-    """The model of a config, without storage. InputError where the config is none of its family."""
+    """Returns the model of a config, with its weights on the meta device. Raises InputError if the
+    config is not valid for its family."""
     family = family_of(raw, where)
     try:
         return without_storage(lambda: HybridForCausalLM(hybrid_config(raw)))
-    except Exception as error:  # config classes raise their own kinds for a bad value, layers whatever comes of it
+    except Exception as error:  # bad values raise many types of exceptions in config classes and layers
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
 
 
 def read_teacher(reader: CheckpointReader) -> Teacher:
-    """Of a checkpoint that `check_whole` has passed; loads no weight.
+    """Returns the teacher of a checkpoint that has passed `check_whole`; loads no weights.
 
-    Raises InputError naming the family, or the tensor, that cannot be converted.
+    Raises InputError, naming the family or the tensor, if it cannot be converted.
     """
     where, raw = str(reader.path), reader.config
     family = family_of(raw, where)
     try:
         config, attention = hybrid_config(raw), _attention(raw)
-    except Exception as error:  # config classes raise their own kinds for a bad value
+    except Exception as error:  # bad values raise many types of exceptions in config classes
         raise InputError(f"{where}/config.json is not a valid {family} config: {first_line(error)}") from error
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        raise InputError(f"{where} has RoPE of type longrope, which is not supported: it changes cached keys beyond a length")
+        raise InputError(
+            f"{where} has RoPE of type longrope, which is not supported: it changes cached keys beyond some length"
+        )
     if not attention.is_causal:
         raise InputError(f"{where}: bidirectional attention is not supported")
     head, tensors = attention.head_dim, {name: tuple(value.shape) for name, value in attention.state_dict().items()}
@@ -159,45 +165,46 @@ def read_teacher(reader: CheckpointReader) -> Teacher:
         norm = {"over": over, "offset": FAMILIES[family].norm_offset}
     teacher = Teacher(
         family, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head, tuple(config.layer_types),
-        config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # a scale of 1 must leave every bit alone
+        config.mixer, tensors, scale if abs(scale - 1) > 1e-9 else 1.0, norm,  # exactly 1 keeps weights bit-identical
         config.rms_norm_eps,
     )  # fmt: skip
     known = (*(f".self_attn.{short}" for short in tensors), "rotary_emb.inv_freq")
     for name in reader.names:
         if ".self_attn." in name and not name.endswith(known):
-            raise InputError(f"{where}: {name} has no place in a mixer; models with it cannot be converted")
+            raise InputError(f"{where}: {name} has no place in a mixer; the model cannot be converted")
     return teacher
 
 
 def _attention(raw: dict[str, Any]) -> Any:
-    """One attention layer's self_attn as the family's own class builds it, without storage."""
+    """Returns one layer's self_attn, built by the family's own class on the meta device."""
     one = {**raw, "num_hidden_layers": 1, "layer_types": ["full_attention"], "mixer": None}
     with torch.device("meta"):
         return HybridModel(hybrid_config(one)).layers[0].self_attn
 
 
 def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> None:
-    """InputError unless both models speak of the same tokens."""
+    """Raises InputError unless both models have the same vocabulary size and the same soft cap on
+    their logits."""
     ours, theirs = student.config.get("vocab_size"), teacher.config.get("vocab_size")
     if ours != theirs:
-        raise InputError(f"{student.path} has a vocabulary of {ours}, its teacher {teacher.path} of {theirs}")
+        raise InputError(f"{student.path} has a vocabulary of {ours}, but its teacher {teacher.path} has one of {theirs}")
     ours, theirs = (getattr(hybrid_config(r.config), "final_logit_softcapping", None) for r in (student, teacher))
     if ours != theirs:
-        raise InputError(f"{student.path} caps its logits at {ours}, its teacher {teacher.path} at {theirs}: they must agree")
+        raise InputError(
+            f"{student.path} caps its logits at {ours}, but its teacher {teacher.path} at {theirs}; they must agree"
+        )
 
 
 def check_donor(donor: CheckpointReader, teacher: Teacher, layers: Sequence[int]) -> None:
-    """InputError unless `donor` has the attention of `teacher` in all layers that are to start from
-    it."""
+    """Raises InputError unless `donor` has the same kind of attention as `teacher`, and has it in
+    all `layers` that are to start from it."""
     theirs = read_teacher(donor)
     shapes = [(t.hidden, t.heads, t.kv_heads, t.head_dim) for t in (teacher, theirs)]
     if shapes[0] != shapes[1]:
         raise InputError(f"{donor.path} has another attention shape than the checkpoint")
     attention = [(t.tensors, t.scale, t.norm_bc, t.eps) for t in (teacher, theirs)]
     if attention[0] != attention[1]:
-        raise InputError(
-            f"{donor.path} has another attention than the checkpoint: other biases, norms, tensors or another scale"
-        )
-    lacking = [layer for layer in layers if layer not in theirs.attention_layers]
-    if lacking:
-        raise InputError(f"{donor.path} has no attention in layer {lacking[0]} to start from")
+        raise InputError(f"{donor.path} has another attention than the checkpoint: its biases, norms, tensors or scale differ")
+    missing = [layer for layer in layers if layer not in theirs.attention_layers]
+    if missing:
+        raise InputError(f"{donor.path} has no attention in layer {missing[0]} to start from")

@@ -1,10 +1,9 @@
-"""Verifies that a conversion lost nothing: what new mixers, as they lie on disk, make of real
-inputs, against what the teacher's own attention code makes of them; and the provenance of every
-tensor.
+"""Verifies a conversion: compares the output of the new mixers, as stored on disk, with that of the
+teacher's own attention code on real inputs; and lists the provenance of every tensor.
 
-The teacher's side runs the family's own module with an attention function of ours and without
-rotation, so that queries, keys and values arrive here with whatever biases, norms and scales the
-family applies; nothing of the mapping is used.
+The teacher's side runs the family's own module with a custom attention function and without
+rotation. Queries, keys and values therefore include whatever biases, norms and scales the family
+applies; nothing of the mapping is used.
 """
 
 from __future__ import annotations
@@ -24,17 +23,20 @@ from hybridize.surgery.observe import Observer
 from hybridize.surgery.replace import Calibration, Surgery, hybrid_json
 from hybridize.surgery.teacher import Teacher
 
-CLOSE = 1e-5  # relative to the largest value of the teacher's
-ROUNDED = 2**-7  # where an attention scale was folded into C and stored in bfloat16 again
+CLOSE = 1e-5  # bound, relative to the teacher's largest value
+ROUNDED = 2**-7  # bound if an attention scale was folded into C and rounded to bfloat16
 NAME = "hybridize_linear"
 SAMPLE = (2, 128)  # rows and tokens
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The worst deviation over all layers, relative to the teacher's largest value: of x, B and C
-    from v, k and q, head by head, and of the mixer without decay, convolution and gate (`linear`)
-    from causal linear attention."""
+    """The result of a verification.
+
+    worst: the largest deviation over all layers, relative to the teacher's largest value, of x, B
+    and C from v, k and q, head by head, and of the mixer without decay, convolution and gate
+    (`linear`) from causal linear attention.
+    """
 
     layers: list[int]
     tokens: int
@@ -45,16 +47,16 @@ def verify_conversion(
     source: CheckpointReader, donor: CheckpointReader, result: CheckpointReader, surgery: Surgery, teacher: Teacher,
     ids: Tensor, device: torch.device, calibrated: frozenset[str] = frozenset(),
 ) -> Verification:  # fmt: skip
-    """Raises WorkError naming the layer, or the tensor, and what deviates. ids [W, T]: tokens, text
-    where there is some.
+    """Verifies a conversion and returns the largest deviations. Raises WorkError, naming the layer
+    or the tensor, if one is too large.
 
-    calibrated: parts of mixers that were set anew; out_proj is held against o_proj bit for bit
-    unless one of them is its.
+    ids [W, T]: tokens, of text if available. calibrated: parts of mixers that calibration set;
+    out_proj must equal o_proj bit for bit unless one of them changes it.
     """
     gone = tuple(f"model.layers.{layer}." for layer in surgery.layers)
     for name in source.names:
         if not (name.startswith(gone) and ".self_attn." in name) and not (name in result and source.same_bits(name, result)):
-            raise WorkError(f"{name} is not what it was")
+            raise WorkError(f"{name} differs from the source")
     config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
     observer, worst = Observer(source, donor, ids, device), dict.fromkeys(("x", "B", "C", "linear"), 0.0)
     for layer in surgery.layers:
@@ -65,18 +67,18 @@ def verify_conversion(
 
 
 def _check_output(layer: int, donor: CheckpointReader, result: CheckpointReader, teacher: Teacher, fitted: bool) -> None:
-    """WorkError unless out_proj is o_proj bit for bit; its weight only if it was not `fitted`."""
+    """Raises WorkError unless out_proj equals o_proj bit for bit; a `fitted` weight is not checked."""
     for what in ("weight", *(["bias"] if "o_proj.bias" in teacher.tensors else [])):
         ours, theirs = (f"model.layers.{layer}.{part}.{what}" for part in ("mixer.out_proj", "self_attn.o_proj"))
         if (what == "bias" or not fitted) and not torch.equal(result.tensor(ours), donor.tensor(theirs)):
-            raise WorkError(f"layer {layer}: {ours} is not {theirs}")
+            raise WorkError(f"layer {layer}: {ours} differs from {theirs}")
 
 
 def _deviations(
     layer: int, observer: Observer, config: HybridConfig, result: CheckpointReader, surgery: Surgery, teacher: Teacher
 ) -> dict[str, float]:
-    """How far a layer's mixer, as it lies in `result`, is from its attention. WorkError where it is
-    too far."""
+    """Returns the deviations of a layer's mixer, as stored in `result`, from its attention. Raises
+    WorkError if one is too large."""
     assert surgery.mixer is not None
     seen, prefix = observer.see(layer), f"model.layers.{layer}.mixer."
     theirs = _captured_vectors(seen.attention, seen.inputs, observer.rotary(layer))
@@ -94,8 +96,8 @@ def _deviations(
 
 
 def verification_ids(calibration: Calibration | None, config: dict[str, Any], seed: int) -> tuple[Tensor, str | None]:
-    """ids [W, T] to verify on, and what text they are of: that of the calibration, or random tokens
-    and None."""
+    """Returns ids [W, T] to verify on and the name of their text: those of the calibration, or else
+    random tokens and None."""
     if calibration is not None:
         return calibration.ids[: SAMPLE[0], : SAMPLE[1]], calibration.data
     high, draw = min(hybrid_config(config).vocab_size, 1 << 15), torch.Generator().manual_seed(seed)
@@ -103,8 +105,11 @@ def verification_ids(calibration: Calibration | None, config: dict[str, Any], se
 
 
 def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], states: int, scale: float) -> dict[str, float]:
-    """ours: x, B, C and the linear form, all [W, T, I]; theirs: q, k, v [W, T, H, P], q without its
-    scale. states: N."""
+    """Returns the relative deviations of x, B, C and the linear form.
+
+    ours: these four, all [W, T, I]; theirs: q, k, v [W, T, H, P], q without its scale. states: N,
+    the state size.
+    """
     q, k, v = (t.double() for t in theirs)
     runs = lambda t: t.unflatten(-1, (-1, states))  # noqa: E731
     meets = torch.einsum("wthcn,wshcn->whcts", runs(q), runs(k)).tril() * scale
@@ -115,8 +120,8 @@ def compare(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], states: int, s
 
 
 def _captured_vectors(attention: Any, inputs: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """q, k, v [W, T, H, P] as the family's own code hands them to its attention function, without
-    rotation."""
+    """Returns q, k, v [W, T, H, P] as the family's own code passes them to its attention function,
+    without rotation."""
     captured: list[tuple[Tensor, ...]] = []
 
     def capture(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -135,8 +140,7 @@ def _captured_vectors(attention: Any, inputs: Tensor, rotary: tuple[Tensor, Tens
 
 
 def provenance(source: CheckpointReader, surgery: Surgery, donor: CheckpointReader) -> dict[str, str]:
-    """What became of every tensor of the source, and where mixers take the donor's from. WorkError
-    if one would be lost."""
+    """Returns {tensor of the source: what became of it}. Raises WorkError if one would be lost."""
     into: dict[str, list[str]] = {}
     for targets in surgery.targets.values():
         for target in targets:
@@ -151,13 +155,13 @@ def provenance(source: CheckpointReader, surgery: Surgery, donor: CheckpointRead
         if not name.startswith(gone):
             found[name] = "copied"
         elif name.endswith("rotary_emb.inv_freq"):
-            found[name] = "ends: a mixer has no rotary table"
+            found[name] = "dropped: a mixer has no rotary table"
         elif donor is not source:
             found[name] = f"replaced: the mixer starts from {donor.path}"
         elif name in into:
             found[name] = "; ".join(into[name])
         else:
-            raise WorkError(f"{name} would be lost")
+            raise WorkError(f"{name} would be lost by the conversion")
     return found
 
 

@@ -1,5 +1,5 @@
-"""One file a kind of mixer: how it comes out of attention, calibrated, verified and planned for.
-And the list of ours."""
+"""Kinds of mixers, one file each: how a kind is created from attention, calibrated, verified and
+planned for. Importing this package registers the built-in kinds."""
 
 from hybridize.surgery.mixers.base import DEFAULT_MIXER, KINDS, MixerKind, kind_of, register_kind
 from hybridize.surgery.mixers.mamba import MambaKind

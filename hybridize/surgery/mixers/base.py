@@ -1,5 +1,5 @@
-"""What surgery must know of a kind of mixer, and the registry of kinds. A kind subclasses
-`MixerKind` in a file of its own."""
+"""The interface of a kind of mixer for surgery, and the registry of kinds. Each kind subclasses
+`MixerKind` in its own file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KINDS: dict[str, MixerKind] = {}
 
 
 class MixerKind:
-    """How mixers of one kind come out of attention layers. Names and shapes are those of its class
-    in hybridize.modeling.
+    """How mixers of one kind are created from attention layers. Names and shapes are those of its
+    class in hybridize.modeling.
 
-    kind: as in the class. parts: what `calibrate` can set, in the order in which it does;
-    default_parts: those that it does unasked. Only `targets` has no default here; without `vectors`
-    a conversion cannot be verified, and says so.
+    kind: the name of that class's kind. parts: what `calibrate` can set, in that order;
+    default_parts: what it sets by default. Subclasses must define `targets`; without `vectors`,
+    conversions cannot be verified, which is reported.
     """
 
     kind: ClassVar[str]
@@ -36,34 +36,35 @@ class MixerKind:
     def mixer(self) -> type[Mixer]:
         return MIXERS[self.kind]
 
-    def shape(self, teacher: Teacher, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The config's `mixer` entry for this teacher. `asked` overrides the defaults. InputError
-        where it does not fit."""
-        for key in asked:
+    def shape(self, teacher: Teacher, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the config's `mixer` entry for this teacher. overrides: values that replace the
+        defaults. Raises InputError if one does not fit."""
+        for key in overrides:
             if key not in (*self.mixer.sizes, *self.mixer.choices):
                 raise InputError(f"{setting(key)} has no use with {setting('mixer')} {self.kind}")
-        shape: dict[str, Any] = {"kind": self.kind, "d_inner": teacher.inner, "d_conv": 4} | dict(asked) | teacher.carried
+        shape: dict[str, Any] = {"kind": self.kind, "d_inner": teacher.inner, "d_conv": 4} | dict(overrides) | teacher.carried
         if not 2 <= shape["d_conv"] <= 4:
-            raise InputError(f"{setting('d_conv')} {shape['d_conv']} is outside 2..4, which the kernels support")
+            raise InputError(f"{setting('d_conv')} {shape['d_conv']} is outside 2..4, the range that the kernels support")
         return self.completed(teacher, shape)
 
     def completed(self, teacher: Teacher, shape: dict[str, Any]) -> dict[str, Any]:
-        """`shape` with the defaults of this kind. InputError where it does not fit the teacher."""
+        """Returns `shape` completed with the defaults of this kind. Raises InputError if it does
+        not fit the teacher."""
         return {**shape, "d_state": shape.get("d_state", teacher.head_dim)}
 
     def targets(self, teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
-        """Every tensor of layer `layer`'s mixer, and the rows that it is made of. mixer: what
-        `shape` returned."""
+        """Returns all tensors of the mixer of layer `layer`, with the rows each is made of. mixer:
+        the result of `shape`."""
         raise NotImplementedError
 
     @torch.no_grad()
     def calibrate(
         self, config: HybridConfig, layer: int, plain: Mapping[str, Tensor], seen: LayerObservation, parts: frozenset[str]
     ) -> Mixer:
-        """The mixer that starts from the parameters `plain`, with `parts` of it set by what the
-        attention does.
+        """Returns a mixer with the parameters `plain`, in which `parts` are then set from the
+        observed attention.
 
-        In float32, on the device of `seen`. config: the result's.
+        In float32, on the device of `seen`. config: that of the result.
         """
         mixer = self.mixer(config, layer)  # type: ignore[call-arg, arg-type]
         mixer.load_state_dict({name: value.float() for name, value in plain.items()})
@@ -74,49 +75,49 @@ class MixerKind:
         return mixer
 
     def set_part(self, part: str, mixer: Any, seen: LayerObservation, plain: Mapping[str, Tensor]) -> None:
-        """Sets one of `parts`, in place."""
+        """Sets one of `parts` of the mixer, in place."""
         raise NotImplementedError
 
     def changes_output(self, parts: frozenset[str]) -> bool:
-        """Whether calibrating these parts sets out_proj, which is else o_proj bit for bit."""
+        """Returns whether calibrating these parts changes out_proj, which otherwise equals o_proj
+        bit for bit."""
         return "out" in parts
 
     def can_verify(self, mixer: dict[str, Any]) -> bool:
-        """Whether `vectors` can be compared with the attention's for this shape."""
+        """Returns whether `vectors` can be compared with the attention for this `mixer` config."""
         return type(self).vectors is not MixerKind.vectors
 
     def vectors(self, mixer: Any, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, B and C before the convolution, KV heads repeated per query head, and what the scan
-        makes of them.
+        """Returns x, B and C before the convolution, with KV heads repeated per query head, and the
+        output of the scan on them, all [W, T, I], for inputs [W, T, D].
 
-        All [W, T, I], of inputs [W, T, D]. The scan has steps of one and no decay, gate or skip.
-        May change the mixer.
+        The scan runs with step sizes of one and without decay, gate and skip. May change the mixer.
         """
         raise NotImplementedError
 
     def kept_bytes(self, mixer: dict[str, Any], inner: int, kv: int, plain: bool) -> float:
-        """Bytes that the mixer keeps of a token for backward, its input excluded: under bfloat16
-        autocast on a GPU, or, if `plain`, in float32 on a CPU. inner, kv: heads x head size of
-        queries, and of keys."""
+        """Returns the bytes that the mixer keeps per token for backward, its input excluded: under
+        bfloat16 autocast on a GPU, or, if `plain`, in float32 on a CPU. inner, kv: heads x head
+        size of queries and of keys."""
         return (4 if plain else 2) * 17 * inner
 
 
 def register_kind(kind: MixerKind) -> MixerKind:
-    """From here on `replace` can make mixers of this kind; its class must be registered with
-    hybridize.modeling."""
+    """Registers a kind, so that `replace` can create its mixers, and returns it. Its class must be
+    registered with hybridize.modeling."""
     KINDS[kind.kind] = kind
     return kind
 
 
 def kind_of(name: str) -> MixerKind:
-    """InputError for a kind that nobody has registered."""
+    """Returns the kind called `name`. Raises InputError if it is not registered."""
     if name not in KINDS:
         raise InputError(f"{setting('mixer')} {name} is unknown; use {' or '.join(KINDS)}")
     return KINDS[name]
 
 
 def attention_rows(teacher: Teacher, layer: int, what: str, expanded: bool) -> dict[str, Rows]:
-    """The rows of in_proj that come from q (C), k (B) and v (x), those of the weight or of the
+    """Returns the row blocks of in_proj that come from v (x), k (B) and q (C). what: weight or
     bias.
 
     An attention scale other than head_dim^-1/2 is folded into C, unless queries are normalised.
@@ -133,7 +134,7 @@ def attention_rows(teacher: Teacher, layer: int, what: str, expanded: bool) -> d
 
 
 def output_targets(teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
-    """out_proj, which is o_proj."""
+    """Returns the targets of out_proj, which copy o_proj."""
     base, rows = f"model.layers.{layer}.mixer", teacher.hidden
     made = [Target(f"{base}.out_proj.weight", (rows, teacher.inner), (Rows("o", rows, source_of(teacher, layer, "o")),))]
     if mixer.get("out_bias"):
@@ -143,8 +144,8 @@ def output_targets(teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[
 
 
 def norm_targets(teacher: Teacher, layer: int, expanded: bool) -> list[Target]:
-    """B_norm and C_norm, which are the norms of keys and queries; none where the attention has
-    none."""
+    """Returns the targets of B_norm and C_norm, which copy the norms of keys and queries; empty if
+    the attention has no such norms."""
     if teacher.norm_bc is None:
         return []
     attention, offset = f"model.layers.{layer}.self_attn.", teacher.norm_bc["offset"]

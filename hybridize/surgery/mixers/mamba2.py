@@ -1,4 +1,5 @@
-"""Mamba-2 mixers (2405.21060) out of attention: every query head is a head and a group of its own."""
+"""Creates Mamba-2 mixers (2405.21060) from attention: every query head becomes a head with its own
+group."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from hybridize.surgery.teacher import Teacher
 
 
 class Mamba2Kind(SelectiveKind):
-    """Rows of keys and values are repeated per query head, since stock runtimes know no grouped
-    values."""
+    """Mamba-2. Rows of keys and values are repeated per query head, since stock runtimes do not
+    support grouped values."""
 
     kind = "mamba2"
     expanded = True
 
     def completed(self, teacher: Teacher, shape: dict[str, Any]) -> dict[str, Any]:
-        """As in MixerKind: the state size is the head size."""
+        """See MixerKind.completed. The state size must be the head size."""
         if shape.setdefault("d_state", teacher.head_dim) != teacher.head_dim:
             raise InputError(
                 f"{setting('d_state')} {shape['d_state']}: a mamba2 mixer's state size is the head size, {teacher.head_dim}"
@@ -32,41 +33,41 @@ class Mamba2Kind(SelectiveKind):
         return shape
 
     def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:
-        """As in SelectiveKind."""
+        """See SelectiveKind.steps."""
         return teacher.heads
 
     def own_targets(self, teacher: Teacher, mixer: dict[str, Any], base: str) -> list[Target]:
-        """As in SelectiveKind."""
+        """See SelectiveKind.own_targets."""
         shapes = {**dict.fromkeys(FLOAT32, teacher.heads), "norm.weight": mixer["d_inner"]}
         return [Target(f"{base}.{name}", (size,), (Rows("all", size),)) for name, size in shapes.items()]
 
     def set_decay(self, mixer: Any, forget: Tensor) -> None:
-        """As in SelectiveKind: steps of STEP, whatever the token."""
+        """See SelectiveKind.set_decay. The step size is STEP for every token."""
         mixer.in_proj.weight[-mixer.heads :] = 0
         mixer.dt_bias.fill_(float(inverse_softplus(torch.tensor(STEP))))
         mixer.A_log.copy_((forget / STEP).log())
 
     def probe(self, mixer: Any) -> nn.Module:
-        """As in SelectiveKind."""
+        """See SelectiveKind.probe."""
         norm: nn.Module = mixer.norm
         return norm
 
     def scaled(self, mixer: Any) -> Tensor:
-        """As in SelectiveKind."""
+        """See SelectiveKind.scaled."""
         weight: Tensor = mixer.norm.weight
         return weight
 
     def projected(self, mixer: Any, inputs: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """As in SelectiveKind."""
+        """See SelectiveKind.projected."""
         _, xBC, _ = mixer.project(inputs)
         x, B, C = xBC.chunk(3, -1)
         return (x, B, C), (xBC,)
 
     def kept_bytes(self, mixer: dict[str, Any], inner: int, kv: int, plain: bool) -> float:
-        """As in MixerKind."""
+        """See MixerKind.kept_bytes."""
         heads = inner // mixer["d_state"]
-        if plain:  # beside convolution and norm: products of pairs of steps in a chunk, three times, and a state a chunk
+        if plain:  # convolution and norm; one state per chunk; three products of step pairs
             return 4 * (33 * inner + inner * mixer["d_state"] // CHUNK + 3 * heads * CHUNK)
-        # in_proj's output; the convolution's input and output; x, B, C side by side; y, z and the
-        # normed product; step sizes
+        # in order: in_proj's output; the convolution's input and output; x, B, C concatenated; y, z and
+        # the normed product; step sizes
         return 2 * (4 + 3 + 3 + 3 + 4) * inner + 12 * heads

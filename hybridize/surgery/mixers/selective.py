@@ -1,5 +1,5 @@
-"""What the two Mamba kinds share: in_proj's rows [z, x, B, C, dt], the convolution, calibration and
-the linear form."""
+"""The common part of the two Mamba kinds: in_proj's rows [z, x, B, C, dt], the convolution,
+calibration and the linear form."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from hybridize.surgery.teacher import Teacher
 class SelectiveKind(MixerKind):
     """A Mamba mixer. expanded: in_proj holds keys and values repeated per query head.
 
-    Parts: z, the gate open on every token; conv, the identity times a small tap; decay, step sizes
-    and decays by each head's attention distance, and the skip D by regression; scale, channels with
-    the RMS of the attention heads; out, out_proj by ridge regression of the attention's output.
+    Parts of calibration: z, a gate that is open on every token; conv, the identity times a small
+    tap; decay, step sizes and decays from each head's attention distance, and the skip D by
+    regression; scale, channels scaled to the RMS of the attention heads; out, out_proj by ridge
+    regression of the attention's output.
     """
 
     parts = ("z", "conv", "decay", "scale", "out")
-    default_parts = ("z", "conv", "decay", "scale")  # with `out` the start is better and the end is worse: docs/results.md
+    # `out` improves the start but worsens the result after training: docs/results.md
+    default_parts = ("z", "conv", "decay", "scale")
     expanded: ClassVar[bool]
 
     def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:
-        """How many rows of in_proj are dt's."""
+        """Returns the number of in_proj's rows for dt."""
         raise NotImplementedError
 
     def own_targets(self, teacher: Teacher, mixer: dict[str, Any], base: str) -> list[Target]:
-        """A_log, D, dt bias and whatever else this kind has, all drawn by its rule."""
+        """Returns the targets of A_log, D, dt bias and the kind's further parameters, all drawn by
+        its rule. base: the prefix of their names."""
         raise NotImplementedError
 
     def targets(self, teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
-        """As in MixerKind."""
+        """See MixerKind.targets."""
         base, inner, taps = f"model.layers.{layer}.mixer", mixer["d_inner"], mixer["d_conv"]
         channels = 3 * inner if self.expanded else inner
 
@@ -60,7 +63,7 @@ class SelectiveKind(MixerKind):
         return sorted(made, key=lambda target: target.name)
 
     def set_part(self, part: str, mixer: Any, seen: LayerObservation, plain: Mapping[str, Tensor]) -> None:
-        """As in MixerKind."""
+        """See MixerKind.set_part."""
         if part == "z":
             open_gate(mixer.in_proj.weight[: mixer.inner], seen.inputs)
         elif part == "conv":
@@ -74,27 +77,27 @@ class SelectiveKind(MixerKind):
             fit_output(mixer.out_proj, features(mixer, seen.inputs), seen, plain["out_proj.weight"])
 
     def set_decay(self, mixer: Any, forget: Tensor) -> None:
-        """Step sizes and decays so that head h forgets `forget` [H] nats of its state at each
-        token."""
+        """Sets step sizes and decays so that head h decays by `forget[h]` nats per token. forget
+        [H]."""
         raise NotImplementedError
 
     def probe(self, mixer: Any) -> nn.Module:
-        """The module that gets the scan's output."""
+        """Returns the module whose input is the scan's output."""
         raise NotImplementedError
 
     def scaled(self, mixer: Any) -> Tensor:
-        """The weight by whose last dimension [I] the channels before out_proj are scaled."""
+        """Returns a weight whose last dimension [I] scales the channels before out_proj."""
         raise NotImplementedError
 
     def projected(self, mixer: Any, inputs: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """x, B and C, and the same as the mixer's `scan` takes them."""
+        """Returns x, B and C, and the same in the form that the mixer's `scan` takes."""
         raise NotImplementedError
 
     def vectors(self, mixer: Any, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As in MixerKind."""
+        """See MixerKind.vectors."""
         (x, B, C), parts = self.projected(mixer, inputs)
         mixer.A_log.fill_(-torch.inf)
         mixer.D.zero_()
         mixer.dt_bias.fill_(float(inverse_softplus(torch.tensor(1.0))))
         steps = inputs.new_zeros(*inputs.shape[:2], len(mixer.dt_bias))
-        return x, B, C, mixer.scan(*parts, steps, backend="torch")[0]  # kernels are good for three digits
+        return x, B, C, mixer.scan(*parts, steps, backend="torch")[0]  # the kernels are accurate to three digits only
