@@ -2,7 +2,8 @@
 what it adds.
 
 Extensions are named by the entry points of the group `hybridize.extensions`, each a module, and by
-the environment variable HYBRIDIZE_EXTENSIONS: modules or paths of Python files, separated by commas.
+the environment variable HYBRIDIZE_EXTENSIONS: modules or paths of Python files, separated by
+commas.
 """
 
 from __future__ import annotations

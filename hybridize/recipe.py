@@ -169,7 +169,8 @@ class Ledger:
         return hashlib.sha256(json.dumps([(file.name, self._file(file)) for file in files]).encode()).hexdigest()
 
     def _file(self, path: Path) -> str:
-        """sha256 of a file; not computed again while size, modification time and inode are the same."""
+        """sha256 of a file; not computed again while size, modification time and inode are the
+        same."""
         stat, key = path.stat(), str(path.resolve())
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         if self.files.get(key, {}).get("mark") != mark:

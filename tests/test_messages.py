@@ -83,7 +83,8 @@ def test_bounds_are_those_of_the_fields() -> None:
 def test_a_row_that_cannot_be_encoded_in_the_middle_of_a_run_fails_the_work(
     tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many rows only the first are encoded beforehand: the run then has started, and keeps what it has."""
+    """Of many rows only the first are encoded beforehand: the run then has started, and keeps what
+    it has."""
     place = make_place(tmp_path, ("replace", "--indices", "1", "--no-calibrate"))
     write_traces(place / "heldout.jsonl", 4)
     write_traces(place / "traces.jsonl", 600)

@@ -21,7 +21,8 @@ from hybridize.errors import InputError, WorkError, first_line
 
 
 class AtomicDirectory:
-    """A directory that gets its final name when the `with` block succeeds, and is removed otherwise.
+    """A directory that gets its final name when the `with` block succeeds, and is removed
+    otherwise.
 
     Leftovers of killed runs for the same name are removed at the start; running ones hold a lock.
     WorkError if another command has created or replaced the output in the meantime.
@@ -127,7 +128,8 @@ def json_text(value: Any) -> str:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes temporary files that killed writers of a path have left; writing it again does so, too."""
+    """Removes temporary files that killed writers of a path have left; writing it again does so,
+    too."""
     _clear(path.parent, f".{path.name}.tmp-")
 
 

@@ -13,7 +13,8 @@ from hybridize.checkpoint.reader import CheckpointReader
 
 _RENAMED = (".block_sparse_moe.", ".mlp.")  # Mixtral's blocks
 _EXPERT = re.compile(r"(.*\.(?:block_sparse_moe|mlp)\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
-# An expert's matrix -> the parameter that stacks it for all experts, and its place within one expert.
+# An expert's matrix -> the parameter that stacks it for all experts, and its place within one
+# expert.
 _PLACES = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
 _PLACES |= {"gate_proj": _PLACES["w1"], "up_proj": _PLACES["w3"], "down_proj": _PLACES["w2"]}
 

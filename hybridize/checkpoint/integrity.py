@@ -1,4 +1,5 @@
-"""Integrity of checkpoints: writes hashes of all bytes to the manifest and checks files against them.
+"""Integrity of checkpoints: writes hashes of all bytes to the manifest and checks files against
+them.
 
 Besides lineage the manifest has: `weights`, name -> dtype, shape, sha256 of the bytes, and `kept`
 if the tensor is the parent's, unchanged; `files`, name -> sha256, for a safetensors file of its
@@ -162,8 +163,8 @@ def _changed(path: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _sealed(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the manifest file is byte for byte what `_write` makes of its content, and its seal is
-    correct."""
+    """Whether the manifest file is byte for byte what `_write` makes of its content, and its seal
+    is correct."""
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     try:
         return manifest["seal"] == _digest(rest) and (path / MANIFEST).read_text(encoding="utf-8") == json_text(manifest)

@@ -54,8 +54,8 @@ class Journal:
             self.put({"settings": settings})
 
     def _read(self, settings: dict[str, Any], overwrite: bool) -> int:
-        """Reads the complete lines into `lines` and returns their size in bytes; 0 if they belong to
-        another run that `overwrite` replaces."""
+        """Reads the complete lines into `lines` and returns their size in bytes; 0 if they belong
+        to another run that `overwrite` replaces."""
         kept = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             if not line.endswith(b"\n"):  # cut off when the run was killed

@@ -56,8 +56,8 @@ class Manifest:
 
 
 def hidden(value: Any) -> Any:
-    """A value without secrets: users, passwords and queries of URLs; tokens of Hugging Face, OpenAI,
-    GitHub and wandb."""
+    """A value without secrets: users, passwords and queries of URLs; tokens of Hugging Face,
+    OpenAI, GitHub and wandb."""
     if isinstance(value, dict):
         return {key: hidden(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -89,8 +89,8 @@ def _check_marks(folder: Path) -> None:
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """InputError if a file of a checkpoint is a link out of its directory: its target would be read,
-    and copied, as part of the checkpoint.
+    """InputError if a file of a checkpoint is a link out of its directory: its target would be
+    read, and copied, as part of the checkpoint.
 
     The hub's cache links into its own store, which counts as inside.
     """
@@ -200,8 +200,8 @@ class CheckpointReader:
 
     @cached_property
     def hash(self) -> str:
-        """The content hash (docs/concepts/architecture.md) of weights and config, independent of the
-        sharding. Reads every byte once, except of tensors that `take_print` has read."""
+        """The content hash (docs/concepts/architecture.md) of weights and config, independent of
+        the sharding. Reads every byte once, except of tensors that `take_print` has read."""
         for shard in self.files:
             missing = [name for name in self.names if self._files[name][0] == shard and name not in self._prints]
             if missing:

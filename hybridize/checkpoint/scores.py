@@ -53,8 +53,8 @@ class Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """The scores in a file. InputError naming the file if it is not a score file, or a layer's score
-    is missing, duplicate or not finite."""
+    """The scores in a file. InputError naming the file if it is not a score file, or a layer's
+    score is missing, duplicate or not finite."""
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise InputError(f"{path} is not a score file of format {FORMAT}")

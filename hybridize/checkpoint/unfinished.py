@@ -1,5 +1,5 @@
-"""The directory that an unfinished run leaves next to its output, and whether a command may continue
-it. Imports no torch."""
+"""The directory that an unfinished run leaves next to its output, and whether a command may
+continue it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run_path(output: Path) -> Path:
 
 
 def check_unfinished(run: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """InputError if the directory `run` holds an unfinished run and neither `resume` nor `overwrite`
-    is set, or `resume` is set and its settings differ. settings: those known so far; others are not
-    compared."""
+    """InputError if the directory `run` holds an unfinished run and neither `resume` nor
+    `overwrite` is set, or `resume` is set and its settings differ. settings: those known so far;
+    others are not compared."""
     if not (run / SETTINGS).exists():
         return
     if resume:

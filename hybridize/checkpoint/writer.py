@@ -88,7 +88,8 @@ class CheckpointWriter:
             self._prints[name] = self._hashing.submit(kept_from.take_print, name)
 
     def _own_print(self, name: str, tensor: Tensor) -> Fingerprint:
-        """The fingerprint of a tensor that was made here. WorkError if it is not finite, since the input is not to blame."""
+        """The fingerprint of a tensor that was made here. WorkError if it is not finite, since the
+        input is not to blame."""
         try:
             return fingerprint(name, tensor, str(self.path.parent))
         except InputError as error:
@@ -101,14 +102,14 @@ class CheckpointWriter:
         self._pending, self._bytes, self._pointers = {}, 0, set()
 
     def wait(self) -> None:
-        """Waits until all tensors so far have their fingerprints. WorkError if one is not finite that was
-        made here, InputError if it is the parent's."""
+        """Waits until all tensors so far have their fingerprints. WorkError if one is not finite
+        that was made here, InputError if it is the parent's."""
         for found in self._prints.values():
             found.result()
 
     def close(self, config: dict[str, Any], manifest: Manifest, carry_from: Path | None) -> None:
-        """Writes the last shard and all other files. carry_from: where to copy the tokenizer and other
-        files from."""
+        """Writes the last shard and all other files. carry_from: where to copy the tokenizer and
+        other files from."""
         self._flush()
         self.wait()
         self._hashing.shutdown()

@@ -53,8 +53,8 @@ def hushed() -> Iterator[None]:
     for name in ("lm_eval", "lm-eval", "datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     before = tqdm.tqdm.__init__
-    # It also runs git and pip to describe the machine, which takes seconds and prints errors outside
-    # a repository.
+    # It also runs git and pip to describe the machine, which takes seconds and prints errors
+    # outside a repository.
     probes = {name: getattr(evaluator, name) for name in PROBES if hasattr(evaluator, name)}
     for name in probes:
         setattr(evaluator, name, lambda *_: None)

@@ -67,8 +67,8 @@ class ChatTemplate:
         return self._render(conversation, conversation.messages, where)
 
     def joined(self, conversation: Conversation, where: str) -> str | None:
-        """The whole conversation as text, if it has every answer unchanged directly after its prompt;
-        else None."""
+        """The whole conversation as text, if it has every answer unchanged directly after its
+        prompt; else None."""
         whole = self.whole(conversation, where)
         for at, message in enumerate(conversation.messages):
             if message["role"] == "assistant":
@@ -198,8 +198,8 @@ class ChatTemplate:
         return (text, ending, after), _lost(text, thought, _texts(message), message.get("tool_calls", ()))
 
     def _last_marks(self, body: str) -> tuple[str, str, str]:
-        """Splits `body` into the text before its last special token, that token, and the white space
-        after it. Everything is text if it does not end with a special token."""
+        """Splits `body` into the text before its last special token, that token, and the white
+        space after it. Everything is text if it does not end with a special token."""
         text = body.rstrip()
         marks = list(self._marks.finditer(text)) if self._marks else []
         if not marks or marks[-1].end() < len(text):

@@ -254,8 +254,8 @@ class Encoder:
         return ids
 
     def _without_back(self, ids: list[int]) -> list[int]:
-        """The ids without the special tokens that the tokenizer adds after a text, so that an answer
-        can follow."""
+        """The ids without the special tokens that the tokenizer adds after a text, so that an
+        answer can follow."""
         return ids[: -len(self._back)] if self._back and ids[-len(self._back) :] == self._back else ids
 
     def _added(self) -> tuple[list[int], list[int]]:

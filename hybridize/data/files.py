@@ -1,5 +1,5 @@
-"""Reads files of rows, whose format is detected from their content: JSON lines, a JSON list, parquet
-or plain text, compressed or not."""
+"""Reads files of rows, whose format is detected from their content: JSON lines, a JSON list,
+parquet or plain text, compressed or not."""
 
 from __future__ import annotations
 

@@ -104,8 +104,8 @@ def read_form(row: Any, where: str) -> tuple[Conversation | Pair | Plain, frozen
 
 
 def read_question(row: Any, where: str) -> Conversation | Pair | str:
-    """The question of the row called `where`: chat messages without a last answer, or a prompt, as a
-    pair with an empty response if the row has a system text.
+    """The question of the row called `where`: chat messages without a last answer, or a prompt, as
+    a pair with an empty response if the row has a system text.
 
     InputError naming the row if there is nothing to answer.
     """

@@ -47,8 +47,8 @@ class Batch:
         return 1 if self.positions is None else int((self.positions == 0).sum(1).max())
 
     def boundaries(self, documents: int) -> Tensor:
-        """int32 [B * documents + 1]: the start of each document among all B * T positions, in order;
-        unused entries are B * T.
+        """int32 [B * documents + 1]: the start of each document among all B * T positions, in
+        order; unused entries are B * T.
 
         documents: at least `self.documents`. Needs no synchronisation with the device, so that a
         CUDA graph can capture it.
@@ -125,8 +125,8 @@ def pack_stream(documents: Iterable[Document], length: int) -> Iterator[Line]:
     """Consecutive windows of the concatenated documents; a window's last position predicts the next
     window's first token.
 
-    A remainder that does not fill a window is omitted. The first token after a document that was cut
-    has no loss, since it is not that document's end.
+    A remainder that does not fill a window is omitted. The first token after a document that was
+    cut has no loss, since it is not that document's end.
     """
     ids: list[int] = []
     loss_mask: list[bool] = []

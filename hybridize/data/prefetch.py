@@ -12,8 +12,8 @@ PATIENCE = 10.0  # seconds that the thread gets to finish its current item
 
 
 def prefetched(items: Iterator[Item], depth: int = 4) -> Generator[Item]:
-    """The same items, prepared by a thread up to `depth` ahead, so that the device does not wait for
-    tokenisation."""
+    """The same items, prepared by a thread up to `depth` ahead, so that the device does not wait
+    for tokenisation."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
 

@@ -46,8 +46,8 @@ class Rows(Sequence[Row]):
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """The concatenation of parts, in which each row keeps its name. A single part is returned as
-        it is."""
+        """The concatenation of parts, in which each row keeps its name. A single part is returned
+        as it is."""
         return parts[0] if len(parts) == 1 else cls(", ".join(part.name for part in parts), _Chain(parts), "")
 
 

@@ -1,5 +1,5 @@
-"""Samples windows of text from training rows for calibration: the concatenated documents in a seeded
-order."""
+"""Samples windows of text from training rows for calibration: the concatenated documents in a
+seeded order."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def render(problem: Problem) -> tuple[str, str]:
 
 
 class Batches(IterableDataset):
-    """Endless batches of newly generated, packed problems: (ids, labels), each [rows, length]; labels
-    are -100 outside solutions.
+    """Endless batches of newly generated, packed problems: (ids, labels), each [rows, length];
+    labels are -100 outside solutions.
 
     exclude: the held-out questions. Each loader worker has its own seed.
     """

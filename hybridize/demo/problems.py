@@ -56,8 +56,8 @@ class Problem:
 
 
 def make_problem(rng: random.Random, *, people: tuple[int, int] = (3, 5), depth: tuple[int, int] = (2, 3)) -> Problem:
-    """Draws one problem. people, depth: inclusive bounds of the number of people and of the steps in
-    the chain."""
+    """Draws one problem. people, depth: inclusive bounds of the number of people and of the steps
+    in the chain."""
     while True:
         problem = _attempt(rng, people, depth)
         if problem is not None:

@@ -45,8 +45,8 @@ class Generation:
 def read_generation(path: Path, config: Mapping[str, Any], tokenizer: Any, overrides: Mapping[str, Any]) -> Generation:
     """Returns the generation settings of the checkpoint directory `path`, overridden by the user's.
 
-    config: its config.json. overrides: the user's temperature (0 is greedy), top_k, top_p and min_p,
-    None where not set. Without a temperature from the user, answers are sampled only if the
+    config: its config.json. overrides: the user's temperature (0 is greedy), top_k, top_p and
+    min_p, None where not set. Without a temperature from the user, answers are sampled only if the
     checkpoint's `do_sample` is set. Raises InputError if the file cannot be read.
     """
     from transformers import GenerationConfig

@@ -20,7 +20,8 @@ def question_and_work(doc: dict[str, Any]) -> str:
 
 
 def rotated(doc: dict[str, Any]) -> list[str]:
-    """The choices, rotated by an amount that depends on the answer, so that no position is favoured."""
+    """The choices, rotated by an amount that depends on the answer, so that no position is
+    favoured."""
     shift = int(doc["answer"]) % len(doc["choices"])
     return doc["choices"][-shift:] + doc["choices"][:-shift] if shift else doc["choices"]
 

@@ -83,6 +83,7 @@ class MambaKind(SelectiveKind):
         """See MixerKind.kept_bytes."""
         if plain:
             return 4 * (14 * inner + 2 * kv + mixer["dt_rank"])
-        # in order: in_proj's output; expanded x and the convolution's input and output; dt before and
-        # after its projection; x, dt, B, C as the kernel gets them; y, z, the gate and their product
+        # in order: in_proj's output; expanded x and the convolution's input and output; dt before
+        # and after its projection; x, dt, B, C as the kernel gets them; y, z, the gate and their
+        # product
         return 2 * (2 * inner + 2 * kv + mixer["dt_rank"] + (3 + 2 + 4 + 5) * inner)

@@ -68,6 +68,6 @@ class Mamba2Kind(SelectiveKind):
         heads = inner // mixer["d_state"]
         if plain:  # convolution and norm; one state per chunk; three products of step pairs
             return 4 * (33 * inner + inner * mixer["d_state"] // CHUNK + 3 * heads * CHUNK)
-        # in order: in_proj's output; the convolution's input and output; x, B, C concatenated; y, z and
-        # the normed product; step sizes
+        # in order: in_proj's output; the convolution's input and output; x, B, C concatenated; y, z
+        # and the normed product; step sizes
         return 2 * (4 + 3 + 3 + 3 + 4) * inner + 12 * heads
