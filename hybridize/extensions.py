@@ -15,9 +15,11 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from hybridize.errors import InputError, first_line
 
+Entry = TypeVar("Entry")
 GROUP, VARIABLE = "hybridize.extensions", "HYBRIDIZE_EXTENSIONS"
 
 
@@ -29,6 +31,22 @@ def load_extensions() -> list[str]:
     for name in [*installed, *named]:
         _load(name)
     return [*installed, *named]
+
+
+def register(registry: dict[str, Entry], name: str, entry: Entry) -> Entry:
+    """Adds an entry and returns it. Raises ValueError if the name belongs to something else
+    already."""
+    known = registry.get(name)
+    if known is not None and known is not entry:
+        raise ValueError(f"{name!r} is registered already, by {_home(known)}; {_home(entry)} needs another name")
+    registry[name] = entry
+    return entry
+
+
+def _home(entry: object) -> str:
+    """Returns the module and class of a registered object."""
+    owner = entry if isinstance(entry, type) else type(entry)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 @functools.cache

@@ -174,7 +174,11 @@ MIXERS: dict[str, type[Mixer]] = {}  # kind in the config -> class
 
 
 def register_mixer(mixer: Kind) -> Kind:
-    """Class decorator: models whose config's `mixer.kind` is the class's `kind` are built with it."""
+    """Class decorator: models whose config's `mixer.kind` is the class's `kind` are built with it.
+    Raises ValueError if another class has that kind."""
+    known = MIXERS.get(mixer.kind)
+    if known is not None and known is not mixer:
+        raise ValueError(f"the mixer kind {mixer.kind!r} of {mixer.__module__} is taken by {known.__module__}")
     MIXERS[mixer.kind] = mixer
     return mixer
 
@@ -186,7 +190,7 @@ def mixer_class(shape: dict[str, Any]) -> type[Mixer]:
     if kind not in MIXERS:
         raise ValueError(
             f"the config's `mixer` is of unknown kind {kind!r}; known kinds: {', '.join(MIXERS)} (a kind of another package "
-            "needs that package to be imported first)"
+            "needs that package to be imported first; hybridize's commands import what HYBRIDIZE_EXTENSIONS names)"
         )
     MIXERS[kind].check(shape)
     return MIXERS[kind]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+from hybridize.extensions import register
 from hybridize.modeling import MIXER_LAYER
 from hybridize.scoring.setup import Ranking, Setup
 
@@ -40,8 +41,7 @@ class Scorer:
 
 def register_scorer(scorer: Scorer) -> Scorer:
     """From here on the command line has `score-KIND`, and `replace` knows its files."""
-    SCORERS[scorer.kind] = scorer
-    return scorer
+    return register(SCORERS, scorer.kind, scorer)
 
 
 def attention_layers(model: Any) -> list[int]:

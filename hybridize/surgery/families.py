@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hybridize.extensions import register
+
 FAMILIES: dict[str, FamilySpec] = {}
 
 
@@ -31,8 +33,7 @@ class FamilySpec:
 def register_family(spec: FamilySpec) -> FamilySpec:
     """Registers a family, so that its teachers are accepted, and returns it. Its classes must be
     registered with transformers' Auto classes."""
-    FAMILIES[spec.family] = spec
-    return spec
+    return register(FAMILIES, spec.family, spec)
 
 
 for _spec in (

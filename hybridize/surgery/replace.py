@@ -108,6 +108,15 @@ def hybrid_json(raw: dict[str, Any], surgery: Surgery) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_rules(source: CheckpointReader, surgery: Surgery) -> HybridConfig:
+    """Returns the config of the result. Raises InputError unless the rules of the mixer kind make
+    exactly the parameters of its class."""
+    config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
+    for layer in surgery.layers[:1]:
+        surgery.kind.check_targets(config, layer, surgery.targets[layer])
+    return config
+
+
 def starting_values(
     source: CheckpointReader,
     surgery: Surgery,
@@ -122,8 +131,8 @@ def starting_values(
     together: calibrate each mixer on top of the mixers below it; otherwise as if it were the only
     one. Raises WorkError if a parameter is not finite.
     """
+    config = check_rules(source, surgery)
     if calibration is not None:
-        config = HybridConfig.from_dict(hybrid_json(source.config, surgery))
         observer = Observer(source, donor, calibration.ids, calibration.device)
     for place, layer in enumerate(surgery.layers, 1):
         if calibration is not None:

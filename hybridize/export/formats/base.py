@@ -12,6 +12,7 @@ from hybridize.checkpoint.manifest import Manifest
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.errors import InputError, setting
 from hybridize.export.verify import Reference, Verdict
+from hybridize.extensions import register
 
 FORMATS: dict[str, Format] = {}
 
@@ -52,8 +53,7 @@ class Format:
 
 def register_format(form: Format) -> Format:
     """From here on `export` can write it."""
-    FORMATS[form.name] = form
-    return form
+    return register(FORMATS, form.name, form)
 
 
 def format_of(name: str) -> Format:

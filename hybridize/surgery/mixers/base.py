@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hybridize.errors import InputError, setting
+from hybridize.extensions import VARIABLE, register
 from hybridize.modeling import MIXERS, HybridConfig, Mixer
 from hybridize.surgery.mapping import Rows, Source, Target, source_of
 from hybridize.surgery.observe import LayerObservation
@@ -34,6 +35,9 @@ class MixerKind:
 
     @property
     def mixer(self) -> type[Mixer]:
+        """The class of these mixers. Raises InputError if none is registered."""
+        if self.kind not in MIXERS:
+            raise InputError(f"the mixer kind {self.kind!r} has rules, but no class with @register_mixer")
         return MIXERS[self.kind]
 
     def shape(self, teacher: Teacher, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,9 +52,27 @@ class MixerKind:
         return self.completed(teacher, shape)
 
     def completed(self, teacher: Teacher, shape: dict[str, Any]) -> dict[str, Any]:
-        """Returns `shape` completed with the defaults of this kind. Raises InputError if it does
-        not fit the teacher."""
-        return {**shape, "d_state": shape.get("d_state", teacher.head_dim)}
+        """Returns `shape` completed with the defaults of this kind: here, the head size as state
+        size. Raises InputError if it does not fit the teacher."""
+        if shape.setdefault("d_state", teacher.head_dim) != teacher.head_dim:
+            size = shape["d_state"]
+            raise InputError(
+                f"{setting('d_state')} {size}: the state size of {self.kind} mixers is the head size, {teacher.head_dim}"
+            )
+        return shape
+
+    def check_targets(self, config: HybridConfig, layer: int, targets: Sequence[Target]) -> None:
+        """Raises InputError unless `targets` are the parameters of this kind's class. config: that
+        of the result."""
+        with torch.device("meta"):
+            wanted = {name: tuple(p.shape) for name, p in self.mixer(config, layer).named_parameters()}  # type: ignore[call-arg, arg-type]
+        made = {target.parameter: target.shape for target in targets}
+        for name in sorted({*wanted, *made}):
+            if wanted.get(name) != made.get(name):
+                raise InputError(
+                    f"the rules of the mixer kind {self.kind!r} make {name} of shape {made.get(name)}, its class has "
+                    f"{wanted.get(name)}"
+                )
 
     def targets(self, teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
         """Returns all tensors of the mixer of layer `layer`, with the rows each is made of. mixer:
@@ -75,7 +97,12 @@ class MixerKind:
         return mixer
 
     def set_part(self, part: str, mixer: Any, seen: LayerObservation, plain: Mapping[str, Tensor]) -> None:
-        """Sets one of `parts` of the mixer, in place."""
+        """Sets one of `parts` of the mixer, in place.
+
+        plain: all parameters as they were before calibration, in the checkpoint's types. What has a
+        source in the attention must stay as it is, out_proj excepted where `changes_output` says
+        so.
+        """
         raise NotImplementedError
 
     def changes_output(self, parts: frozenset[str]) -> bool:
@@ -104,15 +131,25 @@ class MixerKind:
 
 def register_kind(kind: MixerKind) -> MixerKind:
     """Registers a kind, so that `replace` can create its mixers, and returns it. Its class must be
-    registered with hybridize.modeling."""
-    KINDS[kind.kind] = kind
-    return kind
+    registered with hybridize.modeling.
+
+    Raises TypeError for anything but an instance of MixerKind, and ValueError if the name is taken
+    or `default_parts` are not all among `parts`.
+    """
+    if not isinstance(kind, MixerKind):
+        raise TypeError(f"{kind!r} is no instance of MixerKind")
+    unknown = set(kind.default_parts) - set(kind.parts)
+    if unknown:
+        raise ValueError(f"default_parts of the mixer kind {kind.kind!r} has {sorted(unknown)}, which parts lacks")
+    return register(KINDS, kind.kind, kind)
 
 
 def kind_of(name: str) -> MixerKind:
     """Returns the kind called `name`. Raises InputError if it is not registered."""
     if name not in KINDS:
-        raise InputError(f"{setting('mixer')} {name} is unknown; use {' or '.join(KINDS)}")
+        raise InputError(
+            f"{setting('mixer')} {name} is unknown; use {' or '.join(KINDS)}, or name the extension that defines it in {VARIABLE}"
+        )
     return KINDS[name]
 
 

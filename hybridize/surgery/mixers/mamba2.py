@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.errors import InputError, setting
 from hybridize.modeling import FLOAT32, inverse_softplus
 from hybridize.modeling.ssd import CHUNK
 from hybridize.surgery.calibrate import STEP
@@ -23,14 +22,6 @@ class Mamba2Kind(SelectiveKind):
 
     kind = "mamba2"
     expanded = True
-
-    def completed(self, teacher: Teacher, shape: dict[str, Any]) -> dict[str, Any]:
-        """See MixerKind.completed. The state size must be the head size."""
-        if shape.setdefault("d_state", teacher.head_dim) != teacher.head_dim:
-            raise InputError(
-                f"{setting('d_state')} {shape['d_state']}: a mamba2 mixer's state size is the head size, {teacher.head_dim}"
-            )
-        return shape
 
     def steps(self, teacher: Teacher, mixer: dict[str, Any]) -> int:
         """See SelectiveKind.steps."""
