@@ -140,7 +140,7 @@ def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     assert manifest["tokens"] == saved * 2 * 32
     assert CheckpointReader(Path("h2-kd")).hash != CheckpointReader(Path("whole")).hash
     assert Path("h2-kd.run").is_dir()
-    assert "exists and is not of this run" in cli.fails(*run, "--resume")
+    assert "exists and belongs to another run" in cli.fails(*run, "--resume")
     cli(*run, "--resume", "--overwrite")
     assert CheckpointReader(Path("h2-kd")).hash == CheckpointReader(Path("whole")).hash
     assert not Path("h2-kd.run").exists()
@@ -250,7 +250,7 @@ def test_a_run_goes_on_with_as_many_sequences_whatever_memory_is_free(
         assert before == (1 if first == 1000 else 4)
         _set_free(monkeypatch, lambda _, then=then: then)
         cli(*run, "--resume", "--overwrite")
-        assert f"{before} sequences at once, as before the run was cut off" in cli.stderr
+        assert f"{before} sequences at once, as before the run was interrupted" in cli.stderr
 
 
 def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
