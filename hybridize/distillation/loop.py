@@ -152,13 +152,13 @@ class Training:
         batches = itertools.islice(batches, start, None)
         clock = _Clock(saved_at=time.monotonic())
         self.agreed = self.ranks.size == 1
-        with noted_signals(self.ranks.size > 1) as asked:
+        with noted_signals(self.ranks.size > 1) as signals:
             try:
                 if start == 0 or (settings.eval_every and start % settings.eval_every == 0 and start != steps):
                     self.measure(start)
                 while self.finished < steps and not stop_now and not self._flat():
                     self._step(batches, start, clock)
-                    if self.ranks.found("stop" if asked else ""):
+                    if self.ranks.found("stop" if signals else ""):
                         self.agreed = True
                         raise KeyboardInterrupt
                     self._save_if_due(clock)
@@ -311,7 +311,8 @@ class Training:
             if micro == 1:
                 self.agreed = True
                 raise WorkError(
-                    f"out of GPU memory with one sequence at once on one of the ranks; {setting('dry_run')} shows the need"
+                    f"out of GPU memory with one sequence at once on one of the ranks; "
+                    f"{setting('dry_run')} shows what is needed"
                 )
             if self.ranks.main:
                 self.run.note_room(self._room, micro // 2)
