@@ -262,7 +262,7 @@ def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pyte
     most = (fixed + planned["activations"] / 2) / 0.9
     cli(*run, "-o", "groups.json", "--max-memory", most)
     assert "by the plan, more than 90% of 0.9 GiB: they train in groups\n" in cli.stderr
-    assert "candidates in 2 groups" in cli.stderr or "candidates in 3 groups" in cli.stderr
+    assert "candidates train in 2 groups" in cli.stderr or "candidates train in 3 groups" in cli.stderr
     scores = [
         [entry["score"] for entry in json.loads(Path(name).read_text())["layers"]] for name in ("all.json", "groups.json")
     ]

@@ -103,7 +103,7 @@ def test_limits_and_batch_sizes_as_lm_eval_has_them(place: Path, cli: Runner, mo
     for text in ("many", "auto:x", "-1", "1.5"):
         with pytest.raises(InputError, match="is neither a number nor auto"):
             parse_batch_size(text)
-    with pytest.raises(InputError, match="is no number of documents"):
+    with pytest.raises(InputError, match="is neither a number of documents"):
         parse_limit("many")
     for limit in (0, -1, 1.5):
         with pytest.raises(InputError, match="must be a whole number of documents, or a share"):

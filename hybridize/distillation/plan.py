@@ -65,8 +65,8 @@ def layer_bytes(config: Any, kind: str, length: int) -> int:
     normed = 8 * (A + K) if family.qk_norm else 0
     mlp += 2 * norm if family.sandwich else 0
     if kind != MIXER_LAYER:
-        # eager attention keeps scores, mask and softmax; other backends only the additive mask of a
-        # sliding window
+        # only eager attention keeps scores and probabilities; others keep at most the additive mask
+        # of a sliding window
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         maps = 2 * length if window is not None and window < length else 0
         maps = 8 * config.num_attention_heads * length if config._attn_implementation == "eager" else maps
