@@ -273,7 +273,7 @@ def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pyte
     assert "must be a positive number of GiB" in cli.fails(*run, "-o", "none.json", "--max-memory", 0)
     every = json.loads(cli(*run, "--train", "all", "--dry-run", "--json", "--max-memory", 100))
     assert every["max_gib"] == 100
-    assert "one after the other" in cli(*run, "--train", "all", "--dry-run")
+    assert "one at a time" in cli(*run, "--train", "all", "--dry-run")
 
 
 def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

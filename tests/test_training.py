@@ -382,7 +382,7 @@ def test_the_result_may_be_the_mean_of_the_last_states(tmp_path: Path) -> None:
     direct = fidelity(training.student, training.teacher, [batch(0)], torch.float32).reverse_kl
     assert notes[-1]["reverse_kl"] == direct
     for wrong in ({"save_every": 0, "checkpoint_merge": 2}, {"save_every": 1, "keep_last": 2, "checkpoint_merge": 3}):
-        with pytest.raises(InputError, match="checkpoint_merge .* averages saved states"):
+        with pytest.raises(InputError, match=r"checkpoint_merge .* averages saved states"):
             settings(**wrong)
 
 
