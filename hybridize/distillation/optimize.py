@@ -19,7 +19,7 @@ def choose_trained(student: nn.Module, settings: DistillSettings) -> None:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
     if not any(p.requires_grad for p in student.parameters()):
-        raise InputError(f"{setting('train')} {settings.train}: matches no parameter of the checkpoint")
+        raise InputError(f"{setting('train')} {settings.train} matches no parameter of the checkpoint")
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.AdamW:
