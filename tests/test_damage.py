@@ -246,7 +246,7 @@ def test_damaged_results(place: Path, cli: Runner, changes: dict[str, Any]) -> N
     found["tasks"]["t"] |= changes
     (place / "bad.json").write_text(json.dumps(found))
     argv = ("eval", "teacher", "--tasks", "wordproblems_choice", "--include-path", TASKS, "--baseline", "bad.json")
-    assert "bad.json: task t has not metric, value, direction" in cli.fails(*argv, "-o", "out")
+    assert "bad.json: task t lacks its metric, value, direction" in cli.fails(*argv, "-o", "out")
     assert not (place / "out").exists()
 
 

@@ -99,7 +99,7 @@ def test_a_figure_that_is_no_mean_has_no_interval() -> None:
     (drop,) = compare(result([1, 2, 4], value=7.5), result([1, 1, 1]))
     assert drop.interval(0.95) is None
     assert judge([drop], Rule(100))[0].outcome == PASS
-    with pytest.raises(WorkError, match="no mean over documents"):
+    with pytest.raises(WorkError, match="not a mean over documents"):
         judge([drop], Rule(0.1, strict=True))
 
 
@@ -255,7 +255,7 @@ def test_every_accuracy_like_figure_is_held() -> None:
     assert one.metric == "exact_match,flexible-extract"
     with pytest.raises(InputError, match="metric t=acc: the task has exact_match,strict-match; exact_match,flexible-extract"):
         compare(ours, theirs, {"t": "acc"})
-    with pytest.raises(InputError, match="names 'other', which is no task"):
+    with pytest.raises(InputError, match="names 'other', which is not one of the evaluated tasks"):
         compare(ours, theirs, {"other": "acc"})
     good = judge(compare(theirs, theirs), Rule(0.02))
     assert by_task(good) == {"t": PASS}, "what one filter cannot tell another can"
@@ -359,7 +359,7 @@ def test_other_settings_are_refused(change: dict[str, Any]) -> None:
 def test_other_documents_and_other_types_are_refused() -> None:
     other = result([1.0, 0.0])
     other["tasks"]["t"]["documents"][1]["hash"] = "changed"
-    with pytest.raises(InputError, match="other documents"):
+    with pytest.raises(InputError, match="answered different documents"):
         compare(result([1.0, 0.0]), other)
     narrow = result([1.0])
     narrow["ran"]["dtype"] = "bfloat16"

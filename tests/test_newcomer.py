@@ -140,7 +140,7 @@ def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     assert manifest["tokens"] == saved * 2 * 32
     assert CheckpointReader(Path("h2-kd")).hash != CheckpointReader(Path("whole")).hash
     assert Path("h2-kd.run").is_dir()
-    assert "exists and is not of this run" in cli.fails(*run, "--resume")
+    assert "exists and belongs to another run" in cli.fails(*run, "--resume")
     cli(*run, "--resume", "--overwrite")
     assert CheckpointReader(Path("h2-kd")).hash == CheckpointReader(Path("whole")).hash
     assert not Path("h2-kd.run").exists()
@@ -250,30 +250,30 @@ def test_a_run_goes_on_with_as_many_sequences_whatever_memory_is_free(
         assert before == (1 if first == 1000 else 4)
         _set_free(monkeypatch, lambda _, then=then: then)
         cli(*run, "--resume", "--overwrite")
-        assert f"{before} sequences at once, as before the run was cut off" in cli.stderr
+        assert f"{before} sequences at once, as before the run was interrupted" in cli.stderr
 
 
 def test_mmr_stays_within_its_memory(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ("score-mmr", "teacher", "--steps", 2, "--batch-size", 8, "--seq-len", 256, "--no-calibrate")
     cli(*run, "-o", "all.json")
-    assert "memory: the candidates side by side take 0.8 GiB by the plan\n" in cli.stderr
+    assert "memory: training the candidates in parallel takes 0.8 GiB by the plan\n" in cli.stderr
     planned = json.loads(cli(*run, "--dry-run", "--json"))["gib"]
     fixed = sum(size for name, size in planned.items() if name != "activations")
     most = (fixed + planned["activations"] / 2) / 0.9
     cli(*run, "-o", "groups.json", "--max-memory", most)
-    assert "by the plan, more than 90% of 0.9 GiB: they go in groups\n" in cli.stderr
-    assert "candidates in 2 groups" in cli.stderr or "candidates in 3 groups" in cli.stderr
+    assert "by the plan, more than 90% of 0.9 GiB: they train in groups\n" in cli.stderr
+    assert "candidates train in 2 groups" in cli.stderr or "candidates train in 3 groups" in cli.stderr
     scores = [
         [entry["score"] for entry in json.loads(Path(name).read_text())["layers"]] for name in ("all.json", "groups.json")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     _set_free(monkeypatch, lambda _: int(fixed * 2**30))
     cli(*run, "-o", "little.json")
-    assert "90% of 0.6 GiB, 80% of what is free (--max-memory): they go one by one, and may still run out" in cli.stderr
+    assert "90% of 0.6 GiB, 80% of what is free (--max-memory): they train one at a time and may still run out" in cli.stderr
     assert "must be a positive number of GiB" in cli.fails(*run, "-o", "none.json", "--max-memory", 0)
     every = json.loads(cli(*run, "--train", "all", "--dry-run", "--json", "--max-memory", 100))
     assert every["max_gib"] == 100
-    assert "one after the other" in cli(*run, "--train", "all", "--dry-run")
+    assert "one at a time" in cli(*run, "--train", "all", "--dry-run")
 
 
 def test_free_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,9 +211,9 @@ def test_torchrun_starts_a_run_again_with_what_fits(tmp_path: Path, traces: Path
     ran = subprocess.run(program, capture_output=True, text=True, timeout=200, env=calm, check=False)
     assert ran.returncode == 0, ran.stderr
     for many, fewer in ((4, 2), (2, 1)):
-        said = f"out of GPU memory with {many} sequences at once; --resume goes on from the last saved state with {fewer}"
+        said = f"out of GPU memory with {many} sequences at once; --resume continues from the last saved state with {fewer}"
         assert said in ran.stderr
-    assert "1 sequences at once, as before the run was cut off" in ran.stderr
+    assert "1 sequences at once, as before the run was interrupted" in ran.stderr
     assert json.loads(ran.stdout)["last"]["loss"] == pytest.approx(json.loads(cli.stdout)["last"]["loss"], rel=1e-5)
 
 

@@ -94,16 +94,16 @@ def test_recall_by_length_side_by_side(cli: Runner, tmp_path: Path, monkeypatch:
     assert found["groups"]["recall"]["tasks"] == [f"recall_{kind}_{length}" for length in (1200, 2048) for kind in KINDS]
     assert found["settings"]["recall_lengths"] == [1200, 2048]
     assert "has no use without --tasks recall" in cli.fails("eval", "h1", "--tasks", "x", "--recall-lengths", 1024)
-    assert "recall is for eval" in cli.fails("score-loo", "--metric", "margin", "--tasks", "recall")
+    assert "supported by eval only" in cli.fails("score-loo", "--metric", "margin", "--tasks", "recall")
 
 
 def test_limits_and_batch_sizes_as_lm_eval_has_them(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (parse_limit(None), parse_limit("3"), parse_limit("0.1")) == (None, 3, 0.1)
     assert (parse_batch_size("8"), parse_batch_size("auto"), parse_batch_size("auto:4")) == (8, "auto", "auto:4")
     for text in ("many", "auto:x", "-1", "1.5"):
-        with pytest.raises(InputError, match="is no number, nor auto"):
+        with pytest.raises(InputError, match="is neither a number nor auto"):
             parse_batch_size(text)
-    with pytest.raises(InputError, match="is no number of documents"):
+    with pytest.raises(InputError, match="is neither a number of documents"):
         parse_limit("many")
     for limit in (0, -1, 1.5):
         with pytest.raises(InputError, match="must be a whole number of documents, or a share"):

@@ -332,7 +332,8 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(tmp_path: Path, m
     monkeypatch.setattr(step, "hidden_states", hungry)
     training.go(batches())
     assert [n["text"] for n in notes if n["kind"] == "note"] == [
-        "out of memory with 4 sequences at once, going on with 2", "out of memory with 2 sequences at once, going on with 1",
+        "out of memory with 4 sequences at once, continuing with 2",
+        "out of memory with 2 sequences at once, continuing with 1",
     ]  # fmt: skip
     assert worst(torch.cat([p.detach().flatten() for p in student.parameters()]), whole) <= 1e-5
     monkeypatch.setattr(step, "hidden_states", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA out")))
@@ -381,7 +382,7 @@ def test_the_result_may_be_the_mean_of_the_last_states(tmp_path: Path) -> None:
     direct = fidelity(training.student, training.teacher, [batch(0)], torch.float32).reverse_kl
     assert notes[-1]["reverse_kl"] == direct
     for wrong in ({"save_every": 0, "checkpoint_merge": 2}, {"save_every": 1, "keep_last": 2, "checkpoint_merge": 3}):
-        with pytest.raises(InputError, match="checkpoint_merge takes the mean of saved states"):
+        with pytest.raises(InputError, match=r"checkpoint_merge .* averages saved states"):
             settings(**wrong)
 
 
@@ -559,7 +560,7 @@ def test_rates_and_patterns_by_name() -> None:
     assert trained == {"lm_head.weight", *(f"model.layers.{i}.mixer.A_log" for i in (0, 2))}
     rates = {len(group["params"]): group["peak"] for group in make_optimizer(student, plan).param_groups}
     assert rates == {1: 5e-3, 2: 3.0}
-    with pytest.raises(InputError, match="no parameter of the checkpoint has such a name"):
+    with pytest.raises(InputError, match="matches no parameter of the checkpoint"):
         choose_trained(student, settings(train="nothing"))
     for wrong in ("x", "x=", "=1", "a=0", "a=nan", "a=1,b"):
         with pytest.raises(InputError, match=r"lr_groups .* must have the form NAME=NUMBER"):

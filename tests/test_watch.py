@@ -32,7 +32,7 @@ def test_trackers_get_every_number_once_opened_at_the_first(tmp_path: Path, monk
 
 def test_unknown_and_missing_trackers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="track wandb: pip install wandb first"):
+    with pytest.raises(InputError, match="track wandb is not installed: pip install wandb"):
         Trackers("wandb", tmp_path, {})
     with pytest.raises(InputError, match="track mlflow is unknown; use tensorboard, trackio, wandb"):
         Trackers("mlflow", tmp_path, {})

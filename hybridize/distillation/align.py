@@ -1,9 +1,8 @@
-"""The cheap first stage: every mixer learns its own attention layer's output, all of them side by
-side.
+"""The cheap first stage: each mixer is fitted to the output of the attention layer it replaces.
 
-One forward pass of the teacher gives every layer's input and output; each mixer is then run and
-differentiated alone, with no layer after it (MOHAWK, 2408.10189, section 4.2; RADLADS, 2505.03005,
-stage 1).
+One forward pass of the teacher gives the input and output of every layer. Each mixer is then run and
+differentiated on its own, without the layers after it (MOHAWK, 2408.10189, section 4.2; RADLADS,
+2505.03005, stage 1).
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from hybridize.modeling import MIXER_LAYER
 from hybridize.runtime.distributed import DistributedContext
 from hybridize.runtime.forward import autocast, hidden_states
 
-TINY = 1e-6  # a share of the hidden size: below this mean square an attention output counts as nothing to be relative to
+TINY = 1e-6  # mean square added to the denominator, so that the error relative to a tiny attention output stays finite
 
 
 class Aligner(Accumulator):
-    """Adds the gradient of the mean, over kept tokens and over mixers, of the relative square error
-    |mixer(u) - attention(u)|^2 / |attention(u)|^2, u what the teacher's attention layer hears."""
+    """Adds the gradient of the relative squared error |mixer(u) - attention(u)|^2 / |attention(u)|^2,
+    averaged over the tokens of the loss mask and over mixers; u is the input of the teacher's
+    attention layer."""
 
     teacher: nn.Module
 
@@ -34,10 +34,10 @@ class Aligner(Accumulator):
         self.layers: list[int] = [i for i, kind in enumerate(config.layer_types) if kind == MIXER_LAYER]
 
     def one(self, part: Batch, count: int) -> Tensor:
-        """As in Accumulator."""
+        """See Accumulator.one."""
         scale = self.ranks.size / (count * len(self.layers))
-        heard: dict[int, tuple[Tensor, Tensor]] = {}
-        handles = [self._listen(layer, heard) for layer in self.layers]
+        captured: dict[int, tuple[Tensor, Tensor]] = {}
+        handles = [self._capture(layer, captured) for layer in self.layers]
         try:
             with torch.no_grad():
                 hidden_states(self.teacher, part, self.student.dtype)
@@ -48,23 +48,25 @@ class Aligner(Accumulator):
         positions = part.positions
         if positions is None:
             positions = torch.arange(part.ids.shape[1], device=part.ids.device).unsqueeze(0)
-        told = model.layer_inputs(heard[self.layers[0]][0], None, positions, packed=part.positions is not None)[MIXER_LAYER]
+        kwargs = model.layer_inputs(captured[self.layers[0]][0], None, positions, packed=part.positions is not None)[
+            MIXER_LAYER
+        ]
         kept, total = part.loss_mask.flatten(), torch.zeros((), device=part.ids.device)
         for layer in self.layers:
-            given, wanted = heard.pop(layer)
+            given, target = captured.pop(layer)
             with autocast(given.device, self.student.dtype):
-                made = model.layers[layer].mixer(given, **told)[0]
-            made, wanted = (chosen(t.float().flatten(0, 1), kept) for t in (made, wanted))
-            size = wanted.square().sum(-1) + TINY * wanted.shape[-1]
-            value = scale * ((made - wanted).square().sum(-1) / size).sum()
+                predicted = model.layers[layer].mixer(given, **kwargs)[0]
+            predicted, target = (chosen(t.float().flatten(0, 1), kept) for t in (predicted, target))
+            size = target.square().sum(-1) + TINY * target.shape[-1]
+            value = scale * ((predicted - target).square().sum(-1) / size).sum()
             value.backward()
             total = total + value.detach()
         return total
 
-    def _listen(self, layer: int, heard: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    def _capture(self, layer: int, captured: dict[int, tuple[Tensor, Tensor]]) -> Any:
         def hook(_: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> None:
             given = named["hidden_states"] if "hidden_states" in named else positional[0]
-            heard[layer] = given, output[0] if isinstance(output, tuple) else output
+            captured[layer] = given, output[0] if isinstance(output, tuple) else output
 
         teacher: Any = self.teacher.base_model
         return teacher.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True)

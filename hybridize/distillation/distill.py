@@ -1,4 +1,4 @@
-"""Distils a checkpoint: opens data and models, trains, writes the result with its lineage."""
+"""Distils a checkpoint: loads the models, trains, and writes the result with its lineage."""
 
 from __future__ import annotations
 
@@ -46,15 +46,17 @@ def distill(
     ranks: DistributedContext | None = None,
     report: Report = lambda _: None,
 ) -> int:
-    """Trains float32 weights under autocast to `dtype`; storage types of the result follow the
-    source. Returns tokens seen.
+    """Trains float32 weights under autocast to `dtype` and writes them in the source's storage
+    types. Returns the number of training tokens.
 
-    stop_now: writes what an unfinished run has saved last, and leaves the run as it is. Every rank
-    calls this; the first one writes.
+    stop_now: writes the last saved state of an unfinished run as a checkpoint and leaves the run
+    directory as it is. Every rank calls this function; the first one writes.
     """
     ranks = ranks or DistributedContext()
     torch.manual_seed(settings.seed)
-    streams = settings.sharded(ranks.size)  # weights go to their shards layer by layer; alignment needs the student whole
+    streams = settings.sharded(
+        ranks.size
+    )  # weights are loaded into their shards layer by layer; alignment needs the whole student
 
     doing = lambda text: report({"kind": "doing", "text": text})  # noqa: E731
     doing("loading the models")
@@ -71,7 +73,7 @@ def distill(
             used = training.go(batches, resume, stop_now)
         doing(f"writing {output}")
         made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
-        # by which the run knows its own result; this one it goes on from
+        # the digest marks the finished result of a run; a checkpoint of an unfinished run has none
         made |= {"stopped_after": used // (settings.batch_size * settings.seq_len)} if stop_now else {"run": run.digest}
         manifest = _trained_manifest(descend(source, name, output, "distill", made, settings.seed), corpus, used)
         tensors = _trained_tensors(source, student, settings, ranks if streams else None)
@@ -80,7 +82,7 @@ def distill(
             if not stop_now:
                 run.remove()
         else:
-            for _ in tensors if streams else ():  # what is sharded becomes whole only if all ranks take part
+            for _ in tensors if streams else ():  # gathering a sharded tensor needs all ranks
                 pass
         ranks.wait()
     return used
@@ -90,15 +92,15 @@ def _load(
     source: CheckpointReader, teacher: CheckpointReader | None, settings: DistillSettings, device: torch.device,
     dtype: torch.dtype, streams: bool, trust_remote_code: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Student and teacher, or None. streams: without weights where they go to their shards layer by
-    layer."""
+    """The student and the teacher (None if there is none). streams: models are loaded without
+    weights where those are later loaded into their shards layer by layer."""
     if streams and settings.stage == "distill":
         student: Any = load_empty(source.path, torch.float32, trust_remote_code)
     else:
         student = load_model(source.path, device, torch.float32, trust_remote_code)
     if teacher is None:
         return student, None
-    if settings.offload_teacher:  # its layers wait in host memory
+    if settings.offload_teacher:  # its layers stay in host memory between uses
         return student, load_model(teacher.path, torch.device("cpu"), dtype, trust_remote_code)
     if streams:
         return student, load_empty(teacher.path, dtype, trust_remote_code)
@@ -106,7 +108,7 @@ def _load(
 
 
 def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int) -> Manifest:
-    """With the data of this run, each source with its share of the `used` tokens."""
+    """The manifest with the data sources of this run, each with its share of the `used` tokens."""
     shares = sum(weight for _, weight in corpus.sources)
     data = [
         {
@@ -122,16 +124,17 @@ def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int) -> Manifest
 def _trained_tensors(
     source: CheckpointReader, student: Any, settings: DistillSettings, ranks: DistributedContext | None
 ) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name, value, whether that is the source's: buffers that no model keeps, and what was not to
-    be trained.
+    """Yields (name, value, whether the value is the source's), in the source's order.
 
-    ranks: where weights are sharded over them; all must then take every tensor.
+    The source's value stands for buffers that the model does not have and for weights that were
+    not trained. ranks: given where weights are sharded; every rank must then iterate over all
+    tensors.
     """
     trained = student.state_dict()
 
-    @functools.lru_cache(maxsize=2)  # experts ask for the same two in turn
+    @functools.lru_cache(maxsize=2)  # the tensors of experts alternate between two parameters
     def gathered(parameter: str) -> torch.Tensor:
-        if ranks is not None:  # all ranks are here, and wait for the one that writes: GPUs give each other ten minutes
+        if ranks is not None:  # the writing rank may be slow, and NCCL's own timeout is ten minutes
             ranks.wait()
         return whole(trained[parameter])
 
@@ -145,7 +148,7 @@ def _write(
     source: CheckpointReader, tensors: Iterable[tuple[str, torch.Tensor, bool]], output: Path, manifest: Manifest,
     overwrite: bool, run: RunDir,
 ) -> None:  # fmt: skip
-    """Writes the trained checkpoint, atomically, with the logs of its run."""
+    """Writes the trained checkpoint and the logs of its run atomically."""
     with AtomicDirectory(output, overwrite) as path:
         writer = CheckpointWriter(path)
         for name, value, kept in tensors:

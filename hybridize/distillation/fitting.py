@@ -1,5 +1,5 @@
-"""How many sequences fit at once, and what a run is expected to take, from configs and the memory
-that is free."""
+"""Chooses the micro-batch size that fits into free memory and estimates a run's memory and time,
+from configs alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from hybridize.runtime.device import free_memory, is_here
 from hybridize.runtime.distributed import DistributedContext
 from hybridize.surgery.teacher import empty_model
 
-ROOM = 0.9  # share of the free memory that a plan may fill
+ROOM = 0.9  # share of free memory that a plan may use
 
 
 @dataclass(frozen=True)
 class Expected:
-    """plan: memory and FLOPs; settings: with the micro-batch that it is of; fitted: whether that
-    was chosen by what is free; hours: at a speed that is `share` in words."""
+    """An estimate of a run.
+
+    plan: memory and FLOPs; settings: with the micro-batch size that the plan assumes; fitted:
+    whether that size was chosen from free memory; hours: duration at the expected speed; share:
+    that speed in words.
+    """
 
     plan: Plan
     settings: DistillSettings
@@ -37,8 +41,8 @@ class Expected:
 def check_layers(
     settings: DistillSettings, config: dict[str, Any], ranks: DistributedContext, device: torch.device | None = None
 ) -> None:
-    """InputError when the run cannot be of these layers, on so many ranks, or on this device, where
-    one is given."""
+    """InputError if the settings do not fit the model's layers, the number of ranks, or `device`
+    (if given)."""
     ranks.share(settings.batch_size, "batch_size")
     settings.sharded(ranks.size)
     settings.recomputed(config.get("num_hidden_layers", 0))
@@ -46,22 +50,22 @@ def check_layers(
     mixer = None if not shape else mixer_class(shape)
     if settings.cuda_graph and settings.mask != "none" and mixer is not None and not mixer.graphs_documents:
         raise InputError(
-            f"{setting('cuda_graph')} with documents side by side cannot hold {mixer.kind} layers; "
-            f"{setting('mask')} none has no documents"
+            f"{setting('cuda_graph')} does not support {mixer.kind} layers with packed documents; "
+            f"use {setting('mask')} none, which joins them into one stream"
         )
     if device is None:
         return
     if settings.cuda_graph and device.type != "cuda":
         raise InputError(f"{setting('cuda_graph')} needs a CUDA device")
     if settings.deterministic and device.type == "cuda" and mixer is not None and not mixer.deterministic:
-        raise InputError(f"{setting('deterministic')}: the CUDA scan of {mixer.kind} layers adds in no fixed order")
+        raise InputError(f"{setting('deterministic')}: the CUDA scan of {mixer.kind} layers sums in no fixed order")
 
 
 def expected(
     student: dict[str, Any], teacher: dict[str, Any] | None, settings: DistillSettings, ranks: int, device: torch.device,
     dtype: torch.dtype,
 ) -> Expected:  # fmt: skip
-    """What a run takes, from the configs of student and teacher alone."""
+    """Estimates a run from the configs of student and teacher."""
     ours, theirs = (None if raw is None else empty_model(raw, "the checkpoint") for raw in (student, teacher))
     fitted = settings.micro_batch_size is None and settings.stage != "align" and is_here(device)
     if fitted:
@@ -77,8 +81,8 @@ def with_micro(
     source: CheckpointReader, teacher: CheckpointReader | None, settings: DistillSettings, device: torch.device,
     dtype: torch.dtype, ranks: DistributedContext, notes: Notes, advice: str,
 ) -> DistillSettings:  # fmt: skip
-    """The settings with the sequences at once that fit into what memory is free, where nobody has
-    said how many. advice: what to do where even one may not."""
+    """Returns the settings with the largest micro-batch size that fits into free memory, if none
+    was set. advice: what to suggest if even one sequence may not fit."""
     if settings.micro_batch_size is not None or settings.stage == "align":
         return settings
     student, origin = (None if r is None else empty_model(r.config, str(r.path)) for r in (source, teacher))
@@ -86,9 +90,9 @@ def with_micro(
     fits, wanted = micro_that_fits(student, origin, settings, ranks.size, dtype, device.type, ROOM * free)
     micro = min(ranks.all(fits))
     rows = settings.batch_size // ranks.size
-    said = f"the plan takes {wanted / GIB:.1f} GiB, {free / GIB:.1f} are free"
+    memory = f"the plan takes {wanted / GIB:.1f} GiB, {free / GIB:.1f} are free"
     if ranks.main and micro < rows:
-        notes.note(f"{micro} of {rows} sequences at once ({setting('micro_batch_size')}): {said}")
+        notes.note(f"{micro} of {rows} sequences at once ({setting('micro_batch_size')}): {memory}")
     if ranks.main and wanted > free:
-        notes.warn(f"{said}: it may run out of memory; {advice}")
+        notes.warn(f"{memory}: it may run out of memory; {advice}")
     return replace(settings, micro_batch_size=micro)

@@ -1,7 +1,7 @@
-"""The training loop: batches in, a trained student out, with metrics, held-out measures and
-resumable state on the way.
+"""The training loop: trains a student on batches, logs metrics and held-out evaluations, and saves
+resumable state.
 
-Knows nothing of checkpoints' formats or of the command line; `report` is told what happens.
+It depends neither on checkpoint formats nor on the command line; it passes events to `report`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from hybridize.runtime.packed_attention import can_attend, use_packed_attention
 from hybridize.runtime.signals import noted_signals, uninterrupted
 
 Report = Callable[[dict[str, Any]], None]
-FLAT = 0.005  # a measure counts as better from this share on
+FLAT = 0.005  # relative improvement of the reverse KL from which an evaluation counts as better
 
 
 @dataclass
 class _Clock:
-    """Seconds that steps of this process have taken, the first of them apart, and when the last
-    state was saved."""
+    """Seconds spent in steps of this process, those of its first step (also counted in `spent`),
+    and when the last state was saved."""
 
     spent: float = 0.0
     warm_up: float = 0.0
@@ -52,7 +52,7 @@ class Training:
     """One run of `settings` on a student; `go` runs it to its last step.
 
     finished: optimizer steps done. measures: held-out reverse KL by step. agreed: whether all ranks
-    know that the run ends.
+    know that the run is ending, so that all of them can take part in saving a last state.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Training:
         sources: tuple[CheckpointReader | None, CheckpointReader | None] = (None, None),
         report: Report = lambda _: None,
     ) -> None:
-        """Prepares the models: what is trained, checkpointing, sharding over ranks, compilation.
+        """Prepares the models: trainable parameters, gradient checkpointing, sharding, compilation.
 
-        teacher: on `device` already, or on the CPU where it is to be offloaded. sources: of student
-        and teacher, where they come without weights (see distributed.shard).
+        teacher: on `device`, or on the CPU if it is to be offloaded. sources: the checkpoints of
+        student and teacher, if the models have no weights yet (see distributed.shard).
         """
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or DistributedContext()
@@ -102,8 +102,8 @@ class Training:
         self.skipped = self.finished = 0
 
     def _prepare_layers(self) -> None:
-        """Gradient checkpointing, and attention without masks where it computes the same.
-        InputError where a CUDA graph is asked for and impossible."""
+        """Sets up gradient checkpointing, and attention without masks where that is equivalent.
+        InputError if a CUDA graph is requested but not possible."""
         settings, student = self.settings, self.student
         layers = student.base_model.layers
         recomputed = settings.recomputed(len(layers))
@@ -119,8 +119,8 @@ class Training:
             raise InputError(f"{setting('cuda_graph')} needs CUDA and SDPA attention without a window")
 
     def _place(self, root: Student, sources: tuple[CheckpointReader | None, CheckpointReader | None]) -> None:
-        """Moves the models to where they run: offloaded, sharded or whole; and compiles their
-        layers. root: holds the student."""
+        """Offloads, shards or moves the models to the device, and compiles their layers. root: the
+        module that contains the student."""
         settings, student, teacher = self.settings, self.student, self.teacher
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -131,34 +131,34 @@ class Training:
         if self.sharded and settings.stage != "align":
             narrow = self.dtype if self.dtype != torch.float32 else None
             shard(root, student, self.ranks, self.device, narrow, sources[0])
-        else:  # alignment calls mixers apart from their layers, which FSDP cannot see
+        else:  # alignment calls mixers without their layers, so FSDP's hooks would not run
             student.to(self.device)
-        for model in (student, None if settings.offload_teacher else teacher):  # whose layers come and go
+        for model in (student, None if settings.offload_teacher else teacher):  # offloaded layers are not compiled
             if settings.compile and model is not None:
                 compile_layers(model)
 
     def go(self, batches: Iterator[Batch], resume: bool = False, stop_now: bool = False) -> int:
-        """Runs to the last step; returns the tokens of this run. `batches` starts at the first step
-        also when resuming.
+        """Runs to the last step and returns the run's training tokens.
 
-        stop_now: takes no step, so that the student is what was saved last.
+        batches: start at the first step, also when resuming. stop_now: takes no step, so that the
+        student has the weights that were saved last.
 
-        Raises WorkError when the loss or a gradient is not finite, before it reaches a weight.
-        Whatever stops the run, its last finished step is saved first; of several ranks' runs only
-        what all of them agree on, which are signals and WorkErrors.
+        Raises WorkError when the loss or a gradient is not finite, before it reaches a weight. When
+        an exception stops the run, its last finished step is saved first; with several ranks only
+        if all of them stop for the same reason, which holds for signals and WorkErrors.
         """
         settings, run = self.settings, self.run
         start, steps = self._restored(resume), settings.total_steps
         batches = itertools.islice(batches, start, None)
         clock = _Clock(saved_at=time.monotonic())
         self.agreed = self.ranks.size == 1
-        with noted_signals(self.ranks.size > 1) as asked:
+        with noted_signals(self.ranks.size > 1) as signals:
             try:
                 if start == 0 or (settings.eval_every and start % settings.eval_every == 0 and start != steps):
                     self.measure(start)
                 while self.finished < steps and not stop_now and not self._flat():
                     self._step(batches, start, clock)
-                    if self.ranks.found("stop" if asked else ""):
+                    if self.ranks.found("stop" if signals else ""):
                         self.agreed = True
                         raise KeyboardInterrupt
                     self._save_if_due(clock)
@@ -176,7 +176,7 @@ class Training:
         return self.finished * settings.batch_size * settings.seq_len
 
     def _restored(self, resume: bool) -> int:
-        """The steps that the run has done already, their state and logs as they were left."""
+        """Restores the state and logs of a resumed run; returns the number of steps already done."""
         run = self.run
         self.finished = run.load(self.student, self.optimizer) if resume else 0
         self._as_before(self.ranks.first(run.room(self._room)))
@@ -185,11 +185,11 @@ class Training:
             run.note_room(self._room, self.accumulate.micro)
         self.measures = {record["step"]: record["reverse_kl"] for record in run.read("eval")}
         self.skipped = sum(1 for record in run.read("metrics") if record.get("skipped"))
-        self.ranks.wait()  # the first rank is about to write more
+        self.ranks.wait()  # all ranks have read the logs before the first one appends to them
         return self.finished
 
     def _step(self, batches: Iterator[Batch], start: int, clock: _Clock) -> None:
-        """One optimizer step, logged. start: the step that this process began at."""
+        """Takes one optimizer step and logs it. start: the step at which this process began."""
         settings, began = self.settings, time.perf_counter()
         if self.finished == start:
             self.report({"kind": "doing", "text": "the first step, in which kernels are compiled and tuned"})
@@ -219,31 +219,31 @@ class Training:
             self._tell(record, self.finished - start, clock)
 
     def _save_if_due(self, clock: _Clock) -> None:
-        """Saves a state after so many minutes, or so many steps, or the last one."""
+        """Saves a state if one is due by `save_minutes` or `save_every`, or after the last step."""
         settings, wait = self.settings, 60 * self.settings.save_minutes
         late = wait > 0 and self.ranks.first(time.monotonic() - clock.saved_at > wait)
         regular = settings.save_every and (self.finished % settings.save_every == 0 or self.finished == settings.total_steps)
         if late or regular:
-            with uninterrupted():  # or a state would be on its way that nobody knows of
+            with uninterrupted():  # a signal in between would lose track of the pending save
                 self.run.save(self.student, self.optimizer, self.finished)
             clock.saved_at = time.monotonic()
 
     def _merge(self, finished: int) -> None:
-        """The student becomes the mean of the last states, the one after `finished` steps among
-        them."""
+        """Replaces the student's weights by the mean of the last `checkpoint_merge` states,
+        including the one after `finished` steps."""
         count = self.settings.checkpoint_merge
         if count <= 1:
             return
-        # once this is whole nothing is saved after it: merged weights are no state to go on from
+        # the last state to be saved: merged weights must not be resumed from
         self.run.save(self.student, self.optimizer, finished, wait=True)
         merged = self.run.merge(self.student, count)
         self.measures.pop(finished, None)
         self.report({"kind": "note", "text": f"weights: the mean of the states after steps {merged}"})
 
     def _tell(self, record: dict[str, Any], done: int, clock: _Clock) -> None:
-        """Reports a step with the speed of the `done` steps of this process."""
+        """Reports a step, with the speed over the `done` steps of this process."""
         steps, tokens = self.settings.total_steps, self.settings.batch_size * self.settings.seq_len
-        # the first step loads, tunes and compiles kernels, which says nothing about those to come
+        # the first step also loads, tunes and compiles kernels, so it does not predict later ones
         speed = tokens / clock.spent if done == 1 else (done - 1) * tokens / (clock.spent - clock.warm_up)
         share = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.size)
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
@@ -255,13 +255,13 @@ class Training:
         self.report({**record, **more})
 
     def measure(self, step: int, keep: bool = True) -> None:
-        """Held-out fidelity, logged and reported, unless it has been. keep: else it is no measure
-        of the run."""
+        """Evaluates, logs and reports held-out fidelity, unless this step was evaluated before.
+        keep: whether the evaluation is recorded as part of the run."""
         if not self.held or self.teacher is None or step in self.measures:
             return
         self.student.eval()
-        self.report({"kind": "doing", "text": "measuring on held-out text"})
-        with torch.compiler.set_stance("force_eager"):  # a few batches are not worth graphs of their own
+        self.report({"kind": "doing", "text": "evaluating on held-out text"})
+        with torch.compiler.set_stance("force_eager"):  # a few batches do not justify compiling more graphs
             compare = lambda model: fidelity(model, self.teacher, self.held, self.dtype)  # noqa: E731
             try:
                 found = vars(self.accumulate.student(compare))
@@ -275,17 +275,19 @@ class Training:
         self.report({"kind": "eval", **record})
 
     def _flat(self) -> bool:
-        """Whether the last `stop_when_flat` measures brought nothing over the best before them."""
+        """Whether the last `stop_when_flat` evaluations did not improve on the best one before them."""
         wait, found = self.settings.stop_when_flat, list(self.measures.values())
         if not wait or len(found) <= wait:
             return False
         return min(found[-wait:]) > (1 - FLAT) * min(found[:-wait])
 
     def _gradient(self, batch: Batch, count: int) -> tuple[float, float]:
-        """Loss and gradient norm of one batch, the gradient clipped. Halves the micro-batch as long
-        as memory runs out, on all ranks where it does on one; of ranks with sharded weights, which
-        meet in every layer, none can go on, so that the run ends with a note that the next start
-        heeds."""
+        """Returns the loss and gradient norm of one batch, and clips the gradient.
+
+        If memory runs out on any rank, all ranks halve the micro-batch and repeat the batch. Ranks
+        with sharded weights communicate in every layer and cannot recover: the smaller micro-batch
+        is recorded for the next start and WorkError ends the run.
+        """
         self.student.train()
         while True:
             value, micro = None, self.accumulate.micro
@@ -297,8 +299,8 @@ class Training:
                 if self.sharded:
                     self.run.note_room(self._room, micro // 2)
                     raise WorkError(
-                        f"out of GPU memory with {micro} sequences at once; {setting('resume')} goes on from the last "
-                        f"saved state with {micro // 2} (torchrun --max-restarts 4 by itself)"
+                        f"out of GPU memory with {micro} sequences at once; {setting('resume')} continues from the "
+                        f"last saved state with {micro // 2} (automatic under torchrun --max-restarts 4)"
                     ) from error
             if self.sharded or not self.ranks.found("full" if value is None else ""):
                 assert value is not None
@@ -309,34 +311,36 @@ class Training:
             if micro == 1:
                 self.agreed = True
                 raise WorkError(
-                    f"out of GPU memory with one sequence at once on one of the ranks; {setting('dry_run')} says what is needed"
+                    f"out of GPU memory with one sequence at once on one of the ranks; "
+                    f"{setting('dry_run')} shows what is needed"
                 )
             if self.ranks.main:
                 self.run.note_room(self._room, micro // 2)
             self.accumulate.shrink()
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            self.report({"kind": "note", "text": f"out of memory with {micro} sequences at once, going on with {micro // 2}"})
+            self.report({"kind": "note", "text": f"out of memory with {micro} sequences at once, continuing with {micro // 2}"})
 
     @property
     def _room(self) -> str:
-        """What decides, beside the sequences at once, what a rank's memory must hold."""
+        """Describes what determines a rank's memory use besides the micro-batch size."""
         placed = {"sharded": self.sharded, "teacher offloaded": self.settings.offload_teacher}
         return ", ".join([f"{self.ranks.size} ranks", *(name for name, so in placed.items() if so)])
 
     def _as_before(self, micro: int | None) -> None:
-        """As many sequences at once as the run had, in the same room, before it was cut off: sums
-        are then in the same order, whatever memory is free now."""
+        """Restores the micro-batch size that the run used before it was interrupted, so that sums
+        have the same order whatever memory is free now."""
         if micro is not None and micro != self.accumulate.micro:
             self.accumulate.micro = micro
-            self.report({"kind": "note", "text": f"{micro} sequences at once, as before the run was cut off"})
+            self.report({"kind": "note", "text": f"{micro} sequences at once, as before the run was interrupted"})
 
     def _tolerate(self, step: int, value: float, norm: float, batch: Batch) -> None:
-        """WorkError that names what is not finite, unless so many batches may be skipped."""
+        """Skips a non-finite batch; WorkError that names what is not finite once `skip_bad_batches` is
+        exceeded."""
         self.skipped += 1
         where = first_bad(self.accumulate.student, batch.split(self.accumulate.micro), self.ranks)
-        said = f"step {step}: the loss is {value}, the gradient norm {norm}; first not finite: {where}"
+        found = f"step {step}: the loss is {value}, the gradient norm {norm}; first not finite: {where}"
         if self.skipped > self.settings.skip_bad_batches:
             self.agreed = True  # every rank has the same loss and norm
-            raise WorkError(said)
-        self.report({"kind": "note", "text": f"{said}; batch {self.skipped} of {self.settings.skip_bad_batches} skipped"})
+            raise WorkError(found)
+        self.report({"kind": "note", "text": f"{found}; batch {self.skipped} of {self.settings.skip_bad_batches} skipped"})

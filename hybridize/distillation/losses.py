@@ -1,12 +1,13 @@
-"""Divergences between teacher and student, and the chunked projection that never holds a batch's
-logits.
+"""Divergences between teacher and student, and a chunked projection that never holds the logits of
+a whole batch.
 
-Per token, in float32, p the teacher, q the student (docs/concepts/architecture.md, losses). Knows
-nothing of models: hidden states and output matrices in, a scalar and gradients out.
+Computed per token in float32; p is the teacher, q the student (docs/concepts/architecture.md,
+losses). Takes hidden states and output matrices and returns a scalar with gradients; it does not
+depend on any model class.
 
-Every divergence is a sum over the vocabulary of f(p, q), and so is all that its gradient needs:
-with u = q df/dq, up to multiples of q, which the softmax takes out, the gradient to the student's
-logits is u - q sum(u).
+Every divergence is a sum over the vocabulary of f(p, q). With u = q df/dq, defined up to multiples
+of q, which cancel in the softmax, the gradient with respect to the student's logits is
+u - q sum(u).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hybridize.modeling import soft_capped
 from hybridize.parsing import named_numbers
 from hybridize.runtime.device import keep_compiled_apart
 
-CHUNK_BYTES = 640 << 20  # of logits, student's and teacher's together: all that a chunk needs besides the gradients
+CHUNK_BYTES = 640 << 20  # of a chunk's logits, student's and teacher's together; besides them only gradients take memory
 Terms = tuple[Tensor, Tensor]  # f and u, [n, V]
 
 
@@ -51,15 +52,17 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Terms]] = {"reverse-kl": _reve
 
 
 def divergence(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """[n, V] log-probabilities to [n] nats."""
+    """Returns the divergence per token [n], in nats, of log-probabilities [n, V]."""
     return DIVERGENCES[name](log_q, log_p)[0].sum(-1)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A weighted sum of divergences and cross-entropy (`ce`). The temperature divides both sides'
-    logits of the former and multiplies them by T^2; cross-entropy takes labels and no temperature.
-    soft_cap: both sides' logits are cap * tanh(logits / cap) before all else (Gemma 2)."""
+    """A weighted sum of divergences and cross-entropy (`ce`).
+
+    temperature: T; divergences are computed on both models' logits divided by T and multiplied by
+    T^2, cross-entropy ignores it. soft_cap: both models' logits first become
+    cap * tanh(logits / cap) (Gemma 2)."""
 
     weights: tuple[tuple[str, float], ...] = (("reverse-kl", 1.0),)
     temperature: float = 1.0
@@ -67,8 +70,8 @@ class Loss:
 
     @classmethod
     def parse(cls, text: str, temperature: float = 1.0) -> Loss:
-        """`reverse-kl`, or `reverse-kl=.9,ce=.1`. InputError on an unknown name or a weight that is
-        not positive."""
+        """Parses `reverse-kl` or `reverse-kl=.9,ce=.1`. InputError for an unknown or repeated name, or
+        for a weight or temperature that is not positive."""
         weights = named_numbers(text, "loss", 1.0)
         for name, _ in weights:
             if name not in (*DIVERGENCES, "ce"):
@@ -84,8 +87,8 @@ class Loss:
         return any(name != "ce" for name, _ in self.weights)
 
     def per_token(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] and label ids [n] to the loss [n], float32, and its gradient to the
-        student's logits, float32."""
+        """Returns the loss [n] and its gradient with respect to the student's logits [n, V], both
+        float32, from both models' logits [n, V] and label ids [n]."""
         scale, cap, student = self.temperature, self.soft_cap, student.float()
         student = soft_capped(student, cap)
         if teacher is not None:
@@ -109,8 +112,8 @@ class Loss:
 
 
 def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
-    """The summed loss of logits [n, V], each token's times its `scale` [n]; its gradient replaces
-    the student's logits."""
+    """Returns the loss of logits [n, V], summed over tokens with weights `scale` [n]. Overwrites
+    the student's logits with its gradient."""
     value, grad = loss.per_token(student, teacher, labels)
     student.copy_(grad * scale.unsqueeze(1))
     return (value * scale).sum()
@@ -118,11 +121,11 @@ def _replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor
 
 @functools.cache
 def _fused() -> Callable[..., Tensor]:
-    """`_replace`, compiled: it reads the logits three times instead of some twenty and keeps
-    nothing in between."""
+    """Returns `_replace`, compiled: it reads the logits three times instead of about twenty and
+    stores no intermediates."""
     keep_compiled_apart()
-    # a log-probability reads logits, maximum and sum, a term two of them: more than what the
-    # compiler by itself computes twice instead of keeping it as another float32 [n, V]
+    # each log-probability reads logits, maximum and sum, and a term uses two of them. That exceeds
+    # the compiler's default for recomputing instead of storing another float32 [n, V]
     chosen = [torch.compile(_replace, options={"realize_reads_threshold": 16})]
 
     def replace(loss: Loss, student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ def _fused() -> Callable[..., Tensor]:
             return chosen[0](loss, student, teacher, labels, scale)
         except RuntimeError as error:
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException) and "C compiler" not in str(error):
-                raise  # Triton says of itself that it has no C compiler; all else is no matter of compiling
+                raise  # not a compilation problem (a missing C compiler is reported by Triton itself)
             warnings.warn(f"the loss could not be compiled and will be slow: {first_line(error)}", stacklevel=2)
             chosen[0] = _replace
             return _replace(loss, student, teacher, labels, scale)
@@ -142,8 +145,8 @@ def _fused() -> Callable[..., Tensor]:
 
 
 class _Chunked(torch.autograd.Function):
-    """Projects, compares and differentiates chunk by chunk in forward; backward only scales what is
-    there."""
+    """Projects, computes the loss and its gradients chunk by chunk in forward; backward only scales
+    the stored gradients."""
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, loss, dtype, scale, chunk):  # type: ignore[no-untyped-def]
@@ -170,7 +173,7 @@ class _Chunked(torch.autograd.Function):
                 grad_hidden[begin : begin + chunk] = logits @ cast
             if need_weight:
                 grad_weight = _add_product(grad_weight, logits.t(), h, weight.dtype)
-        if need_weight and grad_weight is None:  # no token at all: other ranks may have some, and wait for this one's zeros
+        if need_weight and grad_weight is None:  # no tokens here, but other ranks reduce gradients with this one
             grad_weight = torch.zeros_like(weight)
         ctx.grads = grad_hidden, grad_weight
         return total
@@ -178,19 +181,19 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         grads = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.grads]
-        del ctx.grads  # they are the caller's now
+        del ctx.grads  # scaled in place: they belong to the caller now
         return (*grads, *[None] * 7)
 
 
 def _rows(vocabulary: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk, a multiple of 128 where that fits."""
+    """Returns the number of tokens per chunk, a multiple of 128 where that fits."""
     rows = CHUNK_BYTES // (2 * vocabulary * dtype.itemsize)
     return max(1, rows // 128 * 128 or rows)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left @ right as `dtype`, where a product's type is narrower on the way in, but not on
-    the way out; in place."""
+    """Returns total + left @ right in `dtype`, in place where possible. The factors may have a
+    narrower type."""
     if left.dtype == dtype:
         return left @ right if total is None else total.addmm_(left, right)
     if left.is_cuda and dtype == torch.float32:
@@ -213,16 +216,16 @@ def chunked_loss(
     dtype: torch.dtype = torch.float32,
     chunk: int | None = None,
 ) -> Tensor:
-    """The summed loss of n tokens, each times its `scale`, with gradients to `hidden` and `weight`,
-    once.
+    """Returns the loss summed over n tokens with weights `scale`, differentiable once with respect
+    to `hidden` and `weight`.
 
-    hidden [n, D], weight [V, D]; teacher_hidden [n, E], teacher_weight [V, E], or both None for
-    pure cross-entropy, or in place of the hidden states the teacher's logits [n, V] and no weight;
-    labels [n]. scale: one, or [n] float32: over the kept tokens of the whole optimizer step, all
-    micro-batches and ranks, so that any split has the same gradient. dtype: of the projections and
-    of the logits' gradient; the divergence is float32. chunk: tokens at a time, by default what
-    CHUNK_BYTES hold. Floor: four products of n D V multiply-adds (three with a frozen head) and
-    three passes over the logits.
+    hidden [n, D], weight [V, D], labels [n]. teacher_hidden [n, E] and teacher_weight [V, E]; both
+    None for pure cross-entropy; or the teacher's logits [n, V] as teacher_hidden and no weight.
+    scale: a number, or [n] float32; 1 / (tokens in the loss mask of the whole optimizer step, over
+    all micro-batches and ranks) gives the same gradient for any split. dtype: of the projections
+    and of the logits' gradient; the divergence is float32. chunk: tokens at a time, by default as
+    many as CHUNK_BYTES allow. Lower bound of the cost: four products of n D V multiply-adds (three
+    with a frozen head) and three passes over the logits.
     """
     if not isinstance(scale, Tensor):
         scale = torch.full((len(hidden),), scale, device=hidden.device)

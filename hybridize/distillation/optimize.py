@@ -1,4 +1,4 @@
-"""What is trained, at which rate, and the optimizer step."""
+"""Trainable parameters, their learning rates, and the optimizer step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hybridize.runtime.distributed import DistributedContext, local, small
 
 
 def choose_trained(student: nn.Module, settings: DistillSettings) -> None:
-    """Sets requires_grad by `train`. InputError when nothing is left to train."""
+    """Sets requires_grad according to `train`. InputError if that selects no parameter."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(settings.trains(name))
     if not any(p.requires_grad for p in student.parameters()):
-        raise InputError(f"{setting('train')} {settings.train}: no parameter of the checkpoint has such a name")
+        raise InputError(f"{setting('train')} {settings.train} matches no parameter of the checkpoint")
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.AdamW:
-    """AdamW (.9, .95); rates by `lr_groups`, else one for mixers and one for the rest; decay only
-    on matrices, never on A_log.
+    """Returns AdamW with betas (.9, .95). Rates follow `lr_groups`, else `lr_mixer` for mixers and
+    `lr` for the rest; weight decay applies to matrices, but never to A_log.
 
-    A_log, D and dt bias are apart from the rest: under FSDP they are no sharded tensors.
+    A_log, D and dt bias have groups of their own, because FSDP does not shard them.
     """
     apart = small(student)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -42,8 +42,8 @@ def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim
 
 @torch.no_grad()
 def clip_gradients(student: nn.Module, clip: float, ranks: DistributedContext | None = None) -> Tensor:
-    """Scales all gradients to a common norm of at most `clip`; returns the norm before, over all
-    ranks' shards."""
+    """Scales all gradients so that their global norm is at most `clip`; returns the norm before
+    clipping, over all ranks' shards."""
     grads = [p.grad for p in student.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm([local(g) for g in grads])).float().square()
     sharded = torch.tensor([isinstance(g, DTensor) for g in grads], device=squares.device)
@@ -54,11 +54,10 @@ def clip_gradients(student: nn.Module, clip: float, ranks: DistributedContext | 
 
 
 class Optimization:
-    """What follows each gradient: clipping, one AdamW step at the schedule's rate, zeroed
-    gradients.
+    """Applies gradients: clipping, an AdamW step at the scheduled rate, zeroing.
 
-    parts: modules whose gradients are clipped each by itself; all that is trained together unless
-    given.
+    parts: modules whose gradients are clipped separately; by default all gradients are clipped
+    together.
     """
 
     def __init__(
@@ -72,26 +71,27 @@ class Optimization:
         self.adamw = make_optimizer(trained, settings)
 
     def clip(self) -> Tensor:
-        """Scales the gradients; returns the norm before, of the last part."""
+        """Clips the gradients; returns the last part's norm before clipping."""
         return [clip_gradients(part, self.settings.clip, self.ranks) for part in self.parts][-1]
 
     def rate(self, step: int) -> float:
-        """The share of the peak rates at `step`, from 0."""
+        """Returns the factor on the peak rates at `step`, counted from 0."""
         settings = self.settings
         return factor(settings.schedule, step, settings.total_steps, settings.warmup)
 
     def update(self, step: int) -> None:
-        """One optimizer step at the rates of `step`."""
+        """Takes one AdamW step at the rates of `step`."""
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * self.rate(step)
         self.adamw.step()
 
     def zero(self) -> None:
-        """Gradients are zero again; in place where a CUDA graph holds their addresses."""
+        """Zeroes the gradients, in place if a CUDA graph holds their addresses."""
         self.adamw.zero_grad(set_to_none=not self.settings.cuda_graph)
 
     def take(self, step: int, gradient: Callable[[], Tensor]) -> Tensor:
-        """A whole optimizer step: what `gradient` returns, once it has added gradients."""
+        """Takes a whole optimizer step. gradient: adds gradients and returns a value, which is
+        returned."""
         value = gradient()
         self.clip()
         self.update(step)

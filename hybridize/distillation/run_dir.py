@@ -1,5 +1,4 @@
-"""OUT.run/: what an unfinished distillation leaves behind so that it can go on (metrics, measures,
-resumable state)."""
+"""OUT.run/, the directory of an unfinished run: its metrics, evaluations and resumable states."""
 
 from __future__ import annotations
 
@@ -30,14 +29,15 @@ from hybridize.runtime.distributed import DistributedContext, leave
 
 LOGS = ("metrics", "eval")
 ROOM = "micro-batch.json"
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that a state has one writer is no news
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # expected in runs of one process
 
 
 class RunDir:
-    """`settings` is what decides the run's result; a resumed run must have the same.
+    """The run directory of `output`.
 
-    keep: how many states stay, of those at multiples of `every` steps where that is given; track:
-    see Trackers.
+    settings: everything that determines the result; a resumed run must have the same. keep: number
+    of states to keep, counting only multiples of `every` steps if that is given; track: see
+    Trackers.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class RunDir:
         self.trackers = Trackers(track if self.ranks.main else "", self.path, settings)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """InputError when there is an unfinished run and neither flag says what to do with it, it
-        is not of these settings, or another process is at it."""
+        """InputError if there is an unfinished run and neither `resume` nor `overwrite` is set, if
+        it has other settings, or if another process is using it."""
         if self.path.exists() and self.ranks.main:
             os.close(hold(self.path))
         check_unfinished(self.path, json.loads(json.dumps(self.settings)), resume, overwrite)
@@ -65,16 +65,16 @@ class RunDir:
     def start(self, resume: bool) -> None:
         if self.ranks.main and not (resume and (self.path / SETTINGS).exists()):
             self.path.mkdir(parents=True, exist_ok=True)
-            for old in self.path.iterdir():  # the directory itself stays: whoever has locked it has the run
+            for old in self.path.iterdir():  # not the directory itself, which is locked
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             write_json_atomic(self.path / SETTINGS, self.settings)
         self.ranks.wait()
 
     @contextlib.contextmanager
     def started(self, resume: bool) -> Iterator[None]:
-        """The directory, there and this run's alone, as long as the block lasts."""
+        """Creates and locks the directory for the duration of the block."""
         lock = None
-        if self.ranks.main:  # before anything in it is touched: another process may begin at the same moment
+        if self.ranks.main:  # locked before anything is changed, in case another process starts
             self.path.mkdir(parents=True, exist_ok=True)
             lock = hold(self.path)
         try:
@@ -85,18 +85,18 @@ class RunDir:
                 os.close(lock)
 
     def made(self, output: Path) -> bool:
-        """Whether a checkpoint is what this run comes to."""
+        """Whether the checkpoint `output` is the result of this run."""
         found = read_manifest(output) or {}
         return isinstance(found.get("settings"), dict) and found["settings"].get("run") == self.digest
 
     @property
     def digest(self) -> str:
-        """By which a result says what run it is of."""
+        """A hash of the settings, which results store to identify their run."""
         return hashlib.sha256(json_text(self.settings).encode()).hexdigest()
 
     def room(self, what: str) -> int | None:
-        """The most sequences at once that were found to fit where memory is used as `what` says;
-        None: none were too many."""
+        """Returns the value that `note_room` recorded under `what`: the micro-batch size that fits
+        into memory (or bytes, see scoring.mmr.room_for_all); None if there is none."""
         path = self.path / ROOM
         found = read_json(path).get(what) if path.exists() else None
         return found if isinstance(found, int) and found > 0 else None
@@ -113,16 +113,16 @@ class RunDir:
         self.trackers.log({key if key == "step" else f"{name}/{key}": value for key, value in record.items()})
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """What has been logged."""
+        """Returns all records of the log `name`."""
         path = self.path / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, step: int, wait: bool = False) -> None:
-        """The trained weights and AdamW's moments after `step` steps, every rank its own part,
-        written while training goes on.
+        """Saves the trained weights and AdamW's moments after `step` steps in the background, each
+        rank its own part.
 
-        Older states go once this one is whole (see `_spared`). wait: until it is, also where the
-        one before it failed.
+        Older states are deleted once this one is complete (see `_spared`). wait: returns only then,
+        and ignores a failure of the previous save. OSError if a state cannot be written.
         """
         with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
             self.settle()
@@ -135,7 +135,7 @@ class RunDir:
             self.settle()
 
     def settle(self) -> None:
-        """Until the state that is being written is whole; OSError where it could not be."""
+        """Waits until the pending state is complete. OSError if it could not be written."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -146,15 +146,15 @@ class RunDir:
                 shutil.rmtree(self.path / f"step-{step:08}", ignore_errors=True)
 
     def _spared(self) -> set[int]:
-        """The last state, and the last `keep` of those that every run of these settings saves, be
-        it interrupted or not."""
+        """Returns the steps of the states to keep: the last one, and the last `keep` of those that
+        an uninterrupted run saves too."""
         steps = self.steps()
         regular = [step for step in steps if step % self.every == 0] if self.every else steps
         return {*steps[-1:], *regular[-self.keep :]}
 
     def merge(self, student: nn.Module, count: int) -> list[int]:
-        """The trained weights become the mean of those in the last `count` regular states, the last
-        one of all among them; returns their steps."""
+        """Replaces the trained weights by their mean over the last `count` kept states, including
+        the last one; returns the steps of these states."""
         steps = self.ranks.first(sorted(self._spared()))[-count:]
         trained = {f"weights/{name}": p for name, p in student.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -170,7 +170,7 @@ class RunDir:
         return steps
 
     def steps(self) -> list[int]:
-        """The steps of all whole states."""
+        """Returns the steps of all complete states."""
         found = sorted(int(path.name.removeprefix("step-")) for path in self.path.glob("step-*"))
         return [step for step in found if self._whole(step)]
 
@@ -178,10 +178,10 @@ class RunDir:
         return (self.path / f"step-{step:08}" / ".metadata").exists()  # written last
 
     def load(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Puts the last whole state back, of any number of ranks; returns its step, 0 where the run
-        was cut off before one.
+        """Restores the last complete state, whatever number of ranks saved it; returns its step, or
+        0 if there is none.
 
-        The logs are cut back to that step.
+        Truncates the logs to that step.
         """
         step = self.ranks.first(max(self.steps(), default=0))
         if self.ranks.main:
@@ -219,7 +219,7 @@ class RunDir:
                 if 0 < step >= json.loads(line)["step"]:
                     kept.append(line)
             except ValueError:
-                continue  # the line that was being written when the run was killed
+                continue  # an incomplete line, from a run that was killed
         path.write_text("".join(line + "\n" for line in kept))
 
     def finish(self, into: Path) -> None:
@@ -238,13 +238,15 @@ class RunDir:
 
 
 def already_made(run: RunDir, path: Path, overwrite: bool, made: Callable[[Path], bool]) -> bool:
-    """Whether `path` is there as the result of this very run, which then has nothing left to do;
-    what it may have left behind goes, and the process group ends. InputError where `path` is
-    another's and not to be replaced."""
+    """Whether `path` already holds the result of this run. If so, deletes the run directory and
+    leftovers, and leaves the process group. InputError if `path` holds something else and
+    `overwrite` is not set. made: whether a path is the result of this run."""
     if overwrite or not path.exists():
         return False
     if run.ranks.first(not made(path)):
-        raise InputError(f"{path} exists and is not of this run; give another {setting('output')} or {setting('overwrite')}")
+        raise InputError(
+            f"{path} exists and belongs to another run; give another {setting('output')} or {setting('overwrite')}"
+        )
     run.remove()
     clear_leftovers(path)
     leave()
@@ -253,8 +255,8 @@ def already_made(run: RunDir, path: Path, overwrite: bool, made: Callable[[Path]
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """OSError with one sentence where torch's checkpointing fails, which raises tracebacks, and no
-    Exception."""
+    """Turns an error of torch's checkpointing into an OSError of one sentence that starts with
+    `what`. CheckpointException is a BaseException whose text holds tracebacks."""
     try:
         yield
     except CheckpointException as error:
@@ -267,7 +269,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trained weights and their moments by name, the tensors themselves."""
+    """Returns the trained weights and their moments by name, not copied."""
     names = {id(p): name for name, p in student.named_parameters()}
     weights = {f"weights/{name}": p.detach() for name, p in student.named_parameters() if p.requires_grad}
     moments = {f"moments/{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-DECAY_SHARE = 0.2  # of the steps after the warm-up: the last part of wsd
-FLOOR = 0.1  # of the peak rate, where every schedule ends
+DECAY_SHARE = 0.2  # share of the steps after warm-up in which wsd decays
+FLOOR = 0.1  # share of the peak rate at which every schedule ends
 
 
 def cosine(progress: float) -> float:
@@ -18,7 +18,7 @@ def linear(progress: float) -> float:
 
 
 def wsd(progress: float) -> float:
-    """Warm up, stay, decay linearly (MiniCPM, 2404.06395, section 4)."""
+    """Warmup-stable-decay with linear decay (MiniCPM, 2404.06395, section 4)."""
     return min(1.0, (1 - progress) / DECAY_SHARE)
 
 
@@ -26,8 +26,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "wsd": wsd, 
 
 
 def factor(kind: str, step: int, steps: int, warmup: int) -> float:
-    """Factor on the peak rate at `step` of `steps` (0-based): linear up over `warmup`, then `kind`
-    down to FLOOR."""
+    """Returns the factor on the peak rate at `step` of `steps` (0-based): linear warm-up over
+    `warmup` steps, then `kind` down to FLOOR."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -1,5 +1,5 @@
-"""The settings of a distillation, in one place: flags, configuration files and the reference are
-made from this class."""
+"""The settings of a distillation. Flags, recipe files and the reference pages are generated from
+this class."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hybridize.options import check_bounds, option
 from hybridize.parsing import named_numbers, parse_indices
 
 STAGES = ("distill", "align")
-# what a resumed run may have otherwise than the run before it
+# settings that may change when a run is resumed
 PLACING = ("shard", "offload_teacher")
 SAVING = ("save_every", "save_minutes", "keep_last")
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Everything that decides what a run computes. Counts are sequences, steps or tokens as named;
-    rates are AdamW's peaks.
+    """Everything that determines what a run computes. Counts are in sequences, steps or tokens as
+    named; learning rates are AdamW's peak rates.
 
-    stage: `distill` trains on the loss, `align` fits each mixer to its attention layer's output,
-    and trains nothing else. steps wins over tokens where both are given. lr_groups: the first
-    pattern that fits a parameter's name wins over lr and lr_mixer. mask: `assistant` packs
-    documents apart from each other and computes the loss on assistant tokens, `none` on every token
-    of one joined stream. checkpoint_layers needs no gradient_checkpointing. shard: else every
-    process holds all weights, and gradients alone are exchanged. deterministic: see
+    stage: `distill` trains on the loss; `align` fits each mixer to its attention layer's output and
+    trains nothing else. steps: takes precedence over tokens. lr_groups: the first pattern that
+    matches a parameter's name takes precedence over lr and lr_mixer. mask: `assistant` packs
+    documents separately and computes the loss on assistant tokens; `none` computes it on every
+    token of one joined stream. checkpoint_layers: works without gradient_checkpointing. shard: if
+    False, every process holds all weights and only gradients are exchanged. deterministic: see
     runtime.device.be_deterministic.
     """
 
@@ -39,28 +39,30 @@ class DistillSettings:
     temperature: float = option(1.0, "Softmax temperature of the divergences.")
     mask: str = option("assistant", "assistant: compute the loss on assistant tokens; none: on every token of one stream.")
     batch_size: int = option(16, "Sequences per optimizer step.", above=0)
-    micro_batch_size: int | None = option(None, "Sequences per forward pass [default: what fits, by the plan].", above=0)
+    micro_batch_size: int | None = option(
+        None, "Sequences per forward pass [default: the largest that fits by the plan].", above=0
+    )
     seq_len: int = option(2048, "Tokens per sequence.", least=2)
     lr_mixer: float = option(1e-3, "Peak learning rate of the mixers.", above=0)
     lr: float = option(1e-4, "Peak learning rate of all other parameters.", above=0)
-    lr_groups: str = option("", "PATTERN=RATE,...: peak rates by parameter name, before the two above.")
+    lr_groups: str = option("", "PATTERN=RATE,...: peak rates by parameter name, overriding the two above.")
     schedule: str = option("cosine", "Learning-rate schedule: cosine, wsd or linear.")
     warmup_steps: int = option(50, "Warm-up steps, at most half of the run.", least=0)
     weight_decay: float = option(0.0, "Weight decay of matrices.", least=0)
-    clip: float = option(1.0, "Largest gradient norm.", above=0)
-    train: str = option("all", "all, body (not embeddings and head), mixers, or PATTERN,... of parameter names.")
+    clip: float = option(1.0, "Gradient clipping: largest norm.", above=0)
+    train: str = option("all", "all, body (no embeddings, no head), mixers, or PATTERN,... of parameter names.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     checkpoint_layers: str = option("", "Gradient checkpointing of these layers only, as 3,5-8.")
-    compile: bool = option(False, "torch.compile the layers: a minute at first, then faster steps.")
+    compile: bool = option(False, "torch.compile the layers: a minute at the start, then faster steps.")
     cuda_graph: bool = option(False, "Capture the step as one CUDA graph.")
-    deterministic: bool = option(False, "The same bits every time, at some cost on a GPU.")
-    shard: bool = option(True, "Shard weights over processes (FSDP); else replicate them.")
+    deterministic: bool = option(False, "Bitwise reproducible results, slower on a GPU.")
+    shard: bool = option(True, "Shard weights over processes (FSDP) instead of replicating them.")
     offload_teacher: bool = option(False, "Keep the teacher's layers in host memory: less GPU memory, slower.")
     eval_every: int = option(100, "Steps between held-out evaluations, 0: at start and end only.", least=0)
     eval_windows: int = option(24, "Held-out sequences to evaluate on.", above=0)
     stop_when_flat: int = option(0, "Early-stopping patience: evaluations without a better reverse KL, 0: never.", least=0)
     skip_bad_batches: int = option(0, "Skip up to this many batches with a non-finite gradient.", least=0)
-    checkpoint_merge: int = option(0, "The result is the mean of the last K saved states, 0: the last one.", least=0)
+    checkpoint_merge: int = option(0, "Average the weights of the last K saved states, 0: no averaging.", least=0)
     save_every: int = option(500, "Steps between resumable states, 0: none.", least=0)
     save_minutes: float = option(0.0, "Minutes between resumable states, 0: by steps only.", least=0)
     keep_last: int = option(2, "Resumable states to keep.", above=0)
@@ -78,31 +80,29 @@ class DistillSettings:
             raise InputError(f"{setting('cuda_graph')} needs {setting('stage')} distill and no gradient checkpointing")
         if self.cuda_graph and self.offload_teacher:
             raise InputError(
-                f"{setting('cuda_graph')} cannot hold a teacher that comes and goes: leave out {setting('offload_teacher')}"
+                f"{setting('cuda_graph')} cannot capture an offloaded teacher: leave out {setting('offload_teacher')}"
             )
         if self.compile and self.stage != "distill":
-            raise InputError(
-                f"{setting('compile')} needs {setting('stage')} distill: alignment runs no whole layer of the student"
-            )
+            raise InputError(f"{setting('compile')} needs {setting('stage')} distill: alignment runs mixers, not whole layers")
         if self.checkpoint_merge > 1 and not (self.save_every and self.keep_last >= self.checkpoint_merge):
             raise InputError(
-                f"{setting('checkpoint_merge')} takes the mean of saved states; "
-                f"give {setting('save_every')}, and {setting('keep_last')} that many"
+                f"{setting('checkpoint_merge')} {self.checkpoint_merge} averages saved states; "
+                f"set {setting('save_every')}, and {setting('keep_last')} to at least {self.checkpoint_merge}"
             )
         self.recomputed(None)
         self.rates()
         if self.tokens is None and self.steps is None:
-            raise InputError(f"say how long: {setting('tokens')} or {setting('steps')}")
+            raise InputError(f"the length is missing: give {setting('tokens')} or {setting('steps')}")
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the result: a run that goes on must have the same."""
-        merging = self.checkpoint_merge > 1  # which states there are is then part of it
+        """Returns the settings that determine the result; a resumed run must have the same ones."""
+        merging = self.checkpoint_merge > 1  # the result then depends on which states exist
         free = PLACING if merging else (*PLACING, *SAVING)
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     def recomputed(self, layers: int | None) -> set[int]:
-        """Which of so many layers keep only their input and run again in backward. InputError for
-        one that is not there; with None it is not known how many there are."""
+        """Returns the layers that keep only their input and are recomputed in backward. layers:
+        number of layers, None if unknown. InputError for a layer that does not exist."""
         if not self.checkpoint_layers:
             return set(range(layers or 0)) if self.gradient_checkpointing else set()
         chosen = set(parse_indices(self.checkpoint_layers, "checkpoint_layers"))
@@ -111,16 +111,16 @@ class DistillSettings:
         return chosen
 
     def rates(self) -> list[tuple[str, float]]:
-        """`lr_groups` as patterns and rates."""
+        """Returns `lr_groups` as (pattern, rate) pairs."""
         return named_numbers(self.lr_groups, "lr_groups") if self.lr_groups else []
 
     def rate_of(self, name: str) -> float:
-        """The peak rate of a parameter."""
+        """Returns the peak rate of the parameter `name`."""
         named = (rate for pattern, rate in self.rates() if fnmatchcase(name, pattern))
         return next(named, self.lr_mixer if "mixer." in name else self.lr)
 
     def trains(self, name: str) -> bool:
-        """Whether `train` means a parameter of this name."""
+        """Whether the parameter `name` is trained."""
         if self.stage == "align":
             return fnmatchcase(name, "*mixer.*")
         if self.train == "body":
@@ -129,17 +129,15 @@ class DistillSettings:
         return any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
 
     def sharded(self, ranks: int) -> bool:
-        """Whether so many ranks split weights between them. InputError where they cannot."""
+        """Whether weights are sharded over this number of ranks. InputError if they cannot be."""
         split = self.shard and ranks > 1
         if split and self.cuda_graph:
-            raise InputError(
-                f"{setting('cuda_graph')} cannot hold weights that are split over processes: give {setting('shard', False)} too"
-            )
+            raise InputError(f"{setting('cuda_graph')} cannot capture sharded weights: give {setting('shard', False)} too")
         return split
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run: all that `tokens` pays for, at least one."""
+        """Optimizer steps of the run: `steps`, else as many as fit into `tokens`, at least one."""
         if self.steps is not None:
             return self.steps
         assert self.tokens is not None
@@ -147,7 +145,7 @@ class DistillSettings:
 
     @property
     def warmup(self) -> int:
-        """Steps up to the peak of the rates: `warmup_steps`, at most half of the run."""
+        """Warm-up steps: `warmup_steps`, at most half of the run."""
         return min(self.warmup_steps, self.total_steps // 2)
 
     @property

@@ -1,7 +1,7 @@
-"""The gradient of one optimizer step: micro-batch by micro-batch, launched kernel by kernel or as
-one CUDA graph.
+"""The gradient of one optimizer step, accumulated over micro-batches, each run eagerly or as one CUDA
+graph.
 
-Knows nothing of optimizers, data or files.
+Does not depend on optimizers, data sources or files.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from hybridize.runtime.forward import hidden_states, output_weight, soft_cap
 
 
 class Student(nn.Module):
-    """The student as the module that is called: FSDP gathers all of its weights that are no layer's
-    for the call's duration, the output matrix too, which the loss takes without the head's own
-    forward."""
+    """Wraps the student so that FSDP gathers the weights outside its layers for the duration of a
+    call, including the output matrix, which the loss uses without calling the head."""
 
     def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.loss, self.dtype = model, dataclasses.replace(loss, soft_cap=soft_cap(model)), dtype
 
     def forward(self, do: Callable[[nn.Module], Any]) -> Any:
-        """do(model)."""
+        """Returns do(model)."""
         return do(self.model)
 
 
@@ -41,13 +40,13 @@ def chosen(t: Tensor, kept: Tensor | None) -> Tensor:
 
 
 class Accumulator:
-    """Adds the gradient of the mean loss over all kept tokens of a batch to the student's,
-    micro-batch by micro-batch.
+    """Adds the gradient of the mean loss over a batch's tokens in the loss mask to the student's
+    gradients, micro-batch by micro-batch.
 
-    Under several ranks each has its own rows; gradients are then averages over ranks of sums that
-    `ranks.size` scaled up, the gradient of the mean over all ranks' tokens again. graph: replay
-    micro-batches of full size as a CUDA graph, where `can_graph` says so; from the first batch on,
-    gradients must then be zeroed in place and never set to None.
+    With several ranks each has its own rows. Each rank scales its sum by `ranks.size` and gradients
+    are averaged over ranks, which gives the gradient of the mean over all ranks' tokens. graph:
+    replay full-size micro-batches as a CUDA graph (requires `can_graph`); gradients must then be
+    zeroed in place from the first batch on, never set to None.
     """
 
     def __init__(
@@ -63,30 +62,33 @@ class Accumulator:
         self.graph: _StepGraph | None = None
 
     def __call__(self, batch: Batch, count: int | None = None) -> Tensor:
-        """The mean over all ranks, detached; zero where no token is kept.
+        """Adds the gradient of one batch and returns the mean loss over all ranks, detached; zero if
+        no token is in the loss mask.
 
-        batch: this rank's rows; count: kept tokens of all ranks.
+        batch: this rank's rows; count: tokens in the loss masks of all ranks.
         """
         count = batch.kept if count is None else count
         return self.averaged(self.add(batch, count), count)
 
     def add(self, batch: Batch, count: int) -> Tensor:
-        """This rank's part of it: no rank waits for another here, unless its weights are sharded."""
+        """Adds this rank's gradient and returns its part of the loss. Does not communicate unless
+        weights are sharded."""
         total = torch.zeros((), device=batch.ids.device)
         for part in batch.split(self.micro) if count else ():
             total = total + self.one(part, count)
         return total
 
     def averaged(self, total: Tensor, count: int) -> Tensor:
-        """The mean over all ranks, of what `add` returned and of gradients that are not sharded."""
+        """Averages the gradients that are not sharded over all ranks, and returns the mean over ranks
+        of `total`, the loss from `add`."""
         if count == 0:
             return total
         average_gradients(self.student, self.ranks)
         return self.ranks.sum(total) / self.ranks.size
 
     def one(self, part: Batch, count: int) -> Tensor:
-        """Adds the gradient of one micro-batch; returns its part of the mean over `count` tokens,
-        times the number of ranks."""
+        """Adds the gradient of one micro-batch; returns its part of the mean loss over `count`
+        tokens, times the number of ranks."""
         if self.wanted and self.graph is None:
             self.graph = _StepGraph(self.student, self.teacher, part)
         if self.graph is not None and self.graph.fits(part):
@@ -94,15 +96,15 @@ class Accumulator:
         return backward(self.student, self.teacher, part, self.ranks.size / count, part.loss_mask.flatten())
 
     def shrink(self) -> None:
-        """Half as many sequences at once."""
+        """Halves the micro-batch size."""
         self.micro, self.graph = self.micro // 2, None
 
 
 def backward(student: Student, teacher: nn.Module | None, part: Batch, scale: float | Tensor, kept: Tensor | None) -> Tensor:
     """Adds the gradient of one micro-batch and returns its part of the loss, detached.
 
-    kept [n] bool: the tokens to compare, None for all; scale: what each one's loss is multiplied
-    by, see chunked_loss.
+    kept [n] bool: the flattened loss mask, None for all tokens; scale: weight of each token's loss,
+    see chunked_loss.
     """
     dtype = student.dtype
     guide: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -122,19 +124,19 @@ def backward(student: Student, teacher: nn.Module | None, part: Batch, scale: fl
 
 
 class _StepGraph:
-    """Forward and backward of a micro-batch of one shape, captured once and replayed: no Python and
-    no launches in between.
+    """Forward and backward of a micro-batch of one shape, captured once as a CUDA graph and
+    replayed, since kernel launches dominate the time of small models.
 
-    Small models wait for their launches most of the time. Holds the activations of a micro-batch
-    for as long as it lives. Rows are packed, or not, as in `like`, with room for twice as many
-    documents a row; packed rows only without `mamba` layers, which look for documents on the host.
+    Holds the activations of a micro-batch for its lifetime. Rows are packed if those of `like` are,
+    with room for twice as many documents per row. Packed rows are not possible with `mamba` layers,
+    which find document boundaries on the host.
     """
 
     def __init__(self, student: Student, teacher: nn.Module | None, like: Batch) -> None:
         positions = None if like.positions is None else like.positions.clone()
         self.batch = Batch(like.ids.clone(), positions, like.labels.clone(), like.loss_mask.clone())
         self.batch.__dict__["documents"] = 2 * like.documents
-        self.scale = torch.zeros(like.ids.numel(), device=like.ids.device)  # the warm-up adds gradients of zero
+        self.scale = torch.zeros(like.ids.numel(), device=like.ids.device)  # zero, so that the warm-up adds zero gradients
 
         def run() -> Tensor:
             return backward(student, teacher, self.batch, self.scale, None)
@@ -157,8 +159,8 @@ class _StepGraph:
 
 
 def can_graph(*models: Any) -> bool:
-    """Whether a step of these models can be captured: on CUDA, with attention that looks at nothing
-    on the host, and without experts, whose tokens are counted there."""
+    """Whether a step of these models can be captured: they are on CUDA, their attention does not
+    read from the host, and they have no experts, whose tokens are counted on the host."""
     given = [model for model in models if model is not None]
     if any(has_experts(model) for model in given):
         return False

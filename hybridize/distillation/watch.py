@@ -1,5 +1,5 @@
-"""What a run shows of itself: speed against the machine's peak, trackers by name, a curve. Knows
-nothing of training."""
+"""Monitoring of a run: FLOPs relative to the device's peak, experiment trackers, a loss curve. Does
+not depend on the training code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, 
 
 
 def model_flops(student: Any, teacher: Any) -> int:
-    """FLOPs a token of training: 2 N forward and 2 N back through the student, 2 for each weight
-    that is trained, 2 N for the teacher; N without the embedding table, and of experts those that a
-    token goes through; no credit for recomputation nor for attention's products."""
+    """Returns the training FLOPs per token: 2 N forward and 2 N backward through the student, 2 per
+    trained weight, 2 N for the teacher. N excludes the embedding table (unless tied) and inactive
+    experts. Recomputation and attention's own matrix products are not counted."""
 
     def size(model: Any, trained: bool = False) -> int:
         table = model.get_input_embeddings().weight
@@ -34,19 +34,18 @@ def model_flops(student: Any, teacher: Any) -> int:
     return 4 * size(student) + 2 * size(student, trained=True) + (0 if teacher is None else 2 * size(teacher))
 
 
-# Shares of an H100's peak that training steps were measured at, by hidden size
-# (docs/performance.md), with --compile and, where it can be had, --cuda-graph; between them they
-# are interpolated.
+# Measured training speed as a share of an H100's peak, by hidden size (docs/performance.md), with
+# compiled layers and, where possible, a CUDA graph; interpolated in between.
 MEASURED = ((576, 0.19), (896, 0.29), (3072, 0.42))
-CPU_SHARE = 0.5  # of what a matrix product reaches on a CPU; see docs/performance.md
+CPU_SHARE = 0.5  # of the speed of a matrix product on a CPU; see docs/performance.md
 SQUARE = 1024  # rows and columns of that product
 
 
 def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
-    """FLOP/s that training a model of this hidden size can be expected to reach, and in words what
-    that is a share of.
+    """Returns the FLOP/s expected when training a model of this hidden size, and a description of
+    how that was estimated.
 
-    A GPU that is not there, or not in the list of PEAKS, is reckoned as an H100; a CPU is asked.
+    A GPU that is absent or not in PEAKS is treated as an H100; a CPU's speed is measured.
     """
     if device.type != "cuda":
         speed = _product_speed()
@@ -64,7 +63,7 @@ def expected_flops(device: torch.device, hidden: int) -> tuple[float, str]:
 
 
 def _product_speed() -> float:
-    """FLOP/s of a float32 matrix product here: the best of three."""
+    """Measures the FLOP/s of a float32 matrix product on this CPU: the best of three runs."""
     left, right, best = torch.rand(SQUARE, SQUARE), torch.rand(SQUARE, SQUARE), math.inf
     for _ in range(3):
         began = time.perf_counter()
@@ -74,7 +73,7 @@ def _product_speed() -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s by the vendor's sheet, None for a device that is not in the list."""
+    """Returns the dense bfloat16 FLOP/s of the vendor's data sheet, None for a device not in PEAKS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -82,37 +81,38 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Rising:
-    """Notices, once, that a loss has been above its best for long: in means over the last SPAN or
-    so steps, LONG steps in a row by more than the share TOO_MUCH. Batches differ, so a single step
-    says nothing."""
+    """Detects, once, that the smoothed loss has exceeded its minimum by more than the share TOO_MUCH
+    for LONG steps in a row. The loss is smoothed exponentially over about SPAN steps, because
+    single batches vary too much."""
 
     SPAN, LONG, TOO_MUCH = 20, 50, 0.2
 
     def __init__(self) -> None:
         self.mean = self.weight = 0.0
         self.steps = 0
-        self.best, self.above, self.said = math.inf, 0, False
+        self.best, self.above, self.reported = math.inf, 0, False
 
     def add(self, loss: float) -> tuple[float, float] | None:
-        """The best mean so far and the mean now, where that is the news."""
-        keep = 1 - 1 / self.SPAN
-        self.mean, self.weight = keep * self.mean + (1 - keep) * loss, keep * self.weight + (1 - keep)
+        """Adds a step's loss; returns (lowest mean so far, current mean) when the rise is detected, else
+        None."""
+        decay = 1 - 1 / self.SPAN
+        self.mean, self.weight = decay * self.mean + (1 - decay) * loss, decay * self.weight + (1 - decay)
         now, self.steps = self.mean / self.weight, self.steps + 1
-        if self.steps < self.SPAN:  # the mean of a few says little
+        if self.steps < self.SPAN:  # too few steps for a meaningful mean
             return None
         self.best = min(self.best, now)
         self.above = self.above + 1 if now > (1 + self.TOO_MUCH) * self.best else 0
-        if self.said or self.above < self.LONG:
+        if self.reported or self.above < self.LONG:
             return None
-        self.said = True
+        self.reported = True
         return self.best, now
 
 
 class Trackers:
-    """Sends metrics to the services of `names`, opened at the first record. InputError for one
-    unknown or not installed.
+    """Sends metrics to the trackers in `names` (comma-separated), opened at the first record.
+    InputError for a tracker that is unknown or not installed.
 
-    TensorBoard's files lie in `place`; the others take its name.
+    place: folder for TensorBoard's files; its name is the run's name in the other trackers.
     """
 
     def __init__(self, names: str, place: Path, settings: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ class Trackers:
         self.modules = {name.strip(): _module(name.strip()) for name in names.split(",") if name.strip()}
 
     def log(self, record: dict[str, Any]) -> None:
-        """One record of numbers with its `step`."""
+        """Logs the numbers of one record under its `step`."""
         for name, module in () if self.writers else self.modules.items():
             if name == "tensorboard":
                 self.writers.append(module.SummaryWriter(str(self.place / name)))
@@ -135,7 +135,7 @@ class Trackers:
                 writer.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """Before the run's folder is put away."""
+        """Closes all trackers; called before the run's folder is copied or removed."""
         for writer in self.writers:
             (getattr(writer, "close", None) or writer.finish)()
         self.writers, self.modules = [], {}
@@ -147,11 +147,12 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
-        raise InputError(f"{setting('track')} {name}: pip install {name} first ({error})") from error
+        raise InputError(f"{setting('track')} {name} is not installed: pip install {name} ({error})") from error
 
 
-def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], output: Path) -> None:
-    """Training loss, held-out reverse KL and agreement, learning rate over tokens, as a PNG."""
+def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], output: Path) -> None:
+    """Writes a PNG with training loss, held-out reverse KL and agreement, and learning rate over
+    tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), dpi=120)
@@ -162,11 +163,11 @@ def draw_curve(steps: list[dict[str, Any]], measures: list[dict[str, Any]], outp
     below.set(xlabel="million tokens", ylabel="rate")
     axis.set(ylabel="nats per token", yscale="log" if any(s["loss"] > 0 for s in good) else "linear")
     lines = list(axis.get_lines())
-    if measures:
-        tokens = [m["tokens"] / 1e6 for m in measures]
-        lines += axis.plot(tokens, [m["reverse_kl"] for m in measures], "o-", label="held-out reverse KL")
+    if evaluations:
+        tokens = [m["tokens"] / 1e6 for m in evaluations]
+        lines += axis.plot(tokens, [m["reverse_kl"] for m in evaluations], "o-", label="held-out reverse KL")
         other = axis.twinx()
-        lines += other.plot(tokens, [m["agreement"] for m in measures], "s--", color="tab:green", label="held-out agreement")
+        lines += other.plot(tokens, [m["agreement"] for m in evaluations], "s--", color="tab:green", label="held-out agreement")
         other.set_ylabel("top-1 agreement with the teacher")
     axis.legend(lines, [line.get_label() for line in lines], loc="center right")
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Finds what first became infinite or NaN, once a loss or gradient has."""
+"""Finds the first tensor that is infinite or NaN after a loss or gradient became so."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from hybridize.runtime.forward import hidden_states
 
 @torch.no_grad()
 def first_bad(student: Student, parts: Sequence[Batch], ranks: DistributedContext) -> str:
-    """The first weight that is not finite, else the first module output in the order of the forward
-    pass, else the gradient of the last parameter in that order (backward comes from there), else
-    the loss. All ranks ask, and all are told the same."""
+    """Names the first weight that is not finite, else the first module output in forward order, else
+    the gradient of the last such parameter in forward order (where backward starts), else the loss.
+    All ranks must call this and get the same answer."""
     model = student.model
     bad = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     if where := ranks.found(f"the weight {bad}" if bad else ""):
         return where
-    heard: list[str] = []
+    found: list[str] = []
 
-    def hear(name: str) -> Any:
-        def listen(_: nn.Module, __: Any, output: Any) -> None:
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
-            if not heard and isinstance(output, Tensor) and not _finite(output):
-                heard.append(f"the output of {name}")
+            if not found and isinstance(output, Tensor) and not _finite(output):
+                found.append(f"the output of {name}")
 
-        return listen
+        return hook
 
-    handles = [module.register_forward_hook(hear(name)) for name, module in model.named_modules() if not _has_children(module)]
+    handles = [
+        module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if not _has_children(module)
+    ]
     try:
         with torch.compiler.set_stance("force_eager"):
-            for part in parts:  # all of them: other ranks take part in gathering the weights for each
+            for part in parts:  # no early exit: gathering sharded weights needs all ranks for every part
                 student(lambda model, part=part: hidden_states(model, part, student.dtype))
     finally:
         reshard(student)
         for handle in handles:
             handle.remove()
-    if where := ranks.found(heard[0] if heard else ""):
+    if where := ranks.found(found[0] if found else ""):
         return where
     grads = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     return ranks.found(f"the gradient of {grads[-1]}" if grads else "") or "the loss itself"

@@ -1,9 +1,8 @@
-"""lm-eval's model class with our way of answering: by the decoding step of hybridize/generation,
-over all ranks, and with a journal of what has been answered, so that an interrupted evaluation is
-gone on with.
+"""A subclass of lm-eval's model class that generates with hybridize/generation, splits requests over
+ranks, and keeps a journal of answers, from which an interrupted evaluation resumes.
 
-lm-eval keeps what it is good at: tokenising, splitting a request into context and answer, scoring
-log-likelihoods in batches. Every rank runs all of lm-eval and answers its share of the requests.
+lm-eval still tokenises, splits requests into context and answer, and scores log-likelihoods in
+batches. Every rank runs all of lm-eval and answers its share of the requests.
 """
 
 from __future__ import annotations
@@ -36,19 +35,21 @@ from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of,
 from hybridize.modeling import HybridForCausalLM
 from hybridize.runtime.distributed import DistributedContext
 
-AUTO, ON_CPU = 64, 8  # requests at once at most where that is `auto`, lm-eval's own number; and without a GPU
-LOGIT = 16  # bytes a logit: as the model gives it, in float32, and its log-softmax
-CHUNK = 8  # batches between two entries into the journal, and two signs of life
+AUTO, ON_CPU = 64, 8  # largest batch for `auto` (lm-eval's own limit), and the batch on a CPU
+LOGIT = 16  # bytes per logit: the model's own, its float32 copy, and the log-softmax
+CHUNK = 8  # batches per call into lm-eval, after which ranks exchange their answers
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
-OURS = {"until", "max_gen_toks", "do_sample", *DRAWN, *FOLLOWED} - {"bad_words_ids"}  # others are transformers' own to follow
-TAIL = 64  # tokens at the end of an answer in which a stop sequence is looked for
+OURS = {"until", "max_gen_toks", "do_sample", *DRAWN, *FOLLOWED} - {
+    "bad_words_ids"
+}  # other settings are left to transformers' generate
+TAIL = 64  # tokens at the end of an answer that are searched for stop sequences
 
 
 class Answering(HFLM):
-    """think_end: what closes a block of thinking; only what follows it is the answer, and stop
-    sequences count from there on.
+    """lm-eval's model over several ranks and with a journal.
 
-    cut: by task, how many answers reached their length without an end.
+    think_end: text that closes a reasoning block; only the text after it is the answer and is
+    searched for stop sequences. cut: number of answers per task that reached the length limit.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Answering(HFLM):
         return [text for text, _ in found]
 
     def _answers(self, kind: str, requests: Sequence[Any], ask: Any) -> list[Any]:
-        """One answer a request; the same request is asked once, but for samples, of which each is
-        another."""
+        """Returns one answer per request. Equal requests are answered once, except for sampling,
+        where each repetition is a new sample."""
         keys, seen = [], Counter[str]()
         for request in requests:
             text = json.dumps([kind, *request.args], sort_keys=True, default=str)
@@ -89,7 +90,7 @@ class Answering(HFLM):
                 text += f"#{seen[text]}"
             keys.append(hashlib.sha256(text.encode()).hexdigest())
         waiting = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
-        order = sorted(waiting, key=lambda key: (-len(waiting[key].args[0]), key))  # the longest first, as lm-eval has it
+        order = sorted(waiting, key=lambda key: (-len(waiting[key].args[0]), key))  # longest first, as in lm-eval
         size, done = CHUNK * int(self.batch_size) * self.ranks.size, 0
         if order:
             self.progress(0, len(order))
@@ -108,7 +109,7 @@ class Answering(HFLM):
         return [self.known[key] for key in keys]
 
     def _asked(self, ask: Any, requests: Sequence[Any], keys: Sequence[str], scored: bool) -> Iterator[tuple[int, Any]]:
-        """`ask`, in batches that fit where their size is for us to find."""
+        """Yields from `ask`; with an automatic batch size, halves it until the batch fits into memory."""
         if not (self.auto and scored and requests):
             yield from ask(requests, keys)
             return
@@ -125,8 +126,8 @@ class Answering(HFLM):
         yield from found
 
     def _fitting(self, longest: Any) -> int:
-        """How many requests as long as this one may be read at once: their logits, in float32 and
-        before, take half of what is free on a GPU."""
+        """Returns how many requests of this length fit into a batch: their logits may take half of
+        the free GPU memory."""
         if self.device.type != "cuda":
             return ON_CPU
         tokens = min(self.max_length, len(self.tok_encode("".join(map(str, longest.args[:2])))))
@@ -134,8 +135,8 @@ class Answering(HFLM):
         return int(max(1, min(AUTO, room // (tokens * self.model.config.vocab_size * LOGIT))))
 
     def _check_finite(self, request: Any, answer: Any) -> None:
-        """WorkError naming task and document where a log-likelihood is not finite: the largest of
-        such is the first choice."""
+        """WorkError naming task and document if a log-likelihood is not finite: lm-eval would
+        pick the first such answer."""
         value = answer if isinstance(answer, float) else answer[0]
         if isinstance(value, float) and not math.isfinite(value):
             raise WorkError(_broken(request, f"a log-likelihood is {value}"))
@@ -146,27 +147,27 @@ class Answering(HFLM):
             self.journal.put({"key": key, "answer": answer})
 
     def _written(self, requests: Sequence[Any], keys: Sequence[str]) -> Iterator[tuple[int, tuple[str, bool]]]:
-        """Answers to requests, as (place, (text, whether it ended by itself))."""
+        """Generates answers; yields (index of the request, (text, whether it ended by itself))."""
         groups: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(at)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         for places in groups.values():
             raw = requests[places[0]].args[1]
-            told = dict(normalize_gen_kwargs(raw, self.max_gen_toks))
-            if told["do_sample"] and raw.get("temperature", 1.0) == 0:
+            settings = dict(normalize_gen_kwargs(raw, self.max_gen_toks))
+            if settings["do_sample"] and raw.get("temperature", 1.0) == 0:
                 raise ValueError("do_sample asks for a temperature above 0")
-            generation = self._generation(told, raw)
-            stock = set(told) - OURS or generation.others or not isinstance(self.model, HybridForCausalLM)
+            generation = self._generation(settings, raw)
+            stock = set(settings) - OURS or generation.others or not isinstance(self.model, HybridForCausalLM)
             if stock or looks_at_the_longest(self.model.config):
                 try:
                     texts = super().generate_until([requests[at] for at in places], disable_tqdm=True)
                 except _NotFinite as error:
                     raise WorkError(_broken(requests[places[0]], "a logit is not finite", len(places))) from error
                 for at, text in zip(places, texts, strict=True):
-                    yield at, (text, self._ends(text, int(told["max_gen_toks"])))
+                    yield at, (text, self._ends(text, int(settings["max_gen_toks"])))
                 continue
-            until, new = handle_stop_sequences(told["until"], eos=eos), int(told["max_gen_toks"])
+            until, new = handle_stop_sequences(settings["until"], eos=eos), int(settings["max_gen_toks"])
             room = self.max_length - new
             if room <= 0:
                 raise ValueError(f"{new} new tokens leave no room for a prompt in {self.max_length}")
@@ -194,27 +195,28 @@ class Answering(HFLM):
         return self._check(self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)[0][0].tolist())
 
     def _check(self, ids: list[int]) -> list[int]:
-        """The ids; WorkError where one is beyond what the model has embeddings for."""
+        """Returns the ids. WorkError for an id without an embedding in the model."""
         if unknown := unknown_token(self.tokenizer, ids, self.model.config.vocab_size):
             raise WorkError(f"a document has {unknown}")
         return ids
 
-    def _generation(self, told: dict[str, Any], raw: dict[str, Any]) -> Generation:
-        """The checkpoint's own generation settings, and over them what a task asks for, as
-        transformers' generate has it."""
-        own, samples = vars(self.model.generation_config), bool(told["do_sample"])
-        made = {**own, **{key: value for key, value in told.items() if key in FOLLOWED}}
+    def _generation(self, settings: dict[str, Any], raw: dict[str, Any]) -> Generation:
+        """Returns the checkpoint's generation settings, overridden by the task's as in
+        transformers' generate."""
+        own, samples = vars(self.model.generation_config), bool(settings["do_sample"])
+        made = {**own, **{key: value for key, value in settings.items() if key in FOLLOWED}}
         drawn = {key: raw.get(key, own.get(key)) for key in DRAWN}
         if drawn["top_k"] is None:
             drawn["top_k"] = TOP_K
         ends = ends_of((own.get("eos_token_id"), getattr(self.model.config, "eos_token_id", None)), self.tokenizer)
         found = settings_of(made, drawn, samples, ends)
-        if own.get("max_new_tokens") is not None:  # which goes before a task's own length
+        if own.get("max_new_tokens") is not None:  # takes precedence over the task's length
             found.others["max_new_tokens"] = own["max_new_tokens"]
         return replace(found, ends=found.ends | {self.eot_token_id})
 
     def _stopper(self, until: Sequence[str]) -> Any:
-        """Whether an answer holds a stop sequence, after its thinking where there is any."""
+        """Returns a function that detects a stop sequence in an answer, after its reasoning block if
+        it has one."""
         thought: set[Any] = set()
 
         def stop(key: Any, ids: list[int]) -> bool:
@@ -237,7 +239,7 @@ class _NotFinite(Exception):
 
 
 def _finite(_: Any, scores: torch.Tensor) -> torch.Tensor:
-    if not bool((scores < torch.inf).all()):  # false of NaN, too; what is ruled out is minus infinity
+    if not bool((scores < torch.inf).all()):  # also false for NaN; excluded tokens are minus infinity
         raise _NotFinite
     return scores
 
@@ -248,7 +250,7 @@ def _broken(request: Any, what: str, count: int = 1) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, braces balanced; None without one."""
+    r"""Returns the content of the last \boxed{...} with balanced braces, None if there is none."""
     begin = text.rfind("\\boxed{")
     depth, start = 0, begin + len("\\boxed{")
     for at in range(start, len(text)) if begin >= 0 else ():
@@ -259,21 +261,21 @@ def last_boxed(text: str) -> str | None:
 
 
 class Majority:
-    """lm-eval's filter for maj@k: of a document's answers the first of those that say the same as
-    most do."""
+    """lm-eval filter for maj@k: keeps, for each document, the first answer with the most frequent
+    final result."""
 
     def apply(self, answers: Sequence[Sequence[str]], _: Any) -> list[list[str]]:
         found = []
         for each in answers:
-            said = [last_boxed(answer) or answer.strip() for answer in each]
-            most = Counter(said).most_common(1)[0][0]  # of equals the earliest
-            found.append([each[said.index(most)]])
+            results = [last_boxed(answer) or answer.strip() for answer in each]
+            most = Counter(results).most_common(1)[0][0]  # the earliest in a tie
+            found.append([each[results.index(most)]])
         return found
 
 
 def vote(loaded: dict[str, Any], samples: int) -> dict[str, Any]:
-    """lm-eval's loaded tasks; those that generate ask for `samples` answers, and judge their
-    majority too."""
+    """Makes the generating tasks among lm-eval's loaded tasks draw `samples` answers and report
+    their majority too. Changes and returns `loaded`."""
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE != "generate_until" or any("maj@" in ensemble.name for ensemble in task._filters):
             continue

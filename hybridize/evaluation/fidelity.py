@@ -1,5 +1,5 @@
-"""How true a hybrid is to its teacher on text, without a benchmark: divergences, agreement and
-perplexities, also by position, and how long both write the same when each writes by itself."""
+"""Fidelity of a hybrid to its teacher without a benchmark: divergences, agreement and perplexities on
+text, also by position, and how many tokens of greedy generations agree."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from hybridize.data.packing import Batch
 from hybridize.distillation.fidelity import token_measures
 
-EDGES = (0, 128, 512, 2048, 8192, 32768)  # tokens before a position, where its bucket begins
+EDGES = (0, 128, 512, 2048, 8192, 32768)  # first positions of the buckets
 
 
 def measure(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Any]:
-    """Means over all kept tokens, nats at temperature 1, and the same by position within the
-    document under `positions`.
+    """Returns means over all tokens of the loss masks, KLs in nats at temperature 1, and under
+    `positions` the same by position within the document.
 
-    batches lie on the models' device. stderr: of reverse_kl, over windows.
+    batches: on the models' device. `stderr` is that of reverse_kl, over windows.
     """
     found, places, windows = [], [], []
     for batch in batches:
@@ -50,18 +50,18 @@ def _means(values: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def greedy_agreement(student: Any, teacher: Any, prompts: Tensor, count: int, rows: int) -> dict[str, Any]:
-    """prompts [W, P]: both go on greedily for `count` tokens; how many of them are the same before
-    the first that is not."""
+    """Both models continue prompts [W, P] greedily for `count` tokens. Returns statistics of the
+    number of tokens before the first difference. rows: prompts per batch."""
     lengths: list[int] = []
     for part in prompts.split(rows):
-        told: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        kwargs: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         made = [
-            model.generate(part, attention_mask=torch.ones_like(part), **told)[:, part.shape[1] :]
+            model.generate(part, attention_mask=torch.ones_like(part), **kwargs)[:, part.shape[1] :]
             for model in (student, teacher)
         ]
         lengths += (made[0] == made[1]).long().cumprod(1).sum(1).tolist()
-    told_lengths = torch.tensor(lengths, dtype=torch.float64)
+    same = torch.tensor(lengths, dtype=torch.float64)
     return {
-        "prompts": len(lengths), "prompt_tokens": prompts.shape[1], "new_tokens": count, "mean": float(told_lengths.mean()),
-        "median": float(told_lengths.median()), "all_the_same": float((told_lengths == count).double().mean()),
+        "prompts": len(lengths), "prompt_tokens": prompts.shape[1], "new_tokens": count, "mean": float(same.mean()),
+        "median": float(same.median()), "all_the_same": float((same == count).double().mean()),
     }  # fmt: skip

@@ -1,5 +1,5 @@
-"""What a task reports: every metric under every filter, with each document's score, and which of
-them are held by a gate."""
+"""The figures of a task, one per metric and filter, with each document's score, and the selection
+of those that a gate checks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from hybridize.errors import InputError, WorkError, setting
 
-TOLERANCE = 1e-9  # within which two figures are equal: what rounding can do to a mean of scores
+TOLERANCE = 1e-9  # rounding error of a mean of scores, within which two figures count as equal
 
 
 def figures_of(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
-    """By lm-eval's name (`metric,filter`): value, direction, and the documents' scores in their
-    order, None without such.
+    """Returns value, direction and scores of each figure by lm-eval's name (`metric,filter`).
+    Scores are in the documents' order, or None if there are none.
 
-    found: lm-eval's results with samples. WorkError naming task and figure where one is not finite.
+    found: lm-eval's results with samples. WorkError naming task and figure if one is not finite.
     """
     better = found.get("higher_is_better", {}).get(task, {})
     figures = {}
@@ -34,7 +34,7 @@ def figures_of(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
 
 
 def group_figures(found: Mapping[str, Any], group: str) -> dict[str, float]:
-    """A group's own aggregates, by lm-eval's name; empty where it has none."""
+    """Returns a group's own aggregates by lm-eval's name; empty if it has none."""
     return _values(found["results"].get(group, {}))
 
 
@@ -47,8 +47,8 @@ def _values(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def main_figure(figures: Mapping[str, Any], samples: int = 1) -> str:
-    """The figure that a task is called by: acc before acc_norm, exact_match for generation; the
-    majority's of samples."""
+    """Returns a task's main figure: acc rather than acc_norm, exact_match for generation, and with
+    several samples the majority's."""
     names = [key for key in figures if samples > 1 and key.endswith(f"maj@{samples}")] or list(figures)
     for wanted in ("acc", "exact_match", "acc_norm", "f1"):
         for key in names:
@@ -58,7 +58,7 @@ def main_figure(figures: Mapping[str, Any], samples: int = 1) -> str:
 
 
 def accuracy_like(figure: Mapping[str, Any]) -> bool:
-    """Whether a figure is a mean of documents' scores between 0 and 1, of which more is better."""
+    """Whether a figure is a mean of document scores between 0 and 1, higher being better."""
     scores = figure["scores"]
     if not scores or not figure["higher_is_better"] or not all(0 <= score <= 1 for score in scores):
         return False
@@ -70,14 +70,14 @@ def is_mean(scores: Sequence[float], value: float) -> bool:
 
 
 def matching(figures: Mapping[str, Any], name: str) -> list[str]:
-    """The figures that `name` means: lm-eval's `metric,filter`, a metric or a filter."""
+    """Returns the figures that match `name`: lm-eval's `metric,filter`, a metric or a filter."""
     return [key for key in figures if name in (key, *key.split(",", 1))]
 
 
 def held(figures: Mapping[str, dict[str, Any]], samples: int = 1, name: str | None = None, where: str = "") -> list[str]:
-    """Which figures a gate holds: those called `name`, else every accuracy-like one (of several
-    samples the majority's), else the main one. InputError naming what there is where nothing has
-    that name."""
+    """Returns the figures that a gate checks: those that match `name`, else every accuracy-like one
+    (with several samples the majority's), else the main one. InputError listing the figures if none
+    matches `name`. where: task or group, for the message."""
     if name is not None:
         chosen = matching(figures, name)
         if not chosen:
@@ -88,7 +88,7 @@ def held(figures: Mapping[str, dict[str, Any]], samples: int = 1, name: str | No
 
 
 def document_scores(samples: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Per document: its id, lm-eval's hash of it, and its score under the figure `key`."""
+    """Returns each document's id, lm-eval's hash of it, and its score for the figure `key`."""
     metric, _, chosen = key.partition(",")
     return [
         {"doc": sample["doc_id"], "hash": sample["doc_hash"], "score": float(sample[metric])}
@@ -98,8 +98,8 @@ def document_scores(samples: Sequence[dict[str, Any]], key: str) -> list[dict[st
 
 
 def chance_of(samples: Sequence[dict[str, Any]]) -> float | None:
-    """What guessing would get right of a multiple-choice task: the mean of one over the number of
-    choices. None for others."""
+    """Returns the accuracy of guessing in a multiple-choice task: the mean of 1 / number of
+    choices. None for other tasks."""
     shares = {}
     for sample in samples:
         answers = sample["filtered_resps"]

@@ -1,8 +1,8 @@
-"""The gate between two results of the same settings: per figure the difference, how sure it is, and
-whether it may pass.
+"""The gate between two results of the same settings: the difference of each figure, its uncertainty,
+and whether it passes.
 
-Both answered the same documents, so everything is paired: what the two got alike says nothing and
-adds no noise.
+Both models answered the same documents, so differences are paired: documents with equal scores add
+no noise.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ PASS, FAIL, UNKNOWN = "pass", "fail", "cannot tell"
 
 @dataclass(frozen=True)
 class Rule:
-    """When a drop of more than `max_drop` fails: by its point value, or with `confidence` only
-    where the interval of that level lies above it as a whole (a drop that is sure; over several
-    figures by Holm's procedure), or with `strict` already where the interval reaches above it (a
-    drop that cannot be ruled out; each figure at the full level). max_drop None: nothing fails.
-    allow_inconclusive: documents that can tell nothing do not keep the gate from being met."""
+    """When a drop counts as larger than `max_drop` and fails.
+
+    By default its point value decides. With `confidence` it fails only if the whole interval of
+    that level lies above `max_drop` (the drop is significant; over several figures by Holm's
+    procedure). With `strict` it fails as soon as the interval reaches above `max_drop` (the drop
+    cannot be ruled out; each figure at the full level). max_drop None: nothing fails.
+    allow_inconclusive: inconclusive tasks do not fail the gate."""
 
     max_drop: float | None = None
     confidence: float | None = None
@@ -43,7 +45,7 @@ class Rule:
         if self.max_drop is None:
             if self.confidence is not None or self.strict or self.allow_inconclusive:
                 given = "strict" if self.strict else "confidence" if self.confidence is not None else "allow_inconclusive"
-                raise InputError(f"{setting(given)} needs a {setting('max_drop')} to hold the drop against")
+                raise InputError(f"{setting(given)} needs a {setting('max_drop')} to compare the drop with")
             return
         if not math.isfinite(self.max_drop):
             raise InputError(f"{setting('max_drop')} {self.max_drop} must be a number")
@@ -52,7 +54,7 @@ class Rule:
         if self.strict and self.confidence is not None:
             raise InputError(
                 f"{setting('strict')} and {setting('confidence')} contradict each other: "
-                "one fails unless sure, the other if sure"
+                "the first fails a drop that cannot be ruled out, the second only a significant one"
             )
 
     @property
@@ -61,7 +63,7 @@ class Rule:
 
     @property
     def said(self) -> str:
-        """What several figures are held by, in words."""
+        """Describes how several figures are judged."""
         if self.strict:
             return f"each figure at the full level of {self.level:.0%}"
         return (
@@ -73,11 +75,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """drop: baseline - candidate in the direction in which the figure is better; positive means
-    worse than the baseline.
+    """The difference of one figure between candidate and baseline.
 
-    paired: the documents' differences, None where the figure is no mean over documents. chance:
-    what guessing gets, of an accuracy-like figure; None for others. seed: of the bootstrap.
+    drop: positive if the candidate is worse, whatever the figure's direction. paired: the
+    documents' differences, None if the figure is not a mean over documents. chance: accuracy of
+    guessing for an accuracy-like figure, else None. seed: of the bootstrap.
     """
 
     task: str
@@ -95,12 +97,12 @@ class Drop:
 
     @property
     def smallest(self) -> float | None:
-        """The smallest drop that so many documents can show."""
+        """The smallest drop that this number of documents can show."""
         return None if self.chance is None else 1 / self.documents
 
     def blind(self, max_drop: float) -> str | None:
-        """Why these documents cannot tell whether the drop is larger than `max_drop`, if they
-        cannot."""
+        """Returns why these documents cannot show whether the drop is larger than `max_drop`, None
+        if they can."""
         if self.chance is None:
             return None
         if self.baseline <= self.chance + max_drop + TOLERANCE:
@@ -123,7 +125,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure's outcome, and why where it is that nothing can be told."""
+    """A figure's outcome; why: the reason if it is inconclusive."""
 
     drop: Drop
     outcome: str
@@ -131,15 +133,17 @@ class Verdict:
 
 
 def judge(drops: Sequence[Drop], rule: Rule) -> list[Verdict]:
-    """Every figure's outcome. WorkError where the rule goes by an interval that a figure does not
-    have."""
+    """Returns every figure's outcome. WorkError if the rule needs an interval that a figure does
+    not have."""
     if rule.max_drop is None:
         return [Verdict(drop, PASS) for drop in drops]
     if rule.strict or rule.confidence is not None:
         for drop in drops:
             if drop.paired is None:
-                flag = "strict" if rule.strict else "confidence"
-                raise WorkError(f"--{flag}: {drop.metric} of {drop.task} is no mean over documents and has no interval")
+                given = "strict" if rule.strict else "confidence"
+                raise WorkError(
+                    f"{setting(given)}: {drop.metric} of {drop.task} is not a mean over documents and has no interval"
+                )
     limit = rule.max_drop
     sure: list[bool] = []
     if rule.confidence is not None:
@@ -163,8 +167,8 @@ def judge(drops: Sequence[Drop], rule: Rule) -> list[Verdict]:
 
 
 def by_task(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """A task fails where any of its figures does; it passes where none fails and one passes; else
-    its documents cannot tell."""
+    """Returns each task's outcome: it fails if any of its figures does, passes if none fails and at
+    least one passes, and is inconclusive otherwise."""
     found: dict[str, str] = {}
     for verdict in verdicts:
         outcomes = {found.get(verdict.drop.task, UNKNOWN), verdict.outcome}
@@ -173,7 +177,7 @@ def by_task(verdicts: Sequence[Verdict]) -> dict[str, str]:
 
 
 def passes(verdicts: Sequence[Verdict], rule: Rule) -> bool:
-    """Whether the gate is met: no task fails, and none leaves it open, unless that is allowed."""
+    """Whether the gate passes: no task fails, and none is inconclusive unless that is allowed."""
     met = {PASS, UNKNOWN} if rule.allow_inconclusive else {PASS}
     return set(by_task(verdicts).values()) <= met
 
@@ -181,18 +185,18 @@ def passes(verdicts: Sequence[Verdict], rule: Rule) -> bool:
 def compare(
     candidate: dict[str, Any], baseline: dict[str, Any], chosen: Mapping[str, str] | None = None, seed: int = 0
 ) -> list[Drop]:
-    """Two objects of results.json, paired over documents: each figure that a gate holds, of all
-    tasks and groups asked for.
+    """Compares two objects of results.json, paired over documents. Returns the drop of each figure
+    that a gate checks, for all tasks and groups that were requested.
 
-    chosen: by task or group, which figures (see figures.held). InputError when they were measured
-    differently, on other documents, or have no such figure.
+    chosen: figure names by task or group (see figures.held). InputError if the results have
+    different settings or documents, or lack a figure.
     """
     check_comparable(candidate["settings"], candidate.get("ran"), baseline)
     chosen, samples = dict(chosen or {}), candidate["settings"].get("samples", 1)
     drops: list[Drop] = []
     inside = tasks_in_groups(candidate)
-    for group, told in candidate.get("groups", {}).items():
-        drops += _group_drops(candidate, baseline, group, told, chosen.pop(group, None), samples, seed)
+    for group, own in candidate.get("groups", {}).items():
+        drops += _group_drops(candidate, baseline, group, own, chosen.pop(group, None), samples, seed)
     for task in candidate["tasks"]:
         if task not in inside:
             drops += [
@@ -200,7 +204,9 @@ def compare(
                 for key in held(figures_in(candidate["tasks"][task]), samples, chosen.pop(task, None), task)
             ]
     if chosen:
-        raise InputError(f"{setting('metric')} names {next(iter(chosen))!r}, which is no task or group that was asked for")
+        raise InputError(
+            f"{setting('metric')} names {next(iter(chosen))!r}, which is not one of the evaluated tasks and groups"
+        )
     return drops
 
 
@@ -208,30 +214,32 @@ def _group_drops(
     candidate: dict[str, Any],
     baseline: dict[str, Any],
     group: str,
-    told: dict[str, Any],
+    own: dict[str, Any],
     name: str | None,
     samples: int,
     seed: int,
 ) -> Iterator[Drop]:
-    """A group by its own aggregates, of the figures that a gate holds of its tasks."""
+    """Yields the drops of a group's own aggregates, for the figures that a gate checks in its tasks.
+    own: the group's entry in the candidate's results."""
     keys = dict.fromkeys(
-        key for task in told["tasks"] for key in held(figures_in(candidate["tasks"][task]), samples, name, group)
+        key for task in own["tasks"] for key in held(figures_in(candidate["tasks"][task]), samples, name, group)
     )
-    own = [key for key in keys if key in told["figures"]]
-    if not own:
+    found = [key for key in keys if key in own["figures"]]
+    if not found:
         raise InputError(f"group {group} has no aggregate of {', '.join(keys)}; name its tasks in {setting('tasks')} instead")
-    for key in own:
-        ours, theirs = told["figures"][key], baseline.get("groups", {}).get(group, {}).get("figures", {}).get(key)
+    for key in found:
+        ours, theirs = own["figures"][key], baseline.get("groups", {}).get(group, {}).get("figures", {}).get(key)
         if theirs is None:
             raise InputError(f"the baseline has no {key} for group {group}")
-        yield _drop(candidate, baseline, tuple(told["tasks"]), group, key, seed, (ours, theirs))
+        yield _drop(candidate, baseline, tuple(own["tasks"]), group, key, seed, (ours, theirs))
 
 
 def _drop(
     candidate: dict[str, Any], baseline: dict[str, Any], tasks: tuple[str, ...], name: str, key: str, seed: int,
     values: tuple[float, float] | None = None,
 ) -> Drop:  # fmt: skip
-    """values: of a group, its aggregates in lm-eval's own weighing."""
+    """Returns the drop of the figure `key` over `tasks`. values: for a group, its aggregates
+    (candidate, baseline) as weighted by lm-eval."""
     sides = [_side(candidate["tasks"][task], baseline["tasks"].get(task), task, key) for task in tasks]
     better = sides[0][0]["higher_is_better"]
     ours, theirs = values or (sides[0][0]["value"], sides[0][1]["value"])
@@ -241,7 +249,7 @@ def _drop(
     if any(figure["scores"] is None for pair in sides for figure in pair):
         return drop
     mine, other = ([torch.tensor(pair[at]["scores"], dtype=torch.float64) for pair in sides] for at in (0, 1))
-    parts = _weighed([sign * (b - a) for a, b in zip(mine, other, strict=True)], drop.drop)
+    parts = _weighted([sign * (b - a) for a, b in zip(mine, other, strict=True)], drop.drop)
     if parts is None or (values is None and not all(is_mean(figure["scores"], figure["value"]) for figure in sides[0])):
         return drop
     weights = sizes if len(parts) == 1 else [1] * len(tasks)
@@ -252,9 +260,9 @@ def _drop(
     return Drop(name, key, theirs, ours, drop.drop, sum(sizes), Paired(parts, binary, bounded), chance, seed)
 
 
-def _weighed(parts: list[torch.Tensor], drop: float) -> tuple[torch.Tensor, ...] | None:
-    """Differences so that their mean is the group's drop: over all documents, or over tasks that
-    weigh the same; None where it is neither."""
+def _weighted(parts: list[torch.Tensor], drop: float) -> tuple[torch.Tensor, ...] | None:
+    """Returns the differences grouped so that their mean is the group's drop: all documents
+    together, or by task with equal weights; None if neither gives the drop."""
     joined = torch.cat(parts)
     if abs(float(joined.mean()) - drop) <= 1e-6:
         return (joined,)
@@ -262,14 +270,14 @@ def _weighed(parts: list[torch.Tensor], drop: float) -> tuple[torch.Tensor, ...]
 
 
 def _side(ours: dict[str, Any], theirs: dict[str, Any] | None, task: str, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figure `key` of both, the baseline's scores in the order of the candidate's documents.
-    InputError unless both have it and answered the same documents."""
+    """Returns the figure `key` of both results, the baseline's scores in the order of the
+    candidate's documents. InputError unless both have it and answered the same documents."""
     mine, other = figures_in(ours).get(key), None if theirs is None else figures_in(theirs).get(key)
     if theirs is None or mine is None or other is None:
         raise InputError(f"the baseline has no {key} for task {task}")
     places = [{(d["doc"], d["hash"]): at for at, d in enumerate(side["documents"])} for side in (ours, theirs)]
     if places[0].keys() != places[1].keys():
-        raise InputError(f"task {task}: the baseline answered other documents than the candidate")
+        raise InputError(f"task {task}: baseline and candidate answered different documents")
     if any(figure["scores"] is None or len(figure["scores"]) != len(places[0]) for figure in (mine, other)):
         return mine | {"scores": None}, other
     return mine, other | {"scores": [other["scores"][places[1][document]] for document in places[0]]}
@@ -294,7 +302,7 @@ def verdicts_json(verdicts: Sequence[Verdict], rule: Rule) -> list[dict[str, Any
 def write_junit(
     path: Path, name: str, results: dict[str, Any], verdicts: Sequence[Verdict], rule: Rule, seconds: float
 ) -> None:
-    """Each figure as a test case that fails where the gate does, in the XML that CI services show."""
+    """Writes a JUnit XML report for CI services, with each figure as a test case."""
     limit = results["settings"].get("limit")
     limited = f" (limited to {limit} documents)" if limit is not None else ""
     open_ = [] if rule.allow_inconclusive else [task for task, outcome in by_task(verdicts).items() if outcome == UNKNOWN]

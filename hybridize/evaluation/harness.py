@@ -1,5 +1,5 @@
-"""lm-eval over a model that is in memory: its tasks, requests and metrics, our loading. Knows
-nothing of gates or scores."""
+"""Runs lm-eval's tasks, requests and metrics on a model in memory. Does not depend on gates or layer
+scores."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ if TYPE_CHECKING:
     from hybridize.checkpoint.journal import Journal
     from hybridize.runtime.distributed import DistributedContext
 
-_RUNS = re.compile(r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)")  # in the source of a task's judge
-Progress = Callable[[int, int], None]  # requests answered, of how many
-# read, and what its last positions should predict -> log-probability, and whether each token was
-# the most likely
+_RUNS = re.compile(
+    r"\b(subprocess|code_eval)\b|\bexec\(|\bos\.(system|exec|popen)"
+)  # in the source of a task's process_results
+Progress = Callable[[int, int], None]  # called with (requests answered, requests in total)
+# (tokens to read, tokens that the last positions should predict) per request -> (log-probability,
+# whether each token was the most likely one) per request
 Answerer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[tuple[float, bool]]]
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides an evaluation's figures. limit: documents per task, or their share below 1;
-    batch_size: a number, `auto` or `auto:N`; gen_kwargs as lm-eval reads them (a=b,c=d); samples:
-    answers to each document of a generating task; think_end: what closes a block of thinking, which
-    is no part of an answer; recall_lengths: tokens, of the tasks of `recall`."""
+    """Everything that determines an evaluation's figures.
+
+    limit: documents per task, or their share if below 1; batch_size: a number, `auto` or `auto:N`;
+    gen_kwargs: in lm-eval's syntax (a=b,c=d); samples: answers to each document of a generating
+    task; think_end: text that closes a reasoning block, which is not part of the answer;
+    recall_lengths: lengths in tokens of the `recall` tasks."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
@@ -52,9 +56,7 @@ class EvalSettings:
         if self.samples < 1:
             raise InputError(f"{setting('samples')} {self.samples} must be at least 1")
         if self.samples > 1 and "do_sample=true" not in (self.gen_kwargs or "").lower().replace(" ", ""):
-            raise InputError(
-                f"{setting('samples')} needs answers that differ: {setting('gen_kwargs')} do_sample=true,temperature=0.6"
-            )
+            raise InputError(f"{setting('samples')} needs sampling: {setting('gen_kwargs')} do_sample=true,temperature=0.6")
         if self.think_end == "":
             raise InputError(f"{setting('think_end')} is empty")
         if not self.tasks:
@@ -71,30 +73,30 @@ class EvalSettings:
             raise InputError(f"{setting('include_path')} {self.include_path} is not a directory")
 
     def to_json(self) -> dict[str, Any]:
-        """What two results must share to be compared."""
-        said = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "include_path"}
+        """Returns the settings that two results must share to be comparable."""
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "include_path"}
         if self.recall_lengths is None:
-            del said["recall_lengths"]
-        return said
+            del found["recall_lengths"]
+        return found
 
 
 def parse_limit(text: str | None) -> float | None:
-    """`100` -> 100, `0.1` -> 0.1, as lm-eval has it. InputError for what is no number."""
+    """`100` -> 100, `0.1` -> 0.1, as in lm-eval. InputError for text that is not a number."""
     if text is None:
         return None
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError as error:
-        raise InputError(f"{setting('limit')} {text} is no number of documents, nor a share of them") from error
+        raise InputError(f"{setting('limit')} {text} is neither a number of documents nor a share of them") from error
 
 
 def parse_batch_size(text: str) -> int | str:
-    """`8` -> 8; `auto` and `auto:N` stay, as lm-eval has them. InputError for others."""
+    """`8` -> 8; `auto` and `auto:N` stay as they are. InputError for other text."""
     if text.isdecimal():
         return int(text)
     if re.fullmatch(r"auto(:\d+)?", text):
         return text
-    raise InputError(f"{setting('batch_size')} {text} is no number, nor auto or auto:N")
+    raise InputError(f"{setting('batch_size')} {text} is neither a number nor auto or auto:N")
 
 
 def task_names(text: str) -> tuple[str, ...]:
@@ -103,26 +105,25 @@ def task_names(text: str) -> tuple[str, ...]:
 
 
 def check_think_end(tokenizer: Any, text: str | None) -> None:
-    """InputError where `text` would never be seen in what a model writes, since special tokens are
-    not shown."""
+    """InputError if `text` can never appear in decoded output, because special tokens are left
+    out."""
     if text is not None and text not in tokenizer.decode(
         tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True
     ):
-        raise InputError(f"{setting('think_end')} {text}: the tokenizer does not show it in what is written (a special token?)")
+        raise InputError(f"{setting('think_end')} {text}: the tokenizer leaves it out of decoded text (a special token?)")
 
 
 def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
-    """lm-eval's task manager, with every task name checked against it. InputError names the unknown
-    ones.
+    """Returns lm-eval's task manager. InputError naming the first task that it does not know.
 
-    tokenizer: what lengths of `recall` are counted in.
+    tokenizer: counts the lengths of `recall` documents.
     """
     from hybridize.compat.lm_eval import TaskManager, keep_templates
 
     keep_templates()
     unknown = [task for task in settings.tasks if task != GROUP]
     manager = None if unknown else TaskManager(include_defaults=False)
-    for defaults in (False, True):  # lm-eval's own thousands of tasks take seconds to index: only when they are needed
+    for defaults in (False, True):  # indexing lm-eval's own tasks takes seconds, so only if needed
         if not unknown or (not defaults and settings.include_path is None):
             continue
         try:
@@ -131,14 +132,14 @@ def open_tasks(settings: EvalSettings, tokenizer: Any = None) -> Any:
             raise InputError(f"{setting('include_path')} {settings.include_path}: {error}") from error
         unknown = [task for task in unknown if task not in set(manager.all_tasks)]
     if unknown:
-        raise InputError(f"lm-eval knows no task {unknown[0]!r}; a task of your own needs {setting('include_path')} DIR")
+        raise InputError(f"lm-eval has no task {unknown[0]!r}; a task of your own needs {setting('include_path')} DIR")
     return manager if GROUP not in settings.tasks else _with_recall(manager, settings, tokenizer)
 
 
 def _with_recall(manager: Any, settings: EvalSettings, tokenizer: Any) -> Any:
-    """The same task manager, which knows the group `recall` besides."""
+    """Returns a copy of the task manager that also has the group `recall`."""
     if tokenizer is None:
-        raise InputError(f"task {GROUP} is for eval, which has a tokenizer to count its lengths in")
+        raise InputError(f"task {GROUP} needs a tokenizer and is supported by eval only")
     from hybridize.compat.lm_eval import hushed
 
     with hushed():
@@ -149,8 +150,8 @@ def _with_recall(manager: Any, settings: EvalSettings, tokenizer: Any) -> Any:
 
 
 def repeatable(manager: Any) -> Any:
-    """The same task manager for several runs in a row: tasks, and their data, are loaded in the
-    first."""
+    """Returns a copy of the task manager that loads tasks and their data once and reuses them in
+    later runs."""
 
     kept, load = copy.copy(manager), functools.cache(lambda names: manager.load(list(names)))
     kept.load = lambda names: load(tuple(names))
@@ -158,19 +159,20 @@ def repeatable(manager: Any) -> Any:
 
 
 def check_code(manager: Any, settings: EvalSettings, confirmed: bool) -> None:
-    """Loads the tasks; InputError naming the first that runs what a model writes, unless that is
-    `confirmed`: one that lm-eval marks so, or whose judge starts processes or executes text."""
+    """Loads the tasks; InputError naming the first that executes code written by the model, unless
+    that is `confirmed`. Such a task is marked unsafe in lm-eval, or the source of its
+    process_results starts processes or executes text."""
     for name, task in _loaded(manager, settings).items():
         if not confirmed and (getattr(task, "UNSAFE_CODE", False) or _RUNS.search(_source_of_judge(task))):
             raise InputError(
-                f"task {name} runs the code that the model writes; {setting('confirm_run_unsafe_code')} if you want that"
+                f"task {name} runs the code that the model writes; {setting('confirm_run_unsafe_code')} allows that"
             )
 
 
 def _source_of_judge(task: Any) -> str:
-    """The file that a task's own process_results stands in, as text; empty where it has none."""
-    judge = getattr(getattr(task, "config", None), "process_results", None)
-    code = getattr(getattr(judge, "func", judge), "__code__", None)
+    """Returns the source file of a task's own process_results function; empty if it has none."""
+    function = getattr(getattr(task, "config", None), "process_results", None)
+    code = getattr(getattr(function, "func", function), "__code__", None)
     try:
         return "" if code is None else Path(code.co_filename).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -178,29 +180,31 @@ def _source_of_judge(task: Any) -> str:
 
 
 def check_metrics(manager: Any, settings: EvalSettings, chosen: Mapping[str, str]) -> None:
-    """Loads the tasks; InputError for a --metric that names no task or group asked for, or no
-    figure of it."""
+    """Loads the tasks; InputError if `metric` names a task or group that was not requested, or a
+    figure that it does not have."""
     loaded = _load(manager, settings)
     for name, metric in chosen.items():
         tasks = [loaded["tasks"][name]] if name in loaded["tasks"] else []
         tasks += loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else []
         if not tasks:
-            raise InputError(f"{setting('metric')} names {name!r}, which is no task or group of {setting('tasks')}")
+            raise InputError(f"{setting('metric')} names {name!r}, which is not in {setting('tasks')}")
         figures = {f"{one},{filter_.name}": None for task in tasks for one in task.aggregation() for filter_ in task._filters}
         if not matching(figures, metric):
             raise InputError(f"{setting('metric')} {name}={metric}: the task has {'; '.join(figures)}")
 
 
 def check_choices(manager: Any, settings: EvalSettings) -> None:
-    """Loads the tasks; InputError naming the first that asks for more than the log-likelihoods of
+    """Loads the tasks; InputError naming the first that needs more than log-likelihoods of
     answers."""
     for name, task in _loaded(manager, settings).items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-            raise InputError(f"task {name} is of kind {task.OUTPUT_TYPE}; layers can be scored by tasks of choices only")
+            raise InputError(
+                f"task {name} is of kind {task.OUTPUT_TYPE}; scoring layers needs multiple-choice or log-likelihood tasks"
+            )
 
 
 def generates(manager: Any, settings: EvalSettings) -> bool:
-    """Loads the tasks; whether any of them has a model write."""
+    """Loads the tasks; whether any of them generates text."""
     return any(task.OUTPUT_TYPE == "generate_until" for task in _loaded(manager, settings).values())
 
 
@@ -222,19 +226,18 @@ def evaluate(
     model: nn.Module, tokenizer: Any, settings: EvalSettings, manager: Any, answer: Answerer | None = None,
     journal: Journal | None = None, ranks: DistributedContext | None = None, progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """lm-eval's results with per-document samples, and under `cut`, by task, how many answers ended
-    for their length only. WorkError where lm-eval fails (its data cannot be had).
+    """Returns lm-eval's results with per-document samples, and under `cut` the number of answers
+    per task that reached the length limit. WorkError if lm-eval fails, for example to load data.
 
-    answer: takes the model's place; it is told all that is to be read and predicted, and gives
-    log-probability and whether that was the most likely answer, for each. For tasks that
-    `check_choices` passes. journal: of what has been answered; ranks: among which requests are
-    split; only the first has the results, the others an empty object.
+    answer: replaces the model for tasks that `check_choices` accepts; called with all requests (see
+    Answerer), and `cut` is then missing. journal: stores answers so that an evaluation can resume.
+    ranks: split the requests; only the first rank returns results, the others an empty object.
     """
     from hybridize.compat.lm_eval import HFLM, hushed, simple_evaluate
 
     from .answering import Answering, vote
 
-    class Told(HFLM):
+    class Delegating(HFLM):
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> Any:
             assert answer is not None
             longest = self.max_length + 1  # what does not fit is cut off at the left, as lm-eval does
@@ -246,10 +249,9 @@ def evaluate(
                 model, tokenizer, settings.batch_size, settings.seed, settings.think_end, journal, ranks, progress
             )
         else:
-            wrapped = Told(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
+            wrapped = Delegating(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)  # type: ignore[arg-type]
         if settings.samples > 1:
-            asked, load = manager, manager.load
-            manager = copy.copy(asked)
+            load, manager = manager.load, copy.copy(manager)
             manager.load = lambda names: vote(load(names), settings.samples)
         try:
             found = simple_evaluate(
@@ -266,13 +268,13 @@ def evaluate(
     if found is None:
         if ranks is not None and not ranks.main:
             return {}
-        raise WorkError("lm-eval gave no results")
+        raise WorkError("lm-eval returned no results")
     return found if answer is not None else {**found, "cut": dict(wrapped.cut)}
 
 
 def margins(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per document of a multiple-choice task: log-probability of the right answer minus that of the
-    best wrong one."""
+    """Returns each document's margin in a multiple-choice task: log-probability of the right answer
+    minus that of the best wrong one. InputError for other tasks."""
     found = []
     for sample in samples:
         if isinstance(sample["filtered_resps"][0], str):

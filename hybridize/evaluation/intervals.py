@@ -1,5 +1,5 @@
-"""How far a paired difference can be trusted: score intervals for right and wrong answers, the
-bootstrap for other scores."""
+"""Confidence intervals and p values of paired differences: score intervals for right and wrong
+answers, the bootstrap for other scores."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
-_STEPS = 60  # of a bisection: below the last bit of a float64
+_STEPS = 60  # bisection steps, enough for the precision of float64
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences baseline - candidate of one figure, by document; positive: the candidate is
-    worse.
+    """Differences of one figure by document; positive if the candidate is worse than the baseline.
 
-    parts: one tensor [n] for each subtask of a group that weighs its subtasks equally, else a
-    single one. binary: every score was right or wrong, so that each difference is -1, 0 or 1.
-    bounded: every score lies between 0 and 1.
+    parts: a tensor [n] per subtask of a group that weights its subtasks equally, else a single one.
+    binary: every score is 0 or 1, so that each difference is -1, 0 or 1. bounded: every score lies
+    between 0 and 1.
     """
 
     parts: tuple[Tensor, ...]
@@ -50,12 +49,12 @@ class Paired:
 
     @property
     def by_score(self) -> bool:
-        """Whether the score interval is used: for right and wrong answers, and where no two bounded
-        scores differ, of which a bootstrap would be sure."""
+        """Whether the score interval is used: for binary scores, and for bounded scores without any
+        difference, where the bootstrap's interval would have width zero."""
         return (self.binary and len(self.parts) == 1) or (self.bounded and not (self.lost or self.won))
 
     def interval(self, level: float, seed: int = 0) -> tuple[float, float]:
-        """Of the mean, two-sided."""
+        """Returns the two-sided confidence interval of the mean at this level."""
         if self.by_score:
             return score_interval(self.lost, self.won, self.documents, level)
         edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
@@ -63,7 +62,7 @@ class Paired:
         return low, high
 
     def chance_of(self, drop: float, seed: int = 0) -> float:
-        """One-sided p: how likely so large a mean is where the true one is at most `drop`."""
+        """Returns the one-sided p value of the null hypothesis that the mean is at most `drop`."""
         if self.by_score:
             return 1 - NormalDist().cdf(score_statistic(self.lost, self.won, self.documents, drop))
         return (float((self._resampled(seed) <= drop).sum()) + 1) / (RESAMPLES + 1)
@@ -77,20 +76,20 @@ class Paired:
 
 
 def score_statistic(lost: int, won: int, count: int, drop: float) -> float:
-    """How many standard errors the mean difference (lost - won) / count lies above `drop`, the
-    variance being the likeliest one where `drop` is true. For a difference of paired proportions
+    """Returns the score statistic of a difference of paired proportions: how many standard errors
+    (lost - won) / count lies above `drop`, with the maximum-likelihood variance under `drop`
     (Tango, Statistics in Medicine 17, 1998, equation 6)."""
     a, c = 2 * count, -won * drop * (1 - drop)
     b = -lost - won + (2 * count - lost + won) * drop
-    share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # of documents that only the candidate gets right
+    share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # share of documents that only the candidate gets right
     variance = count * (2 * share + drop * (1 - drop))
     distance = lost - won - count * drop
     return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance) if distance else 0.0
 
 
 def score_interval(lost: int, won: int, count: int, level: float) -> tuple[float, float]:
-    """The drops that `score_statistic` does not rule out at this two-sided level. It keeps its
-    level also where no document, or every one, is answered alike."""
+    """Returns the interval of drops that `score_statistic` does not reject at this two-sided level.
+    Its coverage holds even if no document, or every one, has equal answers."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     mean = (lost - won) / count
 
@@ -107,9 +106,9 @@ def score_interval(lost: int, won: int, count: int, level: float) -> tuple[float
 
 
 def resampled(differences: Tensor, seed: int) -> Tensor:
-    """Means of RESAMPLES draws of n of the differences [n], with replacement (Efron 1979); float64."""
+    """Returns the bootstrap means [RESAMPLES], float64, of the differences [n] (Efron 1979)."""
     count, generator = len(differences), torch.Generator().manual_seed(seed)
-    # equal differences are drawn together: how often each value comes is multinomial, whatever the
+    # counts of distinct values are multinomial, so with few values the cost does not depend on the
     # number of documents
     values, times = differences.unique(return_counts=True)
     if len(values) == 1:
@@ -129,23 +128,23 @@ def resampled(differences: Tensor, seed: int) -> Tensor:
 
 
 def bootstrap(values: Tensor, level: float, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` [n]."""
+    """Returns the bootstrap percentile interval of the mean of `values` [n]."""
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(resampled(values, seed), edges).tolist()
     return low, high
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of `lost` against `won` discordant pairs, alike under the null (McNemar
-    1947, binomial form)."""
+    """Returns the exact two-sided p value of McNemar's test (1947, binomial form) for `lost` and
+    `won` discordant pairs."""
     total, fewer = lost + won, min(lost, won)
     tail = sum(math.comb(total, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
 def holm(chances: Sequence[float], alpha: float) -> list[bool]:
-    """Which of these p values are rejected so that any false rejection at all has at most the
-    chance `alpha` (Holm 1979)."""
+    """Returns for each p value whether its hypothesis is rejected at family-wise error rate `alpha`
+    (Holm 1979)."""
     order = sorted(range(len(chances)), key=lambda at: chances[at])
     found = [False] * len(chances)
     for rank, at in enumerate(order):

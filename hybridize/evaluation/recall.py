@@ -1,9 +1,9 @@
-"""Tasks that ask for something said long before, made from a seed in lengths of the checkpoint's
-own tokens; no download.
+"""Long-context recall tasks, generated from a seed at lengths counted in the checkpoint's own tokens,
+without a download.
 
-What likelihood hides: a hybrid may keep its perplexity and lose what it was told. The kinds are
-those of needle-in-a-haystack tests and of RULER (2404.06654, section 3), in texts of our own:
-filler.txt, in an order of its own for every document.
+A hybrid may keep its perplexity and still lose information from far back in its context. The kinds
+follow needle-in-a-haystack tests and RULER (2404.06654, section 3). The texts are original: the
+sentences of filler.txt in a different order for each document.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from hybridize.errors import InputError, setting
 
 GROUP = "recall"
 LENGTHS = (1024, 4096)
-DOCUMENTS = 50  # of each kind and length
-ANSWER = 48  # tokens of an answer at most
-ROOM = 96  # tokens of a length that the answer and a chat template's own text may take
+DOCUMENTS = 50  # per kind and length
+ANSWER = 48  # most tokens of an answer
+ROOM = 96  # tokens reserved for the text of a chat template
 SHORTEST = 512
-CHAIN = 3  # variables that have one value
+CHAIN = 3  # variables with the same value
 PLACES = (
     "Oslo", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Perth", "Lagos", "Basel", "Kyoto", "Sofia", "Riga", "Dakar", "Minsk",
     "Seoul", "Tunis", "Bern", "Hanoi", "Porto", "Accra", "Leeds", "Malmo", "Nancy", "Osaka",
 )  # fmt: skip
-UNTIL = {"variables": ["\n\n\n"]}  # a list may be written over several lines
+UNTIL = {"variables": ["\n\n\n"]}  # a list may span several lines
 Document = dict[str, str]
 Sentences = list[str]
 
@@ -39,7 +39,7 @@ def _number(draw: random.Random) -> str:
 
 
 def _needle(draw: random.Random, _: int, count: int = 1) -> tuple[Sentences, str, str, str]:
-    """What is hidden, the question, the beginning of its answer, and the answer."""
+    """Returns the sentences to hide, the question, the beginning of its answer, and the answer."""
     places = draw.sample(PLACES, count)
     numbers = [_number(draw) for _ in places]
     hidden = [f"The magic number of {place} is {number}." for place, number in zip(places, numbers, strict=True)]
@@ -49,7 +49,7 @@ def _needle(draw: random.Random, _: int, count: int = 1) -> tuple[Sentences, str
 
 
 def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]:
-    """As many pairs of key and value as fit take the place of the filler."""
+    """A list of keys and values, which replaces the filler. Returns the same as `_needle`."""
     keys = [f"{draw.choice('bcdfghjk')}{draw.choice('aeiou')}{draw.randint(100, 999)}" for _ in range(length // 8)]
     pairs = {key: _number(draw) for key in keys}
     asked = draw.choice(list(pairs))
@@ -58,8 +58,8 @@ def _lookup(draw: random.Random, length: int) -> tuple[Sentences, str, str, str]
 
 
 def _variables(draw: random.Random, _: int) -> tuple[Sentences, str, str, str]:
-    """A value that is handed on from variable to variable: which have it? As RULER's variable
-    tracking with one chain."""
+    """A value passed from variable to variable, as in RULER's variable tracking with one chain; the
+    question is which variables have it. Returns the same as `_needle`."""
     names = [f"{letter}{draw.randint(1, 9)}" for letter in draw.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", CHAIN)]
     value = _number(draw)
     hidden = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names))]
@@ -79,23 +79,23 @@ KINDS: dict[str, Callable[[random.Random, int], tuple[Sentences, str, str, str]]
 
 
 def parse_lengths(text: str | None) -> tuple[int, ...]:
-    """`1024,4096` -> (1024, 4096). InputError for what is no length."""
+    """`1024,4096` -> (1024, 4096). InputError for text that is not a list of lengths."""
     if text is None:
         return LENGTHS
     try:
         found = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError as error:
         raise InputError(
-            f"{setting('recall_lengths')} {text}: numbers of tokens with commas between, as 1024,4096,16384"
+            f"{setting('recall_lengths')} {text} must be numbers of tokens separated by commas, such as 1024,4096,16384"
         ) from error
     if found[0] < SHORTEST:
-        raise InputError(f"{setting('recall_lengths')} {text}: at least {SHORTEST} tokens each")
+        raise InputError(f"{setting('recall_lengths')} {text}: each length must be at least {SHORTEST} tokens")
     return found
 
 
 def make_document(tokenizer: Any, kind: str, length: int, seed: int, number: int) -> Document:
-    """One document of at most `length` tokens, answer and ROOM included: `text`, `answer`, and
-    `prefix`, how that begins."""
+    """Returns one document of at most `length` tokens, including ANSWER and ROOM: its `text`,
+    `answer`, and `prefix`, the beginning of the answer."""
     draw = random.Random(f"{seed} {kind} {length} {number}")
     hidden, question, prefix, answer = KINDS[kind](draw, length)
     sizes = _sizes(tokenizer)
@@ -125,29 +125,29 @@ def make_document(tokenizer: Any, kind: str, length: int, seed: int, number: int
 
 
 def _size(tokenizer: Any, text: str) -> int:
-    """Tokens of a sentence in a text, with a space before it; never fewer than it takes there."""
+    """Returns an upper bound of a sentence's tokens within a text, counted with a space before it."""
     return len(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
 
 
 @functools.lru_cache(maxsize=4)
 def _sizes(tokenizer: Any) -> dict[str, int]:
-    """The filler's sentences and their sizes in tokens."""
+    """Returns the filler's sentences and their sizes in tokens."""
     return {line: _size(tokenizer, line) for line in Path(__file__).with_name("filler.txt").read_text().splitlines()}
 
 
 def judge(document: Document, answers: Sequence[str]) -> dict[str, float]:
-    """Whether the answer begins with the numbers that were asked for, in their order, or with all
-    the variables alone."""
+    """Scores the first answer: 1 if its first numbers are the expected ones in order, or if the
+    first variables that it names are exactly the expected ones in any order, else 0."""
     wanted = document["answer"].split()
     if wanted[0].isdecimal():
-        said = re.findall(r"\d+", answers[0])
-        return {"recall": float(said[: len(wanted)] == wanted)}
+        numbers = re.findall(r"\d+", answers[0])
+        return {"recall": float(numbers[: len(wanted)] == wanted)}
     named = list(dict.fromkeys(re.findall(r"\b[A-Z]\d\b", answers[0])))
     return {"recall": float(set(named[: len(wanted)]) == set(wanted))}
 
 
 def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
-    """lm-eval's group `recall`: a group for each length, in it a task for each kind."""
+    """Returns lm-eval's group `recall`: a group per length with a task per kind."""
     from datasets import Dataset
 
     from hybridize.compat.lm_eval import AggMetricConfig, ConfigurableTask, Group
@@ -178,13 +178,13 @@ def recall_group(tokenizer: Any, lengths: Sequence[int], seed: int) -> Any:
 
 
 def kind_and_length(task: str) -> tuple[str, int] | None:
-    """`recall_needle_1024` -> ("needle", 1024); None for tasks that are not of the group."""
+    """`recall_needle_1024` -> ("needle", 1024); None for tasks outside the group."""
     parts = re.fullmatch(rf"{GROUP}_([a-z]+)_(\d+)", task)
     return None if parts is None else (parts[1], int(parts[2]))
 
 
 def by_length(tasks: dict[str, dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Of a results.json's tasks the recall by length and kind."""
+    """Returns the recall by length and kind from the tasks of a results.json."""
     found: dict[int, dict[str, float]] = {}
     for name, task in tasks.items():
         if parts := kind_and_length(name):

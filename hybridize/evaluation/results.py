@@ -1,4 +1,4 @@
-"""results.json: what an evaluation found, per task and per document."""
+"""results.json: the results of an evaluation per task and per document."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FORMAT = 1
 
 
 def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str, ran: dict[str, Any]) -> dict[str, Any]:
-    """results.json's object out of lm-eval's own. `checkpoint`: the content hash; `ran`: device,
-    type, backend."""
+    """Builds the object of results.json from lm-eval's results. checkpoint: its content hash; ran:
+    device, number type and backend."""
     tasks = {}
     for task, samples in found["samples"].items():
         figures = figures_of(found, task)
@@ -39,21 +39,21 @@ def make_results(found: dict[str, Any], settings: EvalSettings, checkpoint: str,
     }  # fmt: skip
 
 
-def groups_of(found: dict[str, Any], asked: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of the groups that were asked for: their aggregates, in lm-eval's own weighing, and all tasks
-    below them."""
+def groups_of(found: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns the aggregates of the requested groups, as weighted by lm-eval, and all tasks below
+    them."""
     below = found.get("group_subtasks", {})
 
     def leaves(name: str) -> list[str]:
         return [leaf for child in below[name] for leaf in leaves(child)] if below.get(name) else [name]
 
-    tasks = {name: [task for task in leaves(name) if task in found["samples"]] for name in asked if below.get(name)}
+    tasks = {name: [task for task in leaves(name) if task in found["samples"]] for name in names if below.get(name)}
     made = {name: {"tasks": tasks[name], "figures": group_figures(found, name)} for name in tasks}
-    return {name: told for name, told in made.items() if told["figures"] and told["tasks"]}
+    return {name: group for name, group in made.items() if group["figures"] and group["tasks"]}
 
 
 def figures_in(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """All figures of a task in results.json; of an older file the one that it has."""
+    """Returns all figures of a task in results.json; older files have only one."""
     if "figures" in task:
         return dict(task["figures"])
     scores = [float(document["score"]) for document in task["documents"]]
@@ -61,18 +61,18 @@ def figures_in(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def values_in(task: dict[str, Any]) -> dict[str, float]:
-    """The values alone of all figures of a task."""
+    """Returns the values of all figures of a task."""
     return {key: figure["value"] for key, figure in figures_in(task).items()}
 
 
 def tasks_in_groups(results: dict[str, Any]) -> set[str]:
-    """Tasks that a group stands for, in results.json."""
+    """Returns the tasks in results.json that belong to one of its groups."""
     return {task for group in (results.get("groups") or {}).values() for task in group["tasks"]}
 
 
 def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
-    """Each document of each task as a line of JSON: what was asked, what the model said, what of
-    that counts, what is right."""
+    """Returns each document of each task as a line of JSON: the prompt, the model's output, the
+    extracted answer, the target and the metrics."""
     kept = ("doc_id", "doc_hash", "filter", "arguments", "resps", "filtered_resps", "target", "metrics")
     lines = (
         {"task": task, **{key: sample[key] for key in kept if key in sample}}
@@ -84,21 +84,24 @@ def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """InputError when the file is not one of ours, or a task of it lacks what a comparison needs."""
+    """Reads a results.json. InputError if the file has another format, or a task lacks what a
+    comparison needs."""
     found = read_json(path)
     if found.get("format") != FORMAT or not all(isinstance(found.get(key), dict) for key in ("tasks", "settings")):
         raise InputError(f"{path} is not a results.json of format {FORMAT}")
-    for task, told in found["tasks"].items():
+    for task, entry in found["tasks"].items():
         try:
-            whole = isinstance(told["metric"], str) and isinstance(told["higher_is_better"], bool) and _is_number(told["value"])
+            whole = (
+                isinstance(entry["metric"], str) and isinstance(entry["higher_is_better"], bool) and _is_number(entry["value"])
+            )
             documents = [
-                (isinstance(d["doc"], int), isinstance(d["hash"], str), _is_number(d["score"])) for d in told["documents"]
+                (isinstance(d["doc"], int), isinstance(d["hash"], str), _is_number(d["score"])) for d in entry["documents"]
             ]
-            whole = whole and all(map(_is_figure, figures_in(told).values()))
+            whole = whole and all(map(_is_figure, figures_in(entry).values()))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             whole = False
         if not whole or not all(map(all, documents)):
-            raise InputError(f"{path}: task {task} has not metric, value, direction and a score for each document")
+            raise InputError(f"{path}: task {task} lacks its metric, value, direction or a score for each document")
     return found
 
 
@@ -115,9 +118,9 @@ def _is_number(value: Any) -> bool:
 
 
 def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, baseline: dict[str, Any]) -> None:
-    """InputError unless `baseline` was measured with these settings, in the same number type."""
+    """InputError unless `baseline` was evaluated with the same settings and number type."""
     for key in ("tasks", "num_fewshot", "limit", "apply_chat_template", "gen_kwargs", "seed", "samples", "think_end"):
-        usual = 1 if key == "samples" else None  # in results that are older than the setting
+        usual = 1 if key == "samples" else None  # for results older than this setting
         ours, theirs = settings.get(key, usual), baseline["settings"].get(key, usual)
         if ours != theirs:
             raise InputError(f"the baseline was evaluated with {key} {theirs!r}, the candidate with {ours!r}: not comparable")
@@ -129,8 +132,8 @@ def check_comparable(settings: dict[str, Any], ran: dict[str, Any] | None, basel
 
 
 def reusable(path: Path, checkpoint: str, settings: dict[str, Any], ran: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in `path`, if they are of this checkpoint (content hash), settings, number type
-    and lm-eval; else None."""
+    """Returns the results in `path` if they match this checkpoint (content hash), settings, number
+    type and version of lm-eval, else None."""
     if not path.is_file():
         return None
     try:

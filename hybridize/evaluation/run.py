@@ -1,4 +1,4 @@
-"""An evaluation from checkpoint to results file: resumable, reusing what has been measured, over
+"""Evaluates a checkpoint and writes its results file. Resumable, reuses earlier results, and runs on
 one process or several."""
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from hybridize.runtime.loading import load_hybrid, load_model
 
 @dataclass(frozen=True)
 class EvalRun:
-    """One command's evaluation of one checkpoint or two. manager: of the tasks, see
-    harness.repeatable; target: the folder that results go to; ran: where figures come from, see
-    device.ran_on."""
+    """The evaluation of a checkpoint and possibly its baseline by one command.
+
+    manager: lm-eval's task manager, see harness.repeatable; target: folder for the results; ran:
+    device, type and backend, see device.ran_on."""
 
     settings: EvalSettings
     manager: Any
@@ -46,10 +47,10 @@ class EvalRun:
     notes: Notes = SILENT
 
     def results(self, reader: CheckpointReader, tokenizer: Any, baseline: bool = False) -> dict[str, Any]:
-        """The checkpoint's results, written into `target` as well; nothing on any rank but the
-        first.
+        """Evaluates the checkpoint, writes its results into `target` and returns them; an empty
+        object on all ranks but the first.
 
-        baseline: they go to baseline.json, which is always replaced.
+        baseline: writes to baseline.json, which is always replaced.
         """
         prefix = "baseline-" if baseline else ""
         path, answers = self.target / ("baseline.json" if baseline else "results.json"), f"{prefix}answers.part.jsonl"
@@ -60,7 +61,7 @@ class EvalRun:
         kept = self.ranks.first(kept)
         if kept is not None:
             if self.ranks.main:
-                (self.target / answers).unlink(missing_ok=True)  # killed after the results were there
+                (self.target / answers).unlink(missing_ok=True)  # left by a run killed after writing the results
                 clear_leftovers(path)
             return dict(kept)
         if path.exists() and not self.overwrite and not baseline:
@@ -84,10 +85,10 @@ class EvalRun:
         return results
 
     def _evaluated(self, reader: CheckpointReader, tokenizer: Any, journal: Journal | None) -> dict[str, Any]:
-        """lm-eval's own results."""
+        """Loads the model and returns lm-eval's own results."""
         self.notes.doing(f"loading {reader.path}")
         generating = generates(self.manager, self.settings)
-        if generating and not looks_at_the_longest(hybrid_config(reader.config)):  # our own class decodes faster
+        if generating and not looks_at_the_longest(hybrid_config(reader.config)):  # this class decodes faster
             model: Any = load_hybrid(reader, self.device, self.dtype)
         else:
             model = load_model(reader.path, self.device, self.dtype, self.trust_remote_code)
@@ -106,10 +107,11 @@ class EvalRun:
 def find_baseline(
     name: str | None, target: Path, settings: dict[str, Any], ran: dict[str, str], notes: Notes = SILENT
 ) -> tuple[dict[str, Any] | None, CheckpointReader | None]:
-    """The baseline's results, where there are such that can be used, and else the checkpoint to
-    measure.
+    """Returns (the baseline's results, None) if usable ones exist, else (None, the checkpoint to
+    evaluate); (None, None) without a baseline.
 
-    name: a checkpoint, or a results file of the same settings.
+    name: a checkpoint, or a results file with the same settings. InputError if that file is not
+    comparable.
     """
     if name is None:
         return None, None
@@ -121,6 +123,6 @@ def find_baseline(
     for path in (beside(own.path, name, "eval") / "results.json", target / "baseline.json"):
         kept = reusable(path, own.hash, settings, ran)
         if kept is not None:
-            notes.note(f"the baseline's figures are those of {path}: same checkpoint, same settings")
+            notes.note(f"the baseline's results are taken from {path}: same checkpoint, same settings")
             return kept, None
     return None, own

@@ -1,8 +1,8 @@
-"""All MMR candidates of one process in training, side by side.
+"""Trains all MMR candidates of one process in parallel.
 
-A batch goes through the teacher once and through the untouched student once; a candidate runs from
-its own layer on, and shares calls with the others: a layer takes all that have begun below it, as
-rows of one batch. Shapes: B sequences, T tokens, D hidden size.
+A batch goes once through the teacher and once through the unmodified student. Each candidate runs
+from its own layer on, and all candidates that started at a lower layer go through a layer together,
+as rows of one batch. Shapes: B sequences, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hybridize.runtime import packed_attention as attention
 from hybridize.runtime.forward import autocast, before_output, hidden_states, output_weight, soft_cap
 from hybridize.scoring.scorer import Progress
 
-SAVE_EVERY = 10  # steps of a chunk, after which a killed run goes on
+SAVE_EVERY = 10  # steps between saved states
 
 
 def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, values: dict[str, Tensor]) -> nn.Module:
-    """A converted copy of one layer: a mixer with `values`, float32 and to be trained; all else
-    shared with the original."""
+    """Returns a copy of one layer with a trainable float32 mixer of parameters `values`; all other
+    modules are shared with the original."""
     original, before = student.model.layers[layer], student.config.mixer
     student.config.mixer = mixer
     try:
@@ -49,14 +49,14 @@ def converted(student: HybridForCausalLM, mixer: dict[str, Any], layer: int, val
 
 
 def narrow(student: HybridForCausalLM, dtype: torch.dtype) -> None:
-    """Frozen projections as `dtype`, which autocast would make of them at every use."""
+    """Casts frozen projections to `dtype`, which saves autocast from doing so at every use."""
     for part in student.model.layers.modules():
         if dtype != torch.float32 and isinstance(part, nn.Linear) and not part.weight.requires_grad:
             part.weight.data = part.weight.data.to(dtype)
 
 
 class Candidates:
-    """The converted layers in training, with one optimizer, which treats each weight by itself."""
+    """The converted layers and one optimizer for all of them; AdamW updates weights independently."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class Candidates:
         dtype: torch.dtype,
         room: int | None = None,
     ) -> None:
-        """mixer: the new mixers' config entry; starts: for each candidate layer the parameters that
-        its mixer starts with.
+        """mixer: the new mixers' config entry; starts: the initial parameters of each candidate
+        layer's mixer.
 
-        student, teacher: on one device, left as they are but for the type of the student's frozen
-        projections, which becomes `dtype`. room: bytes for the activations of a group, None: of all
-        side by side.
+        student, teacher: on one device; unchanged, except that the student is frozen and its
+        projections become `dtype`. room: bytes for the activations of one group; None: all
+        candidates form one group.
         """
         self.student, self.teacher, self.settings, self.dtype = student, teacher, settings, dtype
         self.loss = replace(Loss.parse(settings.loss), soft_cap=soft_cap(student))
@@ -89,12 +89,12 @@ class Candidates:
         parts = [self.mixed[str(layer)] for layer in self.layers]
         self.optimization = Optimization(self.mixed, settings, parts=parts)
         self.optimizer = self.optimization.adamw
-        self.losses: list[Tensor] = []  # of each step, [candidates] in the order of `layers`
+        self.losses: list[Tensor] = []  # per step [candidates], in the order of `layers`
         self.groups = self._groups(room)
 
     def _groups(self, room: int | None) -> list[list[int]]:
-        """Neighbours whose activations fit side by side, by what `plan` says of a layer that is
-        trained."""
+        """Splits the candidates into groups of neighbours whose activations, as estimated by
+        distillation.plan, fit into `room` bytes."""
         config, tokens = self.student.config, self.settings.batch_size * self.settings.seq_len
         room = sys.maxsize if room is None else room
         device = output_weight(self.student).device.type
@@ -111,13 +111,13 @@ class Candidates:
         return groups
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step of every candidate."""
+        """Takes one optimizer step with every candidate."""
         losses = self.optimization.take(len(self.losses), lambda: self._gradients(batch))
         self.losses.append(losses)
 
     def _gradients(self, batch: Batch) -> Tensor:
-        """Adds every candidate's gradient; returns their losses, in the order of `layers`."""
-        heard = self._untouched(batch)
+        """Adds every candidate's gradient; returns their losses [candidates] in the order of `layers`."""
+        inputs = self._layer_inputs(batch)
         kept, count = batch.loss_mask.flatten(), max(1, batch.kept)
         logits = None
         if self.loss.needs_teacher:
@@ -128,7 +128,7 @@ class Candidates:
         found = []
         for group in self.groups:
             values = []
-            for states in self._forward(batch, group, heard):
+            for states in self._forward(batch, group, inputs):
                 ours = chosen(states.flatten(0, 1), kept)
                 values.append(chunked_loss(ours, weight, logits, None, labels, self.loss, scale=1 / count, dtype=self.dtype))
             torch.stack(values).sum().backward()
@@ -136,7 +136,7 @@ class Candidates:
         return torch.stack(found)
 
     def _inputs(self, batch: Batch, times: int, hidden: Tensor) -> dict[str, dict[str, Any]]:
-        """The kwargs of each kind of layer for the batch, `times` over."""
+        """Returns the kwargs of each kind of layer, for the batch repeated `times` times."""
         more: dict[str, Any] = {}
         if batch.positions is None:
             at = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
@@ -146,37 +146,38 @@ class Candidates:
             if self.student.config._attn_implementation == attention.NAME:
                 several = Batch(batch.ids.repeat(times, 1), at, batch.labels, batch.loss_mask)
                 more["cu_seq_lens_q"] = several.boundaries(batch.documents)
-        told = self.student.model.layer_inputs(hidden, None, at, **more)
-        return {kind: {**given, "position_ids": at} for kind, given in told.items()}
+        kwargs = self.student.model.layer_inputs(hidden, None, at, **more)
+        return {kind: {**given, "position_ids": at} for kind, given in kwargs.items()}
 
     @torch.no_grad()
-    def _untouched(self, batch: Batch) -> dict[int, Tensor]:
-        """What each candidate's layer hears [B, T, D]: the student's own hidden states below it."""
+    def _layer_inputs(self, batch: Batch) -> dict[int, Tensor]:
+        """Returns the inputs [B, T, D] of each candidate's layer: the unmodified student's hidden
+        states."""
         with autocast(batch.ids.device, self.dtype):
             hidden = self.student.model.embed(batch.ids)
-            told, heard = self._inputs(batch, 1, hidden), {}
+            kwargs, states = self._inputs(batch, 1, hidden), {}
             for index, layer in enumerate(self.student.model.layers[: self.layers[-1] + 1]):
-                heard[index] = hidden
+                states[index] = hidden
                 if index < self.layers[-1]:
-                    hidden = layer(hidden, **told[self.student.config.layer_types[index]])
-        return {layer: heard[layer] for layer in self.layers}
+                    hidden = layer(hidden, **kwargs[self.student.config.layer_types[index]])
+        return {layer: states[layer] for layer in self.layers}
 
-    def _forward(self, batch: Batch, group: list[int], heard: dict[int, Tensor]) -> Sequence[Tensor]:
-        """Final hidden states [B, T, D] of each candidate of a group, which enter one by one as the
-        layers go up."""
+    def _forward(self, batch: Batch, group: list[int], inputs: dict[int, Tensor]) -> Sequence[Tensor]:
+        """Returns the final hidden states [B, T, D] of each candidate in a group. A candidate joins
+        the batch at its own layer. inputs: of the candidates' layers."""
         model, begun = self.student.model, []
         hidden: Tensor | None = None
         with autocast(batch.ids.device, self.dtype):
-            told: dict[str, dict[str, Any]] = {}
+            kwargs: dict[str, dict[str, Any]] = {}
             for index in range(group[0], len(model.layers)):
                 if hidden is not None:
-                    hidden = model.layers[index](hidden, **told[self.student.config.layer_types[index]])
+                    hidden = model.layers[index](hidden, **kwargs[self.student.config.layer_types[index]])
                 if index in group:
-                    alone = self._inputs(batch, 1, heard[index])[MIXER_LAYER]
-                    fresh = self.mixed[str(index)](heard[index], **alone)
+                    alone = self._inputs(batch, 1, inputs[index])[MIXER_LAYER]
+                    fresh = self.mixed[str(index)](inputs[index], **alone)
                     begun.append(index)
                     hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                    told = self._inputs(batch, len(begun), hidden)
+                    kwargs = self._inputs(batch, len(begun), hidden)
             assert hidden is not None
             return before_output(self.student, model.norm(hidden)).chunk(len(begun))
 
@@ -184,7 +185,7 @@ class Candidates:
         return ((name, p) for name, p in self.mixed.named_parameters() if p.requires_grad)
 
     def save(self, path: Path) -> None:
-        """Everything that changes, whole or not at all."""
+        """Saves losses, trained weights and optimizer state to `path`, atomically."""
         state = {"losses": torch.stack(self.losses)}
         for name, parameter in self._trained():
             state[f"weight.{name}"] = parameter.detach()
@@ -196,7 +197,7 @@ class Candidates:
         for name, parameter in self._trained():
             with torch.no_grad():
                 parameter.copy_(state[f"weight.{name}"])
-            # AdamW counts its steps on the device only where it is fused
+            # only fused AdamW keeps its step count on the device
             places = {"step": device if self.optimizer.defaults["fused"] else torch.device("cpu")}
             self.optimizer.state[parameter] = {
                 key: state[f"{key}.{name}"].to(places.get(key, device)) for key in ("step", "exp_avg", "exp_avg_sq")
@@ -207,10 +208,10 @@ class Candidates:
 def train(
     candidates: Candidates, batches: Iterable[Batch], state: Path | None = None, progress: Progress = lambda *_: None
 ) -> Tensor:
-    """The losses [steps, candidates] of all steps, going on from `state` where that file is; it is
-    written every SAVE_EVERY.
+    """Trains to the last step and returns the losses [steps, candidates] of all steps. Resumes from
+    the file `state` if it exists, and writes it every SAVE_EVERY steps.
 
-    batches: one a step, from the first step on also when some are done; on the student's device.
+    batches: one per step, starting at the first step also when resuming; on the student's device.
     """
     if state is not None and state.exists():
         candidates.load(state)
@@ -226,7 +227,7 @@ def train(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Whole or not at all."""
+    """Writes tensors to `path`, atomically."""
     beside = path.with_name(f"{path.name}.new")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
     beside.replace(path)

@@ -1,8 +1,8 @@
-"""Leave-one-out: what the model loses when one layer is taken away (Apriel-H1, 2511.02651, section
+"""Leave-one-out: scores a layer by what the model loses without it (Apriel-H1, 2511.02651, section
 3).
 
-Either the drop of a task's metric through lm-eval, or the rise of the KL to the teacher on text.
-One sweep tries all layers.
+The loss is either the drop of an lm-eval task's metric, or the rise of the KL from the teacher on
+text. One sweep covers all layers.
 """
 
 from __future__ import annotations
@@ -44,25 +44,24 @@ from hybridize.scoring.sweep import Instead, Node, portions, sweep, tree
 from hybridize.scoring.uncertainty import rank_uncertainty, scored
 
 ABLATIONS: dict[str, Instead] = {
-    "block": lambda _, layer, hidden, told: hidden,
-    "mixer": lambda _, layer, hidden, told: _silenced(layer)(hidden),
+    "block": lambda _, layer, hidden, kwargs: hidden,
+    "mixer": lambda _, layer, hidden, kwargs: _without_attention(layer)(hidden),
 }
-UNCERTAIN = 0.5  # of all ranks, in the median: from here on a ranking says little
-STATE_BYTES = 1 << 30  # hidden states of all variants at once on a CPU; a GPU spends a quarter of what it has left
-Question = tuple[Sequence[int], Sequence[int]]  # what the model reads, and what its last positions should predict
-Answer = tuple[float, bool]  # log-probability of that, and whether each token was the most likely one
+UNCERTAIN = 0.5  # median rank uncertainty, as a share of all ranks, above which the user is warned
+STATE_BYTES = 1 << 30  # for hidden states of all variants on a CPU; on a GPU a quarter of its free memory
+Question = tuple[Sequence[int], Sequence[int]]  # tokens to read, and tokens that the last positions should predict
+Answer = tuple[float, bool]  # log-probability, and whether each token was the most likely one
 
 
-class _Silence(nn.Module):
+class _Zero(nn.Module):
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
-def _silenced(layer: Any) -> Any:
-    """The layer with an attention that says nothing, whatever norms and factors its family has
-    around it."""
+def _without_attention(layer: Any) -> Any:
+    """Returns a copy of the layer whose attention outputs zeros; norms and factors around it stay."""
     other = copy.copy(layer)
-    other._modules = {**layer._modules, "self_attn": _Silence()}
+    other._modules = {**layer._modules, "self_attn": _Zero()}
     return other
 
 
@@ -70,9 +69,10 @@ def _silenced(layer: Any) -> Any:
 def answers(
     model: HybridForCausalLM, requests: Sequence[Question], what: str, rows: int, progress: Progress = lambda *_: None
 ) -> list[list[Answer]]:
-    """Every request's answer: of the untouched model, then without each attention layer in turn.
+    """Returns the answers to all requests [variants][requests]: of the unmodified model, then
+    without each attention layer in turn. WorkError if a log-likelihood is not finite.
 
-    what: see ABLATIONS; rows: texts side by side.
+    what: see ABLATIONS; rows: largest number of texts in a batch.
     """
     layers, device = attention_layers(model), model.lm_head.weight.device
     needed: dict[tuple[int, ...], int] = {}
@@ -105,7 +105,7 @@ def answers(
 
 
 def _room(model: HybridForCausalLM, variants: int) -> int:
-    """How many tokens' hidden states fit, of all variants."""
+    """Returns the number of tokens whose hidden states fit into memory for all variants."""
     weight = model.lm_head.weight
     room = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.is_cuda else STATE_BYTES
     return max(1, room // (variants * weight.shape[1] * weight.element_size()))
@@ -119,11 +119,11 @@ def loo_tasks(
     manager: Any,
     progress: Progress = lambda *_: None,
 ) -> dict[str, list[LayerScore]]:
-    """Scores by the metric asked for, and, where that is accuracy, by the margin too if the tasks
-    have one: it is there anyway.
+    """Returns scores by the requested metric; for accuracy also by the margin if the tasks have
+    one, since it comes at no cost.
 
-    Score = mean drop over all documents of all tasks, each task weighing the same. manager: see
-    `repeatable`, for tasks that `check_choices` passes.
+    Score = mean drop over all documents, with equal weights for tasks. manager: see `repeatable`,
+    with tasks that `check_choices` accepts.
     """
     layers, variant = attention_layers(model), 0
     known: dict[Any, list[Answer]] = {}
@@ -138,7 +138,9 @@ def loo_tasks(
     def nothing(requests: Sequence[Question]) -> list[Answer]:
         return [(-1.0, False)] * len(requests)
 
-    _per_document(evaluate(model, tokenizer, tasks, manager, nothing), settings.metric)  # whether there will be a score at all
+    _per_document(
+        evaluate(model, tokenizer, tasks, manager, nothing), settings.metric
+    )  # fails early if there will be no scores
     found = []
     for variant in range(len(layers) + 1):  # noqa: B007 (`answer` reads it)
         found.append(evaluate(model, tokenizer, tasks, manager, answer))
@@ -150,7 +152,7 @@ def loo_tasks(
 
 
 def _drops(layers: Sequence[int], found: Sequence[dict[str, Any]], metric: str) -> list[LayerScore]:
-    """found: lm-eval's results, of the untouched model first."""
+    """Returns the scores by drops of `metric`. found: lm-eval's results, the unmodified model's first."""
     before, *after = [_per_document(result, metric) for result in found]
     measured = []
     for task, base in before.items():
@@ -174,7 +176,7 @@ def _per_document(found: dict[str, Any], metric: str) -> dict[str, dict[int, flo
         worse = found["higher_is_better"].get(task, {}).get(key.split(",")[0]) is False and metric != "margin"
         scores[task] = {row["doc"]: -row["score"] if worse else row["score"] for row in rows}
         if not rows:
-            raise InputError(f"task {task} gives no score per document, so no layer can be ranked by it")
+            raise InputError(f"task {task} has no scores per document, so it cannot rank layers")
     return scores
 
 
@@ -186,10 +188,10 @@ def loo_kl(
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
-    """Score = rise of the forward KL from `teacher` on the kept tokens of `batches`, which are
-    drawn again for the spread.
+    """Score = rise of the forward KL from `teacher` on the tokens in the loss masks of `batches`.
+    Uncertainty is estimated by resampling batches.
 
-    teacher: another model, or None where it is `model` untouched.
+    teacher: another model, or None for the unmodified `model`.
     """
     return kl_changes(model, teacher, attention_layers(model), ABLATIONS[settings.ablate], batches, dtype, progress=progress)
 
@@ -207,8 +209,8 @@ def kl_changes(
     sign: float = 1.0,
     progress: Progress = lambda *_: None,
 ) -> list[LayerScore]:
-    """Score = sign times what each change (see sweep) adds to the forward KL from `teacher`, or
-    `model` where that is None."""
+    """Score = sign * (rise of the forward KL from `teacher` due to each change). teacher: None for
+    the unmodified `model`; instead, kinds: see sweep."""
     sums, tokens = [], []
     for number, batch in enumerate(batches, start=1):
         node, kept = Node(batch.ids, positions=batch.positions), batch.loss_mask.flatten()
@@ -224,7 +226,8 @@ def kl_changes(
 
 
 def _forward_kls(model: Any, variants: Tensor, teacher: Any, theirs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over tokens [V], float64 on the CPU; variants [V, n, D], theirs [n, D]."""
+    """Returns the forward KL of each variant summed over tokens, [V] float64 on the CPU; variants
+    [V, n, D] and theirs [n, D] are hidden states."""
     total = torch.zeros(len(variants), dtype=torch.float64, device=theirs.device)
     for begin in range(0, len(theirs), CHUNK_TOKENS):
         part = slice(begin, begin + CHUNK_TOKENS)
@@ -243,15 +246,15 @@ class LooScorer(Scorer):
     settings = LooSettings
 
     def score(self, setup: Setup, settings: LooSettings) -> Ranking:
-        """As in Scorer."""
+        """See Scorer.score."""
         found, used = (_on_text if settings.metric == "kl" else _on_tasks)(setup, settings)
-        said = {"metric": settings.metric, "ablate": settings.ablate, **used, **ran_on(*setup.compute)}
+        described = {"metric": settings.metric, "ablate": settings.ablate, **used, **ran_on(*setup.compute)}
         label = f"{settings.metric} lost, {settings.ablate} removed"
-        return Ranking(found, settings.metric, label, {**said, "seed": setup.request.seed})
+        return Ranking(found, settings.metric, label, {**described, "seed": setup.request.seed})
 
 
 def _on_text(setup: Setup, settings: LooSettings) -> tuple[list[LayerScore], dict[str, Any]]:
-    """Scores by KL, and what they were measured on."""
+    """Returns scores by KL, and the data settings for the score file."""
     request, (device, dtype), notes = setup.request, setup.compute, setup.notes
     batch_size = batch_for_spread(settings.batch_size, settings.windows)
     warn_of_length(setup.source, settings.seq_len, notes)
@@ -269,14 +272,14 @@ def _on_text(setup: Setup, settings: LooSettings) -> tuple[list[LayerScore], dic
 
 
 def batch_for_spread(batch_size: int, windows: int) -> int:
-    """At most `batch_size`, and so small that there are eight batches where there are as many
-    windows: scores are resampled by batches."""
+    """Returns `batch_size`, reduced so that there are at least eight batches if there are eight
+    windows: the uncertainty of scores is estimated by resampling batches."""
     return max(1, min(batch_size, windows // 8))
 
 
 def _on_tasks(setup: Setup, settings: LooSettings) -> tuple[list[LayerScore], dict[str, Any]]:
-    """Scores by lm-eval tasks, and what they were measured on; warns where they can hardly tell
-    layers apart."""
+    """Returns scores by lm-eval tasks, and the evaluation's settings for the score file; warns if
+    the ranking is uncertain."""
     request, notes = setup.request, setup.notes
     evaluation = EvalSettings(
         task_names(settings.tasks), settings.num_fewshot, request.limit, settings.batch_size, settings.apply_chat_template,
@@ -294,7 +297,7 @@ def _on_tasks(setup: Setup, settings: LooSettings) -> tuple[list[LayerScore], di
 
 
 def _warn_of_uncertainty(notes: Notes, metric: str, found: list[LayerScore], margin: list[LayerScore] | None) -> None:
-    """Says so when a metric ranks hardly anything, and which one would."""
+    """Warns if the ranking by `metric` is uncertain, and suggests another metric."""
     width = rank_uncertainty(found)
     sharper = rank_uncertainty(margin) if metric == "accuracy" and margin else None
     if width is None or width <= UNCERTAIN:
@@ -302,9 +305,7 @@ def _warn_of_uncertainty(notes: Notes, metric: str, found: list[LayerScore], mar
     by = setting("metric")
     other = f"{by} kl on your data may do better"
     if sharper is not None and sharper < width:
-        other = f"{by} margin can (a rank is uncertain by {sharper:.0%} of all ranks)"
+        other = f"{by} margin distinguishes them better (rank uncertainty {sharper:.0%})"
     if metric == "margin" or sharper is not None:  # measured: docs/how-to/choosing-layers.md
         other += f"; on a small model the layers that {by} kl and score-mmr chose trained far better than the margin's"
-    notes.warn(
-        f"{metric} can hardly tell these layers apart: a rank is uncertain by {width:.0%} of all ranks in the median; {other}"
-    )
+    notes.warn(f"{metric} hardly distinguishes these layers: the median rank uncertainty is {width:.0%} of all ranks; {other}")

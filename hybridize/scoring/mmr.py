@@ -1,6 +1,6 @@
-"""MIL-Mamba-Replacement: how far a few steps of distillation bring each attention layer once it is
-a mixer (Apriel-H1, 2511.02651, section 3). Each layer alone is converted and trained on the same
-batches, all else as it was."""
+"""MIL-Mamba-Replacement (MMR): scores an attention layer by the loss after a few steps of distillation
+with that layer converted (Apriel-H1, 2511.02651, section 3). Each layer is converted on its own, and
+all candidates train on the same batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hybridize.scoring.settings import MmrSettings
 from hybridize.scoring.setup import Ranking, Setup
 from hybridize.scoring.uncertainty import scored
 
-LAST = 10  # steps whose mean loss is the score
+LAST = 10  # the score is the mean loss of this many last steps
 
 
 def alone(
@@ -50,8 +50,8 @@ def alone(
     settings: MmrSettings,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The losses [steps] of one candidate trained by itself, in a copy of the student: what `train`
-    says, the plain way."""
+    """Trains one candidate in a copy of the student; returns its losses [steps]. For
+    train="mixers" the result is that of `train`, without sharing computation."""
     model: Any = copy.deepcopy(student)
     model.model.layers[layer] = converted(model, mixer, layer, values).to(output_weight(model).device)
     kinds = list(model.config.layer_types)
@@ -81,11 +81,12 @@ def measure(
     progress: Progress = lambda *_: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[LayerScore]:
-    """Scores of all ranks' candidates: the mean loss of the last steps over all repeats.
+    """Returns the scores of all ranks' candidates: the mean loss of the last steps over all
+    repeats.
 
-    starts: this rank's candidates, with the parameters that their mixers start with; batches: from
-    a repeat's number to its batches, one a step; room: bytes for activations, None: as many as it
-    takes; states: a folder in which a killed run finds what it had.
+    starts: this rank's candidates with the initial parameters of their mixers; batches: maps the
+    number of a repeat to its batches, one per step; room: bytes for activations, None for no limit;
+    states: folder for states from which an interrupted run resumes.
     """
     ranks = ranks or DistributedContext()
     kept = sorted(starts, key=lambda start: start[0])
@@ -97,10 +98,10 @@ def measure(
         else:
             candidates = Candidates(student, teacher, mixer, kept, settings.as_distill(), dtype, room)
             if repeat == 0 and len(candidates.groups) > 1:
-                note(f"{len(layers)} candidates in {len(candidates.groups)} groups, since no more fit into memory side by side")
+                note(f"{len(layers)} candidates train in {len(candidates.groups)} groups to fit into memory")
             place = None if states is None else states / f"{repeat}-rank{ranks.rank}.safetensors"
             made = train(candidates, batches(repeat), place, progress).cpu()
-            del candidates  # whose memory the next repeat needs
+            del candidates  # frees memory for the next repeat
         losses.append(made)
     return _ranked(ranks.all((layers, losses)), settings.repeats)
 
@@ -110,8 +111,8 @@ def _one_by_one(
     batches: Callable[[int], Iterable[Batch]], settings: MmrSettings, dtype: torch.dtype, repeat: int, states: Path | None,
     progress: Progress,
 ) -> Tensor:  # fmt: skip
-    """The losses [steps, candidates] of one repeat, each candidate trained alone; those in `states`
-    are not trained again."""
+    """Trains each candidate separately; returns the losses [steps, candidates] of one repeat.
+    Candidates with a file in `states` are not trained again."""
     parts: list[Tensor] = []
     for layer, values in starts:
         place = None if states is None else states / f"{repeat}-{layer}.safetensors"
@@ -127,8 +128,8 @@ def _one_by_one(
 
 
 def _ranked(found: Iterable[tuple[list[int], list[Tensor]]], repeats: int) -> list[LayerScore]:
-    """Scores by the mean loss of the last steps. found: of each rank its layers, and the losses of
-    each repeat."""
+    """Returns scores by the mean loss of the last steps. found: for each rank its layers and the
+    losses [steps, candidates] of each repeat. WorkError if a loss is not finite."""
     tails: dict[int, list[Tensor]] = {}
     for layers, losses in found:
         for column, layer in enumerate(layers):
@@ -142,8 +143,10 @@ def _ranked(found: Iterable[tuple[list[int], list[Tensor]]], repeats: int) -> li
 
 
 class MmrScorer(Scorer):
-    """resume: go on with the run beside the scores, if there is one, else `overwrite` them.
-    max_memory: GiB to stay within, see memory_plan."""
+    """Ranks layers by the loss after converting and briefly training each.
+
+    resume: continue an unfinished run if there is one; overwrite: with `resume`, replace existing
+    scores. max_memory: limit in GiB, see memory_plan."""
 
     kind = "mmr"
     summary = "Rank layers by how badly each converts."
@@ -155,19 +158,19 @@ class MmrScorer(Scorer):
 
     @contextlib.contextmanager
     def ranked(self, setup: Setup, settings: MmrSettings) -> Iterator[Ranking | None]:
-        """As in Scorer. Under torchrun each process has its share of the candidates, and the first
-        one the ranking to write."""
+        """See Scorer.ranked. Under torchrun the processes share the candidates, and the first one
+        writes the ranking."""
         setup.join()
         warn_of_length(setup.source, settings.seq_len, setup.notes)
         setup.check_filled(settings.seq_len)
-        said = asdict(settings) | setup.described()
+        described = asdict(settings) | setup.described()
         ranks, (device, dtype) = setup.ranks, setup.compute
         planned = memory_plan(
             setup.source, setup.origin, setup.shape, settings, device, dtype, ranks.size, self.max_memory
         )  # fmt: skip
         check_weights(setup.source, setup.origin, notes=setup.notes)
         identity = {
-            "settings": said, "checkpoint": setup.source.hash, "teacher": setup.origin.hash, "data": setup.corpus.hash,
+            "settings": described, "checkpoint": setup.source.hash, "teacher": setup.origin.hash, "data": setup.corpus.hash,
             "template": setup.encoder.template, "ranks": ranks.size,
         }  # fmt: skip
         run = RunDir(setup.path, identity, ranks)
@@ -176,18 +179,18 @@ class MmrScorer(Scorer):
             yield None
             return
         run.check(self.resume, overwrite)
-        ranks.wait()  # before the first one changes what the others look at
+        ranks.wait()  # all ranks have checked before the first one changes files
         if self.max_memory is not None:
             limit_memory(device, self.max_memory)
         with run.started(self.resume):
             found = self._measured(setup, settings, run, room_for_all(planned, run, ranks, setup.notes))
             leave()
             label = f"{settings.loss} after {settings.steps} steps"
-            yield Ranking(found, settings.loss, label, said | {"run": run.digest}, mixed=True)
+            yield Ranking(found, settings.loss, label, described | {"run": run.digest}, mixed=True)
             run.remove()
 
     def _measured(self, setup: Setup, settings: MmrSettings, run: RunDir, room: int) -> list[LayerScore]:
-        """The scores of all candidates of all ranks."""
+        """Trains this rank's candidates; returns the scores of all ranks' candidates."""
         ranks, (device, dtype), notes = setup.ranks, setup.compute, setup.notes
         mine = share_of(setup.contract.attention_layers, ranks.rank, ranks.size)
         starts = list(setup.starts(mine, together=False))
@@ -207,13 +210,13 @@ class MmrScorer(Scorer):
 
 
 def _is_of(path: Path, run: RunDir) -> bool:
-    """Whether a score file is what this run comes to."""
+    """Whether the score file `path` is the result of this run."""
     return read_scores(path).settings.get("run") == run.digest
 
 
 def room_for_all(planned: MemoryPlan, run: RunDir, ranks: DistributedContext, notes: Notes) -> int:
-    """Bytes that all ranks may fill with activations, the same as before the run was cut off:
-    groups are summed apart."""
+    """Returns the bytes that each rank may use for activations. A resumed run gets the same value
+    as before, since groups determine the order of sums."""
     room = min(ranks.all(ranks.first(run.room(ACTIVATIONS)) or max(1, int(planned.room))))
     if ranks.main:
         (notes.warn if planned.may_run_out else notes.note)(str(planned))

@@ -1,4 +1,4 @@
-"""What the candidates of MMR take in memory, planned from configs alone."""
+"""Plans the memory of MMR candidates from the configs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from hybridize.scoring.settings import MmrSettings
 from hybridize.surgery.teacher import empty_model
 
 ACTIVATIONS = "activations"
-SLACK = 0.1  # of the memory to stay within: what no plan knows of
-SHARE = 0.8  # of the free memory that the candidates may fill, unless somebody says how much
+SLACK = 0.1  # share of the limit kept free for memory that the plan does not cover
+SHARE = 0.8  # share of free memory that the candidates may use if max_memory is not set
 
 
 def share_of(layers: Sequence[int], rank: int, size: int) -> list[int]:
-    """One rank's candidates, dealt to and fro, since a low layer costs more than a high one."""
+    """Returns one rank's candidates, dealt out in alternating order of ranks (0, 1, 1, 0, ...), since
+    lower layers cost more."""
     return [layer for place, layer in enumerate(layers) if min(place % (2 * size), 2 * size - 1 - place % (2 * size)) == rank]
 
 
@@ -32,8 +33,8 @@ def memory(
     student: Any, teacher: Any, mixer: dict[str, Any], settings: MmrSettings, ranks: int, dtype: torch.dtype,
     device: str = "cuda",
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes by part on the rank with most candidates, all of them side by side; models may be
-    without storage. What groups can make less stands under ACTIVATIONS."""
+    """Returns bytes by part on the rank with most candidates, with all of them in one group. Groups
+    reduce only the part ACTIVATIONS. student, teacher: models, possibly without storage."""
     config, tokens = student.config, settings.batch_size * settings.seq_len
     kinds, before = list(config.layer_types), config.mixer
     layers = attention_layers(student)
@@ -53,7 +54,7 @@ def memory(
     if device == "cpu":
         shared["Python and its libraries"] = PROCESS
     if settings.train == "all":
-        # the student that all start from, and the copy that one candidate trains
+        # the original student, and the copy in which one candidate trains
         parts = {"student's weights": 4 * count, "a candidate's weights, gradients and moments": 16 * (count + new)}
         return shared | parts | {ACTIVATIONS: tokens * sum(sizes)}
     return shared | {
@@ -66,8 +67,9 @@ def memory(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part with all candidates side by side, `limit` bytes to stay within, and what that
-    is in words. together: whether candidates share calls, so that groups of them need less."""
+    """Bytes by part with all candidates in one group, the limit in bytes and in words.
+
+    together: whether candidates train in parallel, so that smaller groups need less memory."""
 
     parts: dict[str, int]
     limit: float
@@ -80,7 +82,7 @@ class MemoryPlan:
 
     @property
     def room(self) -> float:
-        """Bytes that are left for activations; less than nothing where all else does not fit."""
+        """Bytes left for activations, negative if the other parts do not fit."""
         return (1 - SLACK) * self.limit - (self.total - self.parts[ACTIVATIONS])
 
     @property
@@ -88,24 +90,25 @@ class MemoryPlan:
         return self.total > (1 - SLACK) * self.limit and (self.room <= 0 or not self.together)
 
     def __str__(self) -> str:
-        how = "side by side" if self.together else "one after the other"
-        said = f"memory: the candidates {how} take {self.total / GIB:.1f} GiB by the plan"
+        how = "in parallel" if self.together else "one at a time"
+        text = f"memory: training the candidates {how} takes {self.total / GIB:.1f} GiB by the plan"
         if self.total <= (1 - SLACK) * self.limit:
-            return said
-        said += f", more than {1 - SLACK:.0%} of {self.words}: "
+            return text
+        text += f", more than {1 - SLACK:.0%} of {self.words}: "
         if not self.together:
-            return said + "it may run out"
+            return text + "it may run out"
         if not self.may_run_out:
-            return said + "they go in groups"
+            return text + "they train in groups"
         rest = (self.total - self.parts[ACTIVATIONS]) / GIB
-        return said + f"they go one by one, and may still run out, since all but activations take {rest:.1f} GiB"
+        return text + f"they train one at a time and may still run out, since all but activations take {rest:.1f} GiB"
 
 
 def memory_plan(
     source: CheckpointReader, origin: CheckpointReader, mixer: dict[str, Any], settings: MmrSettings, device: torch.device,
     dtype: torch.dtype, ranks: int, max_memory: float | None,
 ) -> MemoryPlan:  # fmt: skip
-    """max_memory: GiB to stay within, else a share of what is free on a device that is here."""
+    """Plans the memory of a run. max_memory: limit in GiB; None for a share of the free memory, or no
+    limit if the device is not present."""
     student, teacher = (empty_model(reader.config, str(reader.path)) for reader in (source, origin))
     parts = memory(student, teacher, mixer, settings, ranks, dtype, device.type)
     free = SHARE * free_memory(device) if max_memory is None and is_here(device) else float("inf")

@@ -1,9 +1,9 @@
-"""What each attention layer would be worth if all others were mixers: from a student whose
-attention layers are all converted and briefly aligned, one is given back at a time, and the KL that
-this recovers is its score (after KL-guided selection, 2512.20569).
+"""Scores an attention layer by the KL that restoring it recovers in a fully converted student (after
+KL-guided selection, 2512.20569).
 
-Where leave-one-out asks what the untouched model loses without a layer, this asks what the finished
-hybrid would gain by it.
+All attention layers are converted and briefly aligned; then each is restored on its own.
+Leave-one-out measures what the original model loses without a layer; this measures what the
+finished hybrid would gain from it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def restore(
     progress: Progress = lambda *_: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[LayerScore]:
-    """Score = the forward KL from `teacher` on `heldout` that giving the layer back takes away.
+    """Score = the decrease of the forward KL from `teacher` on `heldout` when the layer is restored.
 
-    student: becomes the one with all attention layers converted; starts: their mixers' parameters;
-    training: a batch a step.
+    student: all of its attention layers are converted in place; starts: initial parameters of their
+    mixers; training: one batch per step. WorkError if the alignment's loss is not finite.
     """
     config, originals = student.config, {}
     kinds = list(config.layer_types)
@@ -59,7 +59,7 @@ def restore(
     config.mixer, config.layer_types = mixer, [MIXER_LAYER] * len(kinds)
     plain = settings.as_distill()
     student.requires_grad_(False)
-    for layer in originals:  # mixers that were there before stay as they are
+    for layer in originals:  # existing mixers stay frozen
         student.model.layers[layer].mixer.requires_grad_(True)  # type: ignore[union-attr]
     optimization = Optimization(student, plain)
     aligner = Aligner(Student(student, Loss(), dtype), teacher, settings.batch_size)
@@ -71,28 +71,28 @@ def restore(
         progress(step + 1, settings.steps)
     if not bool(torch.isfinite(value)):
         raise WorkError(f"the alignment's loss is not finite; try a lower {setting('lr_mixer')}")
-    said = f", aligned to a relative error of {float(value):.3f}" if settings.steps else ""
-    note(f"{len(originals)} attention layers converted{said}")
+    aligned = f", aligned to a relative error of {float(value):.3f}" if settings.steps else ""
+    note(f"{len(originals)} attention layers converted{aligned}")
     student.eval()
 
-    def given_back(index: int, _: Any, hidden: Tensor, told: dict[str, dict[str, Any]]) -> Tensor:
-        return originals[index](hidden, **told[kinds[index]])
+    def restored(index: int, _: Any, hidden: Tensor, kwargs: dict[str, dict[str, Any]]) -> Tensor:
+        return originals[index](hidden, **kwargs[kinds[index]])
 
     layers = sorted(originals)
     more = sorted({kinds[layer] for layer in layers})
-    return kl_changes(student, teacher, layers, given_back, heldout, dtype, kinds=more, sign=-1.0, progress=progress)
+    return kl_changes(student, teacher, layers, restored, heldout, dtype, kinds=more, sign=-1.0, progress=progress)
 
 
 class RestoreScorer(Scorer):
-    """KL recovered by giving one attention layer back to the fully converted model."""
+    """Ranks layers by the KL recovered by restoring each in the fully converted model."""
 
     kind = "restore"
-    summary = "Rank layers by what giving attention back recovers."
+    summary = "Rank layers by the KL that restoring attention recovers."
     settings = RestoreSettings
     trains = True
 
     def score(self, setup: Setup, settings: RestoreSettings) -> Ranking:
-        """As in Scorer."""
+        """See Scorer.score."""
         (device, dtype), notes = setup.compute, setup.notes
         warn_of_length(setup.source, settings.seq_len, notes)
         batch_size = batch_for_spread(settings.batch_size, settings.windows)
@@ -101,7 +101,7 @@ class RestoreScorer(Scorer):
         if not held_out:
             raise InputError(
                 f"the held-out rows of {setup.data} do not fill one sequence of {settings.seq_len} tokens; "
-                f"a smaller {setting('seq_len')} or {setting('eval_data')} may"
+                f"give a smaller {setting('seq_len')} or {setting('eval_data')}"
             )
         check_weights(setup.source, setup.origin, notes=notes)
         notes.doing("loading the models")
@@ -113,5 +113,5 @@ class RestoreScorer(Scorer):
             student, teacher, setup.shape, setup.starts(), training, [batch.to(device) for batch in held_out], settings,
             dtype, setup.counted("steps"), notes.note,
         )  # fmt: skip
-        said = asdict(settings) | setup.described()
-        return Ranking(found, "kl recovered", "KL recovered by giving a layer back", said, mixed=True)
+        described = asdict(settings) | setup.described()
+        return Ranking(found, "kl recovered", "KL recovered by restoring a layer", described, mixed=True)

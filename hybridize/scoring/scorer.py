@@ -1,4 +1,4 @@
-"""What a scorer is, and the registry of scorers. A scorer subclasses `Scorer` in a file of its own."""
+"""The base class of scorers, and their registry. Each scorer subclasses `Scorer` in its own file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hybridize.extensions import register
 from hybridize.modeling import MIXER_LAYER
 from hybridize.scoring.setup import Ranking, Setup
 
-Progress = Callable[[int, int], None]  # called with how many of how many steps or texts are done
+Progress = Callable[[int, int], None]  # called with (steps or texts done, total)
 SCORERS: dict[str, Scorer] = {}
 
 
 class Scorer:
-    """DistributedContext the attention layers of a checkpoint by what each is worth: a higher score
-    means convert later.
+    """Ranks the attention layers of a checkpoint; a layer with a higher score should be converted
+    later.
 
-    kind: the score file is `scores/KIND.json`, the command `score-KIND`. summary: a line for
-    --help. settings: a dataclass of options, of which the command makes flags. trains: whether
-    parameters get gradients.
+    kind: names the score file `scores/KIND.json` and the command `score-KIND`. summary: one line
+    for the command's help. settings: a dataclass of options from which flags are made. trains:
+    whether parameters get gradients.
     """
 
     kind: ClassVar[str]
@@ -29,23 +29,23 @@ class Scorer:
     trains: ClassVar[bool] = False
 
     def score(self, setup: Setup, settings: Any) -> Ranking:
-        """Scores for every attention layer. settings: an instance of the class's own."""
+        """Returns scores for every attention layer. settings: an instance of `self.settings`."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def ranked(self, setup: Setup, settings: Any) -> Iterator[Ranking | None]:
-        """The ranking, for as long as it takes to write it; None where the score file is this very
-        run's already."""
+        """Context manager that yields the ranking to be written in the block, or None if the score
+        file is already the result of this run."""
         yield self.score(setup, settings)
 
 
 def register_scorer(scorer: Scorer) -> Scorer:
-    """From here on the command line has `score-KIND`, and `replace` knows its files."""
+    """Registers a scorer: adds the command `score-KIND` and lets `replace` read its files."""
     return register(SCORERS, scorer.kind, scorer)
 
 
 def attention_layers(model: Any) -> list[int]:
-    """Indices of the layers that are still attention, for a teacher and a hybrid alike."""
+    """Returns the indices of attention layers, in a teacher or a hybrid."""
     layers = model.base_model.layers
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
     return [index for index in range(len(layers)) if kinds[index] != MIXER_LAYER]

@@ -1,4 +1,4 @@
-"""The list of our scorers."""
+"""Registers the built-in scorers."""
 
 from hybridize.scoring.loo import LooScorer
 from hybridize.scoring.mmr import MmrScorer

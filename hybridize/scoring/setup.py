@@ -1,5 +1,5 @@
-"""What every scorer starts from: the checkpoint, its teacher, text, devices and new mixers, opened
-and checked once, when asked for. A scorer takes what it needs of it."""
+"""The inputs of every scorer: checkpoint, teacher, data, device and new mixers, opened and checked on
+first use."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ CALIBRATION_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of any scorer. data, eval_data, teacher, output: None for what is found in
-    their place; calibrate: new mixers, on `calibration_tokens` of the data."""
+    """The options that all scorers share.
+
+    data, eval_data, teacher, output: None for the default. calibrate: whether to calibrate new
+    mixers, on `calibration_tokens` tokens of the data."""
 
     checkpoint: str
     teacher: str | None = None
@@ -57,8 +59,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a scorer found. metric, settings: for the score file; label: how the table is headed;
-    mixed: whether new mixers were measured, whose kind and start the file then names."""
+    """The result of a scorer.
+
+    metric, settings: for the score file; label: heading of the table; mixed: whether new mixers
+    were used, whose kind and initialization the file then records."""
 
     layers: list[LayerScore]
     metric: str
@@ -68,11 +72,11 @@ class Ranking:
 
 
 class Setup:
-    """A request, opened step by step. InputError wherever something of it cannot be used."""
+    """Opens the inputs of a request on first use. InputError if an input cannot be used."""
 
     def __init__(self, request: Request, kind: str, notes: Notes = SILENT, training: bool = False) -> None:
-        """kind: of the score file; training: whether parameters get gradients, which float16 would
-        lose."""
+        """kind: of the score file; training: whether parameters get gradients, which underflow in
+        float16."""
         self.request, self.kind, self.notes, self.training = request, kind, notes, training
         self.source: CheckpointReader = open_checkpoint(request.checkpoint, request.revision, notes=notes)
         if not self.contract.attention_layers:
@@ -81,14 +85,14 @@ class Setup:
         if self.path.exists() and not request.overwrite:
             raise InputError(f"{self.path} exists; give another {setting('output')} or {setting('overwrite')}")
         if self.path.is_dir():
-            raise InputError(f"{self.path} is a directory; scores go to a file")
+            raise InputError(f"{self.path} is a directory; scores are written to a file")
         check_writable(self.path)
         self.ranks = DistributedContext()
         quiet_transformers()
 
     def join(self) -> None:
-        """Becomes one of the processes that torchrun has started, if it has; all but the first fall
-        silent."""
+        """Joins the process group if torchrun started this process; all ranks but the first stop
+        printing notes."""
         device, dtype = self.compute
         self.ranks, device = join(device)
         self.compute = device, dtype
@@ -96,7 +100,7 @@ class Setup:
             self.notes = SILENT
 
     def counted(self, what: str) -> Callable[[int, int], None]:
-        """Reports how many of how many are done, and for how long."""
+        """Returns a callback that reports progress, with the time since this call. what: the unit."""
         began = time.time()
 
         def report(done: int, count: int) -> None:
@@ -105,13 +109,13 @@ class Setup:
         return report
 
     def check_filled(self, seq_len: int) -> None:
-        """InputError where the data does not fill one training sequence."""
+        """InputError if the data does not fill one training sequence."""
         if self.corpus.packing(self.request.seed, seq_len) is None:
-            raise InputError(f"{self.data} does not fill one sequence of {seq_len} tokens; a smaller {setting('seq_len')} may")
+            raise InputError(f"{self.data} does not fill one sequence of {seq_len} tokens; give a smaller {setting('seq_len')}")
 
     @cached_property
     def contract(self) -> Teacher:
-        """The attention that there is to score."""
+        """The checkpoint's architecture, including its attention layers."""
         return read_teacher(self.source)
 
     @cached_property
@@ -133,18 +137,18 @@ class Setup:
 
     @cached_property
     def data(self) -> str:
-        """The name of the data, also where it was omitted."""
+        """The name of the data, resolved if it was omitted."""
         return data_for(self.request.data, self.origin, self.notes)
 
     @cached_property
     def corpus(self) -> Corpus:
-        """Training rows, and held-out ones: eval_data, or the last of the training rows."""
+        """Training rows and held-out rows (eval_data, else the last training rows)."""
         found = open_corpus(self.data, self.request.eval_data, self.encoder, self.request.limit)
         remark_on_rows(self.encoder, self.notes)
         return found
 
     def conversion(self, layers: Sequence[int] | None = None) -> Surgery:
-        """The plan of new mixers in these layers, or in every attention layer."""
+        """Returns the plan that puts new mixers into these layers (default: every attention layer)."""
         return plan(self.contract, list(self.contract.attention_layers if layers is None else layers), self.request.mixers)
 
     @cached_property
@@ -164,23 +168,23 @@ class Setup:
         )  # fmt: skip
 
     def starts(self, layers: Sequence[int] | None = None, together: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(layer, its new mixer's parameters) for these layers, or for every attention layer.
-        together: see starting_values."""
+        """Yields (layer, its new mixer's parameters) for these layers (default: every attention
+        layer). together: see starting_values."""
         return starting_values(
             self.source, self.conversion(layers), self.source, self.request.seed, self.calibration, together,
             progress=self.notes.progress,
         )  # fmt: skip
 
     def student(self, dtype: torch.dtype) -> HybridForCausalLM:
-        """The checkpoint as our own class, weights as `dtype`."""
+        """Loads the checkpoint as HybridForCausalLM, with weights in `dtype`."""
         return load_hybrid(self.source, self.compute[0], dtype)
 
     def teacher(self) -> nn.Module:
-        """The teacher, in the type that is computed in."""
+        """Loads the teacher in the compute type."""
         return load_model(self.origin.path, *self.compute, self.request.trust_remote_code)
 
     def described(self) -> dict[str, Any]:
-        """Where figures come from: the new mixers' start, the data, device and types; for the score
+        """Returns the new mixers' initialization, the data, device and types, for the score
         file."""
         fit = None if self.calibration is None else self.calibration.settings()
         return self.shape | {"data": self.corpus.rows.name, **ran_on(*self.compute), "calibration": fit}

@@ -1,13 +1,12 @@
-"""All variants of a model with one layer changed, in one pass: what lies below it, and what texts
-share, is computed once.
+"""Runs all variants of a model that differ in one layer in a single pass. Layers below the change, and
+prefixes that texts share, are computed once.
 
-Layer by layer, every variant that there is so far goes through the same layer side by side: the
-untouched model, and one more for each layer that something else has stood in for. Of N layers that
-makes N (N + 1) / 2 layer passes, where N + 1 runs take N (N + 1). Texts form a tree in which a node
-is what all its descendants begin with: its keys, values and states are computed once. Knows nothing
-of tasks or scores.
+At each layer, all variants so far go through together: the unmodified model, and one variant per
+changed layer below. With N layers this takes N (N + 1) / 2 layer passes, against N (N + 1) for
+separate runs. Texts form a tree in which a node is a shared prefix of its descendants: its keys,
+values and states are computed once. Does not depend on tasks or scores.
 
-Shapes: V variants, the untouched model first; R rows of a node, T tokens, D hidden size.
+Shapes: V variants, the unmodified model first; R rows of a node, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,22 +23,23 @@ from torch import Tensor
 from hybridize.compat.transformers import DynamicLayer
 from hybridize.modeling import CACHE, MIXER_LAYER, new_cache
 
-# layer number, the layer, what it hears [R, T, D], and what each kind of layer is told -> what
-# comes out in its place
+# called with the layer's index, the layer, its input [R, T, D] and the kwargs of each kind of layer;
+# returns the output to use instead of the layer's
 Instead = Callable[[int, Any, Tensor, dict[str, dict[str, Any]]], Tensor]
-# tokens that a node must spare its descendants, all of them together: a GPU reads these many while
-# it waits for one more launch
+# a node must save its descendants at least this many tokens in total, about as many as a GPU
+# processes in the time of the node's extra launches
 SHARED = {"cpu": 32, "cuda": 4096}
-PADDED = 0.06  # share of a row that may be padding: variants fill a batch as well as rows do
-AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through a layer in one call, if a node is no larger
+PADDED = 0.06  # largest share of padding in a row; small, since variants fill batches too
+AT_ONCE = {"cpu": 4096, "cuda": 65536}  # most tokens per call of a layer, unless a node is larger
 
 
 @dataclass(eq=False)
 class Node:
-    """ids [R, T] go on after the one row of `parent`, which ends at position `offset`; shorter rows
-    are filled up on the right.
+    """Token ids [R, T] that follow the single row of `parent`, which ends at position `offset`.
+    Shorter rows are padded on the right.
 
-    positions [R, T] only for rows of packed documents. texts: which text each row ends.
+    positions: [R, T], only for rows of packed documents. texts: index of the text that ends in each
+    row.
     """
 
     ids: Tensor
@@ -54,10 +54,10 @@ class Node:
 
 
 def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.device) -> list[Node]:
-    """The leaves of a tree over `texts`, each its token ids and how many of its last tokens must
-    lie in its leaf.
+    """Returns the leaves of a tree over `texts`.
 
-    rows: at most so many in a leaf. No text may stand there twice.
+    texts: (token ids, number of last tokens that must be in the text's leaf), all different; rows:
+    largest number of rows in a leaf.
     """
     ids = [tuple(text) for text, _ in texts]
     least = SHARED.get(device.type, SHARED["cpu"])
@@ -76,16 +76,16 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
             leaves.append(Node(made.to(device), parent, offset, texts=group))
 
     def grow(group: list[int], offset: int, parent: Node | None, loose: list[int]) -> None:
-        """group: texts in order of their ids, the same up to `offset`; those that no node is worth
-        while for go to `loose`."""
+        """Adds nodes for `group`, texts sorted by ids and equal up to `offset`. Texts for which a
+        node does not pay are added to `loose`."""
         first, last = ids[group[0]], ids[group[-1]]
         same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
         end = min([same, *(len(ids[text]) - texts[text][1] for text in group)])
         if len(group) == 1 or (end < same and (len(group) - 1) * (end - offset) < least):
             loose += group
             return
-        mine, spared = loose, (len(group) - 1) * (end - offset)
-        if spared >= least:
+        mine, saved = loose, (len(group) - 1) * (end - offset)
+        if saved >= least:
             parent, mine = Node(torch.tensor([first[offset:end]], device=device), parent, offset), []
             offset = end
         if end < same:
@@ -93,7 +93,7 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
         else:
             for _, part in itertools.groupby(group, key=lambda text: ids[text][end : end + 1]):
                 grow(list(part), offset, parent, mine)
-        if spared >= least:
+        if saved >= least:
             finish(mine, offset, parent)
 
     rest: list[int] = []
@@ -104,8 +104,8 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
 
 
 def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
-    """Leaves with their ancestors, ancestors first, of at most `tokens` tokens together where one
-    leaf alone is no more."""
+    """Yields groups of leaves with their ancestors, ancestors first, of at most `tokens` tokens each
+    unless a single leaf has more."""
     portion: dict[Node, None] = {}
     for leaf in leaves:
         more = [node for node in leaf.path if node not in portion]
@@ -118,8 +118,8 @@ def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
 
 
 def layer_passes(model: Any, layers: Sequence[int]) -> tuple[int, int]:
-    """How many layers a token goes through in one sweep, and in as many separate runs; the larger
-    part of the floor."""
+    """Returns the layer passes per token of one sweep, and of separate runs; most of the lower bound
+    of the cost."""
     count = len(model.model.layers)
     return count + sum(count - 1 - layer for layer in layers), count * (len(layers) + 1)
 
@@ -128,33 +128,33 @@ def layer_passes(model: Any, layers: Sequence[int]) -> tuple[int, int]:
 def sweep(
     model: Any, nodes: Sequence[Node], layers: Sequence[int], instead: Instead, kinds: Sequence[str] = ()
 ) -> dict[Node, Tensor]:
-    """The hidden states [V, R, T, D] after the last norm of each leaf: untouched, then with each of
-    `layers` changed, in order.
+    """Returns the hidden states [V, R, T, D] of each leaf after the last norm: of the unmodified
+    model, then with each of `layers` changed, in order.
 
     model: a HybridForCausalLM, with or without mixers. nodes: ancestors before descendants.
-    instead: what is done in place of a layer; where nodes have parents it must not look at other
-    positions. kinds: of layers that `instead` runs and the model lacks.
+    instead: replaces a layer; if nodes have parents it must act on each position separately. kinds:
+    kinds of layers that `instead` runs and the model does not have.
     """
     backbone = model.model
     parents = {node.parent for node in nodes}
     hidden: dict[Node, Tensor] = {}
-    told: dict[Node, tuple[Tensor, dict[str, dict[str, Any]]]] = {}
+    inputs: dict[Node, tuple[Tensor, dict[str, dict[str, Any]]]] = {}
     for node in nodes:
         first = backbone.embed(node.ids)
         hidden[node] = first.new_empty(len(layers) + 1, *first.shape)
         hidden[node][0] = first
-        told[node] = _told(backbone, node, first, kinds)
+        inputs[node] = _layer_kwargs(backbone, node, first, kinds)
     largest = max(node.ids.numel() for node in nodes)
     device = nodes[0].ids.device.type
     together, variants = max(1, AT_ONCE.get(device, AT_ONCE["cpu"]) // largest), 1
     for index, layer in enumerate(backbone.layers):
         if index in layers:
             for node in nodes:
-                positions, extra = told[node]
+                positions, extra = inputs[node]
                 extra = {kind: {**given, "position_ids": positions} for kind, given in extra.items()}
                 hidden[node][variants] = instead(index, layer, hidden[node][0], extra)
         for begin in range(0, variants, together):
-            _through(layer, index, backbone.config, hidden, told, slice(begin, min(begin + together, variants)), parents)
+            _through(layer, index, backbone.config, hidden, inputs, slice(begin, min(begin + together, variants)), parents)
         variants += index in layers
     return {node: backbone.norm(states) for node, states in hidden.items() if node not in parents}
 
@@ -164,19 +164,19 @@ def _through(
     index: int,
     config: Any,
     hidden: dict[Node, Tensor],
-    told: dict[Node, tuple[Tensor, dict[str, dict[str, Any]]]],
+    inputs: dict[Node, tuple[Tensor, dict[str, dict[str, Any]]]],
     which: slice,
     parents: set[Node | None],
 ) -> None:
-    """Takes some variants of all nodes through one layer, in place."""
+    """Runs the variants `which` of all nodes through one layer, in place."""
     seen: dict[Node, Any] = {}
     for node, states in hidden.items():
         rows, cache = states[which], None
-        positions, extra = told[node]
+        positions, extra = inputs[node]
         if node in parents or node.parent is not None:
             cache = new_cache(config)
             if config.layer_types[index] != MIXER_LAYER:
-                cache.layers[index] = DynamicLayer()  # a window is the mask's affair: nothing is dropped
+                cache.layers[index] = DynamicLayer()  # keeps all positions: the mask implements the window
             if node.parent is not None:
                 cache.layers[index] = copy.deepcopy(seen[node.parent].layers[index])
                 variant = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
@@ -192,15 +192,15 @@ def _through(
 
 
 def _repeated(value: Any, times: int, rows: int) -> Any:
-    """What is told of each of several rows, once more for each variant."""
+    """Repeats a kwarg with one entry per row for each variant; others are returned as they are."""
     if isinstance(value, tuple):
         return tuple(_repeated(part, times, rows) for part in value)
-    each = isinstance(value, Tensor) and value.shape[0] == rows  # else one for all rows, which broadcasts
+    each = isinstance(value, Tensor) and value.shape[0] == rows  # otherwise one entry that broadcasts over rows
     return value.repeat(times, *[1] * (value.ndim - 1)) if each else value
 
 
-def _told(backbone: Any, node: Node, hidden: Tensor, kinds: Sequence[str]) -> tuple[Tensor, dict[str, dict[str, Any]]]:
-    """Positions, and what each kind of layer is told beside the hidden states."""
+def _layer_kwargs(backbone: Any, node: Node, hidden: Tensor, kinds: Sequence[str]) -> tuple[Tensor, dict[str, dict[str, Any]]]:
+    """Returns the positions, and the kwargs of each kind of layer."""
     if node.positions is not None:
         return node.positions, backbone.layer_inputs(hidden, None, node.positions, kinds=kinds)
     length, before = node.ids.shape[1], node.offset
@@ -211,7 +211,7 @@ def _told(backbone: Any, node: Node, hidden: Tensor, kinds: Sequence[str]) -> tu
         mask = past >= 0
         if kind == "sliding_attention" and window is not None:
             mask = mask & (past < window)
-        if backbone.config._attn_implementation == "eager":  # which adds whatever it is given, and attends to all without
+        if backbone.config._attn_implementation == "eager":  # it needs an additive mask, and without one it is not causal
             lowest = torch.finfo(hidden.dtype).min
             masks[kind] = hidden.new_zeros(mask.shape).masked_fill(~mask, lowest).view(1, 1, length, -1)
             continue

@@ -1,5 +1,4 @@
-"""How far a ranking can be believed: the bootstrap over what was measured, for scores and for ranks
-(Efron, 1979)."""
+"""The uncertainty of scores and ranks, by the bootstrap over the measured units (Efron, 1979)."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ from torch import Tensor
 from hybridize.checkpoint.scores import LayerScore
 
 RESAMPLES = 1000
-SURE = 0.9  # share of resamples in which a layer's rank lies in its interval
+SURE = 0.9  # level of the rank intervals
 
 Measured = tuple[Tensor, Tensor]  # values [units, layers], each a sum over `weights` [units]; both float64
 
 
 def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = False) -> list[LayerScore]:
-    """Scores with standard errors and rank intervals. A score is the mean over parts of sum of
-    values / sum of weights.
+    """Returns scores with standard errors and rank intervals. A score is the mean over parts of
+    sum of values / sum of weights.
 
-    measured: parts, which weigh the same. Units (questions, batches, steps) are drawn again within
-    each part, the same for all layers; with `seeds` the parts are runs of other seeds and are drawn
-    again themselves. Few units spread less when drawn again than they should (ten steps: intervals
-    of 90% held 81%), so the draws are widened as Student's t has it.
+    measured: parts with equal weights. Units (questions, batches, steps) are resampled within each
+    part, in the same way for all layers. seeds: the parts are runs with different seeds, and are
+    resampled too. With few units the bootstrap underestimates the spread (ten steps: intervals of
+    90% covered 81%), so it is widened as in Student's t distribution.
     """
     generator = torch.Generator().manual_seed(0)
     score = torch.stack([values.sum(0) / weights.sum() for values, weights in measured]).mean(0)
@@ -52,9 +51,9 @@ def scored(layers: Sequence[int], measured: Sequence[Measured], seeds: bool = Fa
 
 
 def _students(freedom: int) -> float:
-    """How much further Student's t of so many degrees of freedom reaches than the normal
-    distribution, at SURE, two-sided (expansion of Cornish and Fisher; Abramowitz and Stegun,
-    26.7.5)."""
+    """Returns the ratio of the two-sided quantiles at level SURE of Student's t distribution with
+    `freedom` degrees of freedom and of the normal distribution (Cornish-Fisher expansion;
+    Abramowitz and Stegun, 26.7.5)."""
     if freedom < 1:
         return 1.0
     z, v = NormalDist().inv_cdf(0.5 + SURE / 2), freedom
@@ -64,15 +63,15 @@ def _students(freedom: int) -> float:
 
 
 def _places(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """[resamples, layers] -> the first and the last rank that each layer may claim among its
-    equals, from 1, float64."""
+    """Returns the first and last rank, counted from 1, that each layer may have among layers with
+    equal scores; scores and ranks [resamples, layers], float64."""
     one, other = scores.unsqueeze(2), scores.unsqueeze(1)
     near = 1e-9 * scores.abs().max().clamp(min=1e-300)
     return (one > other + near).sum(2).double() + 1, (one >= other - near).sum(2).double()
 
 
 def rank_uncertainty(scores: Sequence[LayerScore]) -> float | None:
-    """The median width of the rank intervals as a share of all ranks, 0 to 1; None where there are
-    none."""
+    """Returns the median width of the rank intervals as a share of all ranks, 0 to 1; None without
+    intervals."""
     widths = [score.ranks[1] - score.ranks[0] for score in scores if score.ranks is not None]
     return statistics.median(widths) / max(1, len(scores) - 1) if widths else None

@@ -148,7 +148,8 @@ def kind_of(name: str) -> MixerKind:
     """Returns the kind called `name`. Raises InputError if it is not registered."""
     if name not in KINDS:
         raise InputError(
-            f"{setting('mixer')} {name} is unknown; use {' or '.join(KINDS)}, or name the extension that defines it in {VARIABLE}"
+            f"{setting('mixer')} {name} is unknown; use {' or '.join(KINDS)}, "
+            f"or name the extension that defines it in {VARIABLE}"
         )
     return KINDS[name]
 
