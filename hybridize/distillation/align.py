@@ -1,8 +1,8 @@
 """The cheap first stage: each mixer is fitted to the output of the attention layer it replaces.
 
-One forward pass of the teacher gives the input and output of every layer. Each mixer is then run and
-differentiated on its own, without the layers after it (MOHAWK, 2408.10189, section 4.2; RADLADS,
-2505.03005, stage 1).
+One forward pass of the teacher gives the input and output of every layer. Each mixer is then run
+and differentiated on its own, without the layers after it (MOHAWK, 2408.10189, section 4.2;
+RADLADS, 2505.03005, stage 1).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ TINY = 1e-6  # mean square added to the denominator, so that the error relative 
 
 
 class Aligner(Accumulator):
-    """Adds the gradient of the relative squared error |mixer(u) - attention(u)|^2 / |attention(u)|^2,
-    averaged over the tokens of the loss mask and over mixers; u is the input of the teacher's
-    attention layer."""
+    """Adds the gradient of the relative squared error |mixer(u) - attention(u)|^2 /
+    |attention(u)|^2, averaged over the tokens of the loss mask and over mixers; u is the input of
+    the teacher's attention layer."""
 
     teacher: nn.Module
 

@@ -275,7 +275,8 @@ class Training:
         self.report({"kind": "eval", **record})
 
     def _flat(self) -> bool:
-        """Whether the last `stop_when_flat` evaluations did not improve on the best one before them."""
+        """Whether the last `stop_when_flat` evaluations did not improve on the best one before
+        them."""
         wait, found = self.settings.stop_when_flat, list(self.measures.values())
         if not wait or len(found) <= wait:
             return False
@@ -335,8 +336,8 @@ class Training:
             self.report({"kind": "note", "text": f"{micro} sequences at once, as before the run was interrupted"})
 
     def _tolerate(self, step: int, value: float, norm: float, batch: Batch) -> None:
-        """Skips a non-finite batch; WorkError that names what is not finite once `skip_bad_batches` is
-        exceeded."""
+        """Skips a non-finite batch; WorkError that names what is not finite once `skip_bad_batches`
+        is exceeded."""
         self.skipped += 1
         where = first_bad(self.accumulate.student, batch.split(self.accumulate.micro), self.ranks)
         found = f"step {step}: the loss is {value}, the gradient norm {norm}; first not finite: {where}"

@@ -70,8 +70,8 @@ class Loss:
 
     @classmethod
     def parse(cls, text: str, temperature: float = 1.0) -> Loss:
-        """Parses `reverse-kl` or `reverse-kl=.9,ce=.1`. InputError for an unknown or repeated name, or
-        for a weight or temperature that is not positive."""
+        """Parses `reverse-kl` or `reverse-kl=.9,ce=.1`. InputError for an unknown or repeated name,
+        or for a weight or temperature that is not positive."""
         weights = named_numbers(text, "loss", 1.0)
         for name, _ in weights:
             if name not in (*DIVERGENCES, "ce"):

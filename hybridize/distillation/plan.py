@@ -33,7 +33,8 @@ COPIES, PLAIN_LOSS = 4, 3.5
 
 @dataclass(frozen=True)
 class Plan:
-    """Peak memory of a rank within a step, in bytes by part; training tokens; FLOPs for all of them."""
+    """Peak memory of a rank within a step, in bytes by part; training tokens; FLOPs for all of
+    them."""
 
     bytes: dict[str, float]
     tokens: int
@@ -165,6 +166,6 @@ def _largest(model: Any) -> int:
 
 
 def _rest(model: Any) -> int:
-    """Returns the number of weights outside the layers; FSDP's root keeps them gathered for the whole
-    pass."""
+    """Returns the number of weights outside the layers; FSDP's root keeps them gathered for the
+    whole pass."""
     return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.base_model.layers.parameters())

@@ -1,5 +1,5 @@
-"""The gradient of one optimizer step, accumulated over micro-batches, each run eagerly or as one CUDA
-graph.
+"""The gradient of one optimizer step, accumulated over micro-batches, each run eagerly or as one
+CUDA graph.
 
 Does not depend on optimizers, data sources or files.
 """
@@ -62,8 +62,8 @@ class Accumulator:
         self.graph: _StepGraph | None = None
 
     def __call__(self, batch: Batch, count: int | None = None) -> Tensor:
-        """Adds the gradient of one batch and returns the mean loss over all ranks, detached; zero if
-        no token is in the loss mask.
+        """Adds the gradient of one batch and returns the mean loss over all ranks, detached; zero
+        if no token is in the loss mask.
 
         batch: this rank's rows; count: tokens in the loss masks of all ranks.
         """
@@ -79,8 +79,8 @@ class Accumulator:
         return total
 
     def averaged(self, total: Tensor, count: int) -> Tensor:
-        """Averages the gradients that are not sharded over all ranks, and returns the mean over ranks
-        of `total`, the loss from `add`."""
+        """Averages the gradients that are not sharded over all ranks, and returns the mean over
+        ranks of `total`, the loss from `add`."""
         if count == 0:
             return total
         average_gradients(self.student, self.ranks)

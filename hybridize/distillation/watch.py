@@ -81,9 +81,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Rising:
-    """Detects, once, that the smoothed loss has exceeded its minimum by more than the share TOO_MUCH
-    for LONG steps in a row. The loss is smoothed exponentially over about SPAN steps, because
-    single batches vary too much."""
+    """Detects, once, that the smoothed loss has exceeded its minimum by more than the share
+    TOO_MUCH for LONG steps in a row. The loss is smoothed exponentially over about SPAN steps,
+    because single batches vary too much."""
 
     SPAN, LONG, TOO_MUCH = 20, 50, 0.2
 
@@ -93,8 +93,8 @@ class Rising:
         self.best, self.above, self.reported = math.inf, 0, False
 
     def add(self, loss: float) -> tuple[float, float] | None:
-        """Adds a step's loss; returns (lowest mean so far, current mean) when the rise is detected, else
-        None."""
+        """Adds a step's loss; returns (lowest mean so far, current mean) when the rise is detected,
+        else None."""
         decay = 1 - 1 / self.SPAN
         self.mean, self.weight = decay * self.mean + (1 - decay) * loss, decay * self.weight + (1 - decay)
         now, self.steps = self.mean / self.weight, self.steps + 1

@@ -16,9 +16,9 @@ from hybridize.runtime.forward import hidden_states
 
 @torch.no_grad()
 def first_bad(student: Student, parts: Sequence[Batch], ranks: DistributedContext) -> str:
-    """Names the first weight that is not finite, else the first module output in forward order, else
-    the gradient of the last such parameter in forward order (where backward starts), else the loss.
-    All ranks must call this and get the same answer."""
+    """Names the first weight that is not finite, else the first module output in forward order,
+    else the gradient of the last such parameter in forward order (where backward starts), else the
+    loss. All ranks must call this and get the same answer."""
     model = student.model
     bad = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     if where := ranks.found(f"the weight {bad}" if bad else ""):

@@ -1,5 +1,5 @@
-"""A subclass of lm-eval's model class that generates with hybridize/generation, splits requests over
-ranks, and keeps a journal of answers, from which an interrupted evaluation resumes.
+"""A subclass of lm-eval's model class that generates with hybridize/generation, splits requests
+over ranks, and keeps a journal of answers, from which an interrupted evaluation resumes.
 
 lm-eval still tokenises, splits requests into context and answer, and scores log-likelihoods in
 batches. Every rank runs all of lm-eval and answers its share of the requests.
@@ -109,7 +109,8 @@ class Answering(HFLM):
         return [self.known[key] for key in keys]
 
     def _asked(self, ask: Any, requests: Sequence[Any], keys: Sequence[str], scored: bool) -> Iterator[tuple[int, Any]]:
-        """Yields from `ask`; with an automatic batch size, halves it until the batch fits into memory."""
+        """Yields from `ask`; with an automatic batch size, halves it until the batch fits into
+        memory."""
         if not (self.auto and scored and requests):
             yield from ask(requests, keys)
             return
@@ -215,8 +216,8 @@ class Answering(HFLM):
         return replace(found, ends=found.ends | {self.eot_token_id})
 
     def _stopper(self, until: Sequence[str]) -> Any:
-        """Returns a function that detects a stop sequence in an answer, after its reasoning block if
-        it has one."""
+        """Returns a function that detects a stop sequence in an answer, after its reasoning block
+        if it has one."""
         thought: set[Any] = set()
 
         def stop(key: Any, ids: list[int]) -> bool:

@@ -1,5 +1,5 @@
-"""Fidelity of a hybrid to its teacher without a benchmark: divergences, agreement and perplexities on
-text, also by position, and how many tokens of greedy generations agree."""
+"""Fidelity of a hybrid to its teacher without a benchmark: divergences, agreement and perplexities
+on text, also by position, and how many tokens of greedy generations agree."""
 
 from __future__ import annotations
 

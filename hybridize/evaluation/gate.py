@@ -1,5 +1,5 @@
-"""The gate between two results of the same settings: the difference of each figure, its uncertainty,
-and whether it passes.
+"""The gate between two results of the same settings: the difference of each figure, its
+uncertainty, and whether it passes.
 
 Both models answered the same documents, so differences are paired: documents with equal scores add
 no noise.
@@ -219,8 +219,8 @@ def _group_drops(
     samples: int,
     seed: int,
 ) -> Iterator[Drop]:
-    """Yields the drops of a group's own aggregates, for the figures that a gate checks in its tasks.
-    own: the group's entry in the candidate's results."""
+    """Yields the drops of a group's own aggregates, for the figures that a gate checks in its
+    tasks. own: the group's entry in the candidate's results."""
     keys = dict.fromkeys(
         key for task in own["tasks"] for key in held(figures_in(candidate["tasks"][task]), samples, name, group)
     )

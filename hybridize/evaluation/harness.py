@@ -1,5 +1,5 @@
-"""Runs lm-eval's tasks, requests and metrics on a model in memory. Does not depend on gates or layer
-scores."""
+"""Runs lm-eval's tasks, requests and metrics on a model in memory. Does not depend on gates or
+layer scores."""
 
 from __future__ import annotations
 

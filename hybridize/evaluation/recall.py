@@ -1,5 +1,5 @@
-"""Long-context recall tasks, generated from a seed at lengths counted in the checkpoint's own tokens,
-without a download.
+"""Long-context recall tasks, generated from a seed at lengths counted in the checkpoint's own
+tokens, without a download.
 
 A hybrid may keep its perplexity and still lose information from far back in its context. The kinds
 follow needle-in-a-haystack tests and RULER (2404.06654, section 3). The texts are original: the

@@ -1,5 +1,5 @@
-"""Evaluates a checkpoint and writes its results file. Resumable, reuses earlier results, and runs on
-one process or several."""
+"""Evaluates a checkpoint and writes its results file. Resumable, reuses earlier results, and runs
+on one process or several."""
 
 from __future__ import annotations
 

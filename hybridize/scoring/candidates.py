@@ -116,7 +116,8 @@ class Candidates:
         self.losses.append(losses)
 
     def _gradients(self, batch: Batch) -> Tensor:
-        """Adds every candidate's gradient; returns their losses [candidates] in the order of `layers`."""
+        """Adds every candidate's gradient; returns their losses [candidates] in the order of
+        `layers`."""
         inputs = self._layer_inputs(batch)
         kept, count = batch.loss_mask.flatten(), max(1, batch.kept)
         logits = None

@@ -152,7 +152,8 @@ def loo_tasks(
 
 
 def _drops(layers: Sequence[int], found: Sequence[dict[str, Any]], metric: str) -> list[LayerScore]:
-    """Returns the scores by drops of `metric`. found: lm-eval's results, the unmodified model's first."""
+    """Returns the scores by drops of `metric`. found: lm-eval's results, the unmodified model's
+    first."""
     before, *after = [_per_document(result, metric) for result in found]
     measured = []
     for task, base in before.items():

@@ -1,6 +1,6 @@
-"""MIL-Mamba-Replacement (MMR): scores an attention layer by the loss after a few steps of distillation
-with that layer converted (Apriel-H1, 2511.02651, section 3). Each layer is converted on its own, and
-all candidates train on the same batches."""
+"""MIL-Mamba-Replacement (MMR): scores an attention layer by the loss after a few steps of
+distillation with that layer converted (Apriel-H1, 2511.02651, section 3). Each layer is converted
+on its own, and all candidates train on the same batches."""
 
 from __future__ import annotations
 

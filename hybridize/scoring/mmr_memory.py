@@ -24,8 +24,8 @@ SHARE = 0.8  # share of free memory that the candidates may use if max_memory is
 
 
 def share_of(layers: Sequence[int], rank: int, size: int) -> list[int]:
-    """Returns one rank's candidates, dealt out in alternating order of ranks (0, 1, 1, 0, ...), since
-    lower layers cost more."""
+    """Returns one rank's candidates, dealt out in alternating order of ranks (0, 1, 1, 0, ...),
+    since lower layers cost more."""
     return [layer for place, layer in enumerate(layers) if min(place % (2 * size), 2 * size - 1 - place % (2 * size)) == rank]
 
 
@@ -107,8 +107,8 @@ def memory_plan(
     source: CheckpointReader, origin: CheckpointReader, mixer: dict[str, Any], settings: MmrSettings, device: torch.device,
     dtype: torch.dtype, ranks: int, max_memory: float | None,
 ) -> MemoryPlan:  # fmt: skip
-    """Plans the memory of a run. max_memory: limit in GiB; None for a share of the free memory, or no
-    limit if the device is not present."""
+    """Plans the memory of a run. max_memory: limit in GiB; None for a share of the free memory, or
+    no limit if the device is not present."""
     student, teacher = (empty_model(reader.config, str(reader.path)) for reader in (source, origin))
     parts = memory(student, teacher, mixer, settings, ranks, dtype, device.type)
     free = SHARE * free_memory(device) if max_memory is None and is_here(device) else float("inf")

@@ -1,5 +1,5 @@
-"""Scores an attention layer by the KL that restoring it recovers in a fully converted student (after
-KL-guided selection, 2512.20569).
+"""Scores an attention layer by the KL that restoring it recovers in a fully converted student
+(after KL-guided selection, 2512.20569).
 
 All attention layers are converted and briefly aligned; then each is restored on its own.
 Leave-one-out measures what the original model loses without a layer; this measures what the
@@ -46,7 +46,8 @@ def restore(
     progress: Progress = lambda *_: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[LayerScore]:
-    """Score = the decrease of the forward KL from `teacher` on `heldout` when the layer is restored.
+    """Score = the decrease of the forward KL from `teacher` on `heldout` when the layer is
+    restored.
 
     student: all of its attention layers are converted in place; starts: initial parameters of their
     mixers; training: one batch per step. WorkError if the alignment's loss is not finite.

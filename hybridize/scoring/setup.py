@@ -1,5 +1,5 @@
-"""The inputs of every scorer: checkpoint, teacher, data, device and new mixers, opened and checked on
-first use."""
+"""The inputs of every scorer: checkpoint, teacher, data, device and new mixers, opened and checked
+on first use."""
 
 from __future__ import annotations
 

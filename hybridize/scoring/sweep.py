@@ -1,5 +1,5 @@
-"""Runs all variants of a model that differ in one layer in a single pass. Layers below the change, and
-prefixes that texts share, are computed once.
+"""Runs all variants of a model that differ in one layer in a single pass. Layers below the change,
+and prefixes that texts share, are computed once.
 
 At each layer, all variants so far go through together: the unmodified model, and one variant per
 changed layer below. With N layers this takes N (N + 1) / 2 layer passes, against N (N + 1) for
@@ -23,8 +23,8 @@ from torch import Tensor
 from hybridize.compat.transformers import DynamicLayer
 from hybridize.modeling import CACHE, MIXER_LAYER, new_cache
 
-# called with the layer's index, the layer, its input [R, T, D] and the kwargs of each kind of layer;
-# returns the output to use instead of the layer's
+# called with the layer's index, the layer, its input [R, T, D] and the kwargs of each kind of
+# layer; returns the output to use instead of the layer's
 Instead = Callable[[int, Any, Tensor, dict[str, dict[str, Any]]], Tensor]
 # a node must save its descendants at least this many tokens in total, about as many as a GPU
 # processes in the time of the node's extra launches
@@ -104,8 +104,8 @@ def tree(texts: Sequence[tuple[Sequence[int], int]], rows: int, device: torch.de
 
 
 def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
-    """Yields groups of leaves with their ancestors, ancestors first, of at most `tokens` tokens each
-    unless a single leaf has more."""
+    """Yields groups of leaves with their ancestors, ancestors first, of at most `tokens` tokens
+    each unless a single leaf has more."""
     portion: dict[Node, None] = {}
     for leaf in leaves:
         more = [node for node in leaf.path if node not in portion]
@@ -118,8 +118,8 @@ def portions(leaves: Sequence[Node], tokens: int) -> Iterator[list[Node]]:
 
 
 def layer_passes(model: Any, layers: Sequence[int]) -> tuple[int, int]:
-    """Returns the layer passes per token of one sweep, and of separate runs; most of the lower bound
-    of the cost."""
+    """Returns the layer passes per token of one sweep, and of separate runs; most of the lower
+    bound of the cost."""
     count = len(model.model.layers)
     return count + sum(count - 1 - layer for layer in layers), count * (len(layers) + 1)
 
