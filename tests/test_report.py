@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hybridize.evaluation.gate import LEVEL, compare
-from hybridize.report.collect import collect
-from hybridize.report.entries import Report, _interval
+from hybridize.report.collect import _interval, collect
+from hybridize.report.entries import Report
 from hybridize.report.page import change, figure
 from hybridize.report.plot import MOST, Axis, Series, chart, charts, short, thinned
 from tests.conftest import Runner, make_teacher
@@ -260,7 +260,7 @@ def test_exports_are_listed_below_their_checkpoint(family: Path, cli: Runner) ->
     assert "b3-gguf: export as gguf; not verified" in said
     assert "b3 (replace) b3-gguf" in said
     card = family / "b3-hf/README.md"
-    card.write_text(card.read_text().replace("not verified: not asked for", "transformers: 9 of 9 greedy tokens equal"))
+    card.write_text(card.read_text().replace("not verified: not requested", "transformers: 9 of 9 greedy tokens equal"))
     assert "b3-hf: export as hf; verified, transformers: 9 of 9 greedy tokens equal" in words(page_of(cli, family))
     shutil.rmtree(family / "b3")
     assert [export.name for export in collect([family]).lost] == ["b3-gguf", "b3-hf"]
