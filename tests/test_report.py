@@ -179,7 +179,7 @@ def test_stages_stand_in_the_order_of_conversion(family: Path, cli: Runner) -> N
     report = collect([family])
     assert [entry.name for entry in report.entries] == ["teacher", "z2", "b3", "a3-kd"]
     said = words(page_of(cli, family))
-    assert said.index("z2") > said.index("a3-kd: 3 of 4 layers Mamba, arc .400 against 1.000 (-.600, 95% interval -.")
+    assert said.index("z2") > said.index("a3-kd: 3 of 4 layers are Mamba, arc .400 against 1.000 (-.600, 95% interval -.")
 
 
 def test_the_drop_shown_is_the_gates(family: Path, cli: Runner) -> None:
