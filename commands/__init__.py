@@ -1,5 +1,5 @@
-"""The command line. One file per subcommand; none of them imports torch before its arguments are
-parsed."""
+"""The command line, with one file per subcommand. None of them imports torch before its arguments
+are parsed."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from hybridize import __version__
 from .shared.interrupts import interruptible
 from .shared.output import EXIT_INPUT, EXIT_INTERRUPTED
 
-# The groups of `hybridize --help`, in the order of use. A line is whole at 80 columns: at most 58
-# characters.
+# The groups of `hybridize --help`, in order of use. A line has at most 58 characters, so that it is
+# not cut at 80 columns.
 GROUPS = {
     "Convert": {
-        "score_loo": "Rank layers by what removing each alone costs.",
-        "score_mmr": "Rank layers by how badly each converts.",
-        "score_restore": "Rank layers by what giving attention back recovers.",
+        "score_loo": "Rank layers by the cost of removing each alone.",
+        "score_mmr": "Rank layers by the loss that is left after converting.",
+        "score_restore": "Rank layers by what restoring their attention recovers.",
         "replace": "Replace attention layers with Mamba layers.",
-        "distill": "Train a hybrid towards its teacher.",
-        "generate": "Write traces: prompts with the teacher's own answers.",
+        "distill": "Distill a hybrid from its teacher.",
+        "generate": "Write traces: prompts with the teacher's answers.",
     },
     "Measure": {
-        "eval": "Run lm-eval tasks, against a baseline as a gate.",
+        "eval": "Run lm-eval tasks, with a baseline as a gate.",
         "bench": "Measure how fast checkpoints generate.",
-        "report": "Make one page of what eval and bench measured.",
+        "report": "Make one page from results of eval and bench.",
     },
     "Serve": {
-        "export": "Write what transformers, vLLM or llama.cpp load.",
-        "chat": "Talk to a checkpoint, or to two side by side.",
+        "export": "Write a model for transformers, vLLM or llama.cpp.",
+        "chat": "Chat with a checkpoint, or with two side by side.",
     },
-    "Look after": {
+    "Maintain": {
         "inspect": "Show layout, parameters, memory, lineage and rankings.",
-        "verify": "Check that every byte is as it was written.",
-        "doctor": "Check that torch, GPU, kernels and libraries compute right.",
-        "run": "Run the steps of a recipe, but for those that are done.",
-        "demo": "Write a small teacher with traces and tasks to try.",
+        "verify": "Check the integrity of a checkpoint or an export.",
+        "doctor": "Check that torch, GPU, kernels and libraries work.",
+        "run": "Run the steps of a recipe, except those already done.",
+        "demo": "Write a small teacher with traces and tasks to try out.",
     },
 }
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)
@@ -50,8 +50,8 @@ OUTSIDE = "Extensions"
 
 
 class _Grouped(typer.core.TyperGroup):
-    """The commands under the headings of GROUPS, in place of one list, and after them the scorers
-    of extensions. Typer brings its own click, whose types are private."""
+    """A command group whose help lists the commands under the headings of GROUPS, followed by the
+    scorers of extensions. The types of Typer's own copy of click are private, hence Any."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         self._extend()
@@ -69,7 +69,7 @@ class _Grouped(typer.core.TyperGroup):
                 formatter.write_dl([(name.replace("_", "-").ljust(width), line) for name, line in commands.items()])
 
     def _extend(self) -> dict[str, Any]:
-        """Loads extensions and adds a command for each scorer that they have; returns these scorers
+        """Loads the extensions and adds a command for each of their scorers; returns these scorers
         by kind."""
         from hybridize.errors import InputError
         from hybridize.extensions import load_extensions
@@ -79,7 +79,7 @@ class _Grouped(typer.core.TyperGroup):
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_INPUT)
-        known = sys.modules.get("hybridize.scoring.scorers")  # which nothing but an extension has imported by now
+        known = sys.modules.get("hybridize.scoring.scorers")  # so far only an extension can have imported it
         found = {} if known is None else {k: s for k, s in known.SCORERS.items() if f"score_{k}" not in COMMANDS}
         for kind, scorer in found.items():
             name = f"score-{kind}"
@@ -94,12 +94,12 @@ class _Grouped(typer.core.TyperGroup):
 
 app = typer.Typer(
     name="hybridize", cls=_Grouped, no_args_is_help=True, add_completion=True, rich_markup_mode=None,
-    help="Turns a transformer into a fast hybrid: attention layers become Mamba layers, distilled back to the teacher.",
+    help="Turns a transformer into a fast hybrid: replaces attention layers with Mamba layers and distills from the teacher.",
 )  # fmt: skip
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from hybridize.checkpoint.manifest import libraries
 
         typer.echo(f"hybridize {__version__}: {', '.join(f'{name} {version}' for name, version in libraries().items())}")
@@ -119,9 +119,10 @@ for _name in COMMANDS:
 
 
 def main() -> None:
+    """Entry point of the program."""
     try:
         with interruptible():
             app()
-    except KeyboardInterrupt:  # before the command itself has begun, or after it
+    except KeyboardInterrupt:  # before the command starts or after it ends
         print("error: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

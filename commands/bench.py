@@ -27,17 +27,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Grid:
-    """What is timed, and how often."""
+    """Which cells are timed, and how often."""
 
-    contexts: Annotated[str, typer.Option("--contexts", help="Tokens before a step, separated by commas.")] = "1024,4096,16384"
-    batches: Annotated[str, typer.Option("--batches", help="Sequences in a step, separated by commas.")] = "1,16,64"
+    contexts: Annotated[str, typer.Option("--contexts", help="Context lengths in tokens, separated by commas.")] = (
+        "1024,4096,16384"
+    )
+    batches: Annotated[str, typer.Option("--batches", help="Batch sizes, separated by commas.")] = "1,16,64"
     generations: Annotated[
-        str, typer.Option("--generations", help="PROMPT:NEW,... tokens: throughput with the largest batch that fits.")
+        str, typer.Option("--generations", help="PROMPT:NEW,... in tokens: throughput with the largest batch that fits.")
     ] = ""
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps timed together.")] = 16
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timings, of which the median counts.")] = 5
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Decoding steps per timing.")] = 16
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Number of timings, whose median is reported.")] = 5
 
     def settings(self) -> BenchSettings:
+        """The flags as settings of the library; InputError for a list that cannot be parsed."""
         from hybridize.benchmark.grid import BenchSettings
         from hybridize.errors import InputError, setting
 
@@ -52,14 +55,14 @@ class Grid:
 @expanded
 def command(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="The first is what others are held against.")
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="The others are compared with the first one.")
     ],
     *,
     grid: Grid,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Only config.json is read: times do not depend on the weights.")
+        bool, typer.Option("--random-weights", help="Use random weights; only config.json is read.")
     ] = False,
-    memory: Annotated[float | None, typer.Option("--memory", help="GiB to fit into [default: the GPU's].")] = None,
+    memory: Annotated[float | None, typer.Option("--memory", help="Memory limit in GiB [default: the GPU's memory].")] = None,
     output: opt.Output = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -67,10 +70,11 @@ def command(
     speech: opt.Speech,
 ) -> None:
     """Reads checkpoints, teachers or hybrids; writes bench.json and bench.png into ./bench (or -o):
-    how fast each is.
+    their speed.
 
-    Prefill, time to the first token, and decoding steps over a grid of contexts and batches,
-    through one captured step for all, in one run, interleaved where they fit beside one another.
+    Times prefill, time to first token, and decoding steps over a grid of contexts and batches. All
+    checkpoints run the same decoding step in one process, interleaved if they fit into memory
+    together.
     """
     out = speech.output()
     from dataclasses import asdict
@@ -99,22 +103,24 @@ def command(
     from hybridize.benchmark.plot import draw
 
     draw(found, target / "bench.png")
-    write_json_atomic(path, found)  # last: a run whose picture is not there yet may be started again
+    write_json_atomic(path, found)  # last, so that a run that failed to draw can be repeated without --overwrite
     out.progress(f"wrote {path}", last=True)
     out.result({"bench": str(path), **found}, lambda: show_bench(out, path, found, names))
 
 
 def _numbers(name: str, text: str, separator: str = ",") -> tuple[int, ...]:
+    """A list of whole numbers; InputError if it is not one. name: the setting, for the message."""
     from hybridize.errors import InputError, setting
 
     try:
         return tuple(int(part) for part in text.split(separator) if part.strip())
     except ValueError as error:
-        raise InputError(f"{setting(name)} {text!r}: whole numbers are wanted") from error
+        raise InputError(f"{setting(name)} {text!r} is not a list of whole numbers") from error
 
 
 def _short(checkpoints: list[str]) -> list[str]:
-    """Last parts of paths, or whole paths where those are the same."""
+    """Names for the checkpoints: the last parts of their paths, or whole paths if those are not
+    unique."""
     last = [Path(name).name or name for name in checkpoints]
     names = last if len(set(last)) == len(last) else list(checkpoints)
     if len(set(names)) < len(names):
@@ -127,7 +133,7 @@ def _short(checkpoints: list[str]) -> list[str]:
 def _loader(
     out: Output, name: str, random_weights: bool, where: torch.device, compute: torch.dtype
 ) -> Callable[[], HybridForCausalLM]:
-    """What loads it; whatever is wrong with its name or config is said now."""
+    """A function that loads the checkpoint. Its name and config are checked at once."""
     from hybridize.generation.decoder import check_decodable
     from hybridize.inputs import open_checkpoint
     from hybridize.modeling import hybrid_config
@@ -149,6 +155,7 @@ def _loader(
 
 
 def _machine(device: torch.device) -> str:
+    """Name of the GPU, or the CPU with its number of threads."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -18,8 +18,8 @@ from .shared.flags import expanded
 from .shared.output import LINES, Output, guarded
 from .shared.speaking import OFTEN, Sampling, Speaker, growing
 
-HELP = "/reset forgets the conversation, /system TEXT begins another with that system prompt, /quit ends (as does Ctrl-D)"
-NARROW = 80  # columns below which two answers stand one below the other
+HELP = "/reset clears the conversation, /system TEXT starts a new one with that system prompt, /quit or Ctrl-D ends"
+NARROW = 80  # least number of columns to show two answers side by side
 
 
 @guarded
@@ -28,7 +28,7 @@ def command(
     checkpoint: opt.Checkpoint = "./teacher",
     *,
     versus: Annotated[
-        str | None, typer.Option("--versus", help="Another checkpoint that answers the same, side by side: the teacher, say.")
+        str | None, typer.Option("--versus", help="A second checkpoint that answers side by side, for example the teacher.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
     sampling: Sampling,
@@ -37,10 +37,10 @@ def command(
     revision: opt.Revision = None,
 ) -> None:
     """Reads a checkpoint, and questions from the terminal or stdin; prints its answers as they are
-    written. Writes no file.
+    generated. Writes no file.
 
-    Each line is a question. /reset forgets the conversation, /system TEXT begins another with that
-    system prompt, /quit or Ctrl-D ends. Ctrl-C cuts an answer short, and ends at the prompt.
+    Each line is a question. /reset clears the conversation, /system TEXT starts a new one with that
+    system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer, or ends the command at the prompt.
     """
     out = Output()
     from hybridize.runtime.device import pick_compute
@@ -55,7 +55,7 @@ def command(
         for name in names
     ]
     for talk in talks:
-        talk.prompt("Hello.")  # a template that takes no such conversation says so before anything is loaded
+        talk.prompt("Hello.")  # fails before any model is loaded if the chat template rejects the conversation
     for talk in talks:
         LINES.doing(f"loading {talk.speaker.name}")
         talk.model = talk.speaker.load(where, compute)
@@ -67,9 +67,9 @@ def command(
 
 
 def _converse(out: Output, talks: list[Talk], most: int, seed: int) -> None:
-    """Answers line after line, until there is none or somebody asks to end."""
+    """Answers questions line by line, until the input ends or the user quits."""
     turn = 0
-    while (line := _asked()) is not None:
+    while (line := _next_line()) is not None:
         if line in ("/quit", "/exit"):
             return
         if line == "/reset":
@@ -85,7 +85,7 @@ def _converse(out: Output, talks: list[Talk], most: int, seed: int) -> None:
 
 @dataclass
 class Talk:
-    """One model's side of the conversation: what it was asked and has said itself."""
+    """A conversation with one model. speed: summary of the last answer."""
 
     speaker: Speaker
     system: str | None = None
@@ -94,24 +94,26 @@ class Talk:
     speed: str = ""
 
     def prompt(self, question: str) -> list[int]:
-        """The conversation so far and a question, in tokens. InputError where the chat template
-        refuses it."""
+        """Token ids of the conversation so far and a question. InputError if the chat template
+        rejects it."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*first, *self.messages, {"role": "user", "content": question}]
         return self.speaker.encoder.prompt({"messages": messages}, "the conversation")
 
     def ready(self, question: str, most: int) -> tuple[list[int], int]:
-        """What is read before the answer, and the tokens that it may have, at most `most`.
-        InputError without any room."""
+        """Token ids of the prompt, and the maximum length of the answer, at most `most`. InputError
+        if the prompt fills the context."""
         read = self.prompt(question)
         room = most if self.speaker.room is None else min(most, self.speaker.room - len(read))
         if room < 1:
-            raise InputError(f"the conversation fills all {self.speaker.room} positions of {self.speaker.name}: /reset")
+            raise InputError(
+                f"the conversation fills all {self.speaker.room} positions of {self.speaker.name}; clear it with /reset"
+            )
         return read, room
 
     def answer(self, question: str, most: int, seed: int, add: Callable[[str], None]) -> None:
-        """Answers, piece by piece into `add`, and remembers both. InputError where the conversation
-        leaves no room."""
+        """Generates an answer, passes it piece by piece to `add`, and adds question and answer to
+        the conversation. InputError if there is no room for an answer."""
         from hybridize.generation.writing import Wanted, write
 
         generation = self.speaker.generation
@@ -140,18 +142,18 @@ class Talk:
                 raise InputError(f"a logit of {self.speaker.name} is not finite; try --dtype float32")
             ended = answer.ended
         except KeyboardInterrupt as error:
-            if error.args:  # SIGTERM, which ends the command
+            if error.args:  # SIGTERM ends the command
                 raise
             cut = True
-        said = "".join(text)
-        self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+        reply = "".join(text)
+        self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         why = ", cut short" if cut else "" if ended else f", cut at {room} tokens"
         self.speed = f"{tokens} tokens, {tokens / (time.monotonic() - began):,.0f} tokens/s{why}"
 
 
 def _restart(talks: list[Talk], system: str | None) -> None:
-    """Another conversation, with this system prompt, or the old one goes on where a chat template
-    refuses that."""
+    """Starts a new conversation with this system prompt, or keeps the old one if a chat template
+    rejects it."""
     before = [(talk.system, talk.messages) for talk in talks]
     try:
         for talk in talks:
@@ -163,8 +165,8 @@ def _restart(talks: list[Talk], system: str | None) -> None:
         LINES.say(f"error: {error}")
 
 
-def _asked() -> str | None:
-    """The next line that somebody types, or None at the end."""
+def _next_line() -> str | None:
+    """The next line of input, or None at its end."""
     if sys.stdin.isatty():
         print("> ", end="", flush=True)
     try:
@@ -180,12 +182,12 @@ def _asked() -> str | None:
 
 
 def _answer(out: Output, talks: list[Talk], question: str, most: int, seed: int) -> None:
-    """All answers: in columns on a terminal that is wide enough, else one below the other."""
+    """Shows all answers: in columns on a wide terminal, otherwise one below the other."""
     from rich.console import Console
 
     console = Console()
     try:
-        for talk in talks:  # all of them answer, or none
+        for talk in talks:  # either all of them answer or none
             talk.ready(question, most)
         if len(talks) > 1 and console.is_terminal and console.width >= NARROW:
             _beside(console, talks, question, most, seed)
@@ -201,18 +203,19 @@ def _answer(out: Output, talks: list[Talk], question: str, most: int, seed: int)
 
 
 def _beside(console: Any, talks: list[Talk], question: str, most: int, seed: int) -> None:
-    """Answers in columns, one after the other, so that each one's speed is its own."""
+    """Shows answers in columns. They are generated one after the other, so that speeds are
+    comparable."""
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-    said = [""] * len(talks)
+    replies = [""] * len(talks)
 
     def columns() -> Table:
         table = Table(expand=True)
         for talk in talks:
             table.add_column(Text(talk.speaker.name), ratio=1)
-        table.add_row(*map(Text, said))
+        table.add_row(*map(Text, replies))
         table.add_row(*(Text(f"({talk.speed})" if talk.speed else "", style="dim") for talk in talks))
         return table
 
@@ -222,7 +225,7 @@ def _beside(console: Any, talks: list[Talk], question: str, most: int, seed: int
         for place, talk in enumerate(talks):
 
             def add(piece: str, place: int = place) -> None:
-                said[place] += piece
+                replies[place] += piece
                 live.update(columns(), refresh=True)
 
             talk.answer(question, most, seed, add)

@@ -15,7 +15,7 @@ from .shared.output import guarded
 @guarded
 @expanded
 def command(
-    folder: Annotated[Path, typer.Argument(help="Where to; the current folder when omitted.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Where to write; the current folder when omitted.")] = Path(),
     overwrite: opt.Overwrite = False,
     *,
     speech: opt.Speech,
@@ -23,8 +23,8 @@ def command(
     """Reads the package; writes FOLDER/teacher/ (a small reasoning model with its traces) and
     FOLDER/tasks/ (lm-eval tasks).
 
-    A teacher of 2.5 MB that solves word problems step by step: enough to try every command on a
-    laptop.
+    The teacher has 2.5 MB and solves word problems step by step. It is enough to try every command
+    on a laptop.
     """
     out = speech.output()
     from hybridize.demo import write_demo

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Text:
-    """What is trained on, and how it is read."""
+    """Training data, and how it is read."""
 
     data: opt.Data = None
     eval_data: opt.EvalData = None
@@ -39,15 +39,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Running:
-    """What becomes of a run and its result."""
+    """Output, logging and resumption of a run."""
 
     output: opt.Output = None
-    track: Annotated[str, typer.Option("--track", help="tensorboard, trackio, wandb: where metrics go besides the file.")] = ""
-    log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of metrics and progress.")] = 1
+    track: Annotated[str, typer.Option("--track", help="Also log metrics to tensorboard, trackio or wandb.")] = ""
+    log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between log lines.")] = 1
     overwrite: opt.Overwrite = False
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.run/, if there is one.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUTPUT.run/, if there is one.")] = False
     stop_now: Annotated[
-        bool, typer.Option("--stop-now", help="With --resume: make the last saved state the result, and keep the run.")
+        bool, typer.Option("--stop-now", help="With --resume: write the last saved state as the result and keep the run.")
     ] = False
 
 
@@ -57,22 +57,24 @@ def command(
     checkpoint: opt.Checkpoint = "./teacher",
     *,
     given: Annotated[dict[str, Any], Given(DistillSettings)],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML or TOML with training settings; flags win.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML or TOML file with training settings; flags override it.")
+    ] = None,
     text: Text,
     running: Running,
     machine: opt.Machine,
     revision: opt.Revision = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it takes in memory, FLOPs and hours, and do nothing.")
+        bool, typer.Option("--dry-run", help="Show memory, FLOPs and hours that the run needs; do nothing.")
     ] = False,
     speech: opt.Speech,
 ) -> None:
     """Reads a checkpoint, its teacher and traces; writes a checkpoint (CHECKPOINT-kd/ when -o is
     omitted) trained on them.
 
-    The loss is the reverse KL from the teacher on assistant tokens; --loss ce is the cross-entropy
-    of the text itself and needs no teacher. Until it is done, metrics and resumable state are in
-    OUTPUT.run/.
+    The loss is the reverse KL divergence from the teacher on assistant tokens; --loss ce is
+    cross-entropy on the text and needs no teacher. During the run, metrics and resumable state are
+    in OUTPUT.run/.
     """
     out = speech.output()
     settings, target = settings_of(given, config), running.output or Path(f"{Path(checkpoint).name}-kd")
@@ -88,7 +90,7 @@ def command(
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, checked and about to start. spec: the name of the data."""
+    """A checked run before it starts. spec: the name of the data."""
 
     out: Output
     name: str
@@ -105,21 +107,22 @@ class Plan:
 
 
 def _check_early(settings: DistillSettings, target: Path, running: Running, dry_run: bool) -> None:
-    """InputError where the flags contradict each other or an unfinished run; before torch is
+    """InputError if the flags contradict each other or an unfinished run; runs before torch is
     imported."""
     from hybridize.checkpoint.unfinished import check_unfinished, run_path
     from hybridize.errors import InputError, setting
 
     if running.stop_now and not running.resume:
-        raise InputError(f"{setting('stop_now')} ends a run that {setting('resume')} goes on with: give both")
-    if not dry_run and not target.exists():  # else it may be this run's result; see run_dir.already_made
+        raise InputError(f"{setting('stop_now')} requires {setting('resume')}")
+    if not dry_run and not target.exists():  # an existing target may be this run's result, see run_dir.already_made
         check_unfinished(run_path(target), settings.decisive(), running.resume, running.overwrite)
 
 
 def _open(
     out: Output, name: str, revision: str | None, settings: DistillSettings, text: Text
 ) -> tuple[CheckpointReader, CheckpointReader | None]:
-    """The checkpoint, and its teacher where the run needs one."""
+    """Opens the checkpoint, and its teacher if the run needs one. InputError if nothing would be
+    trained."""
     from hybridize.distillation.losses import Loss
     from hybridize.errors import InputError, setting
     from hybridize.inputs import open_checkpoint, teacher_of, warn_of_length
@@ -131,7 +134,7 @@ def _open(
         what = f"{setting('stage')} align" if aligns else f"{setting('train')} {settings.train}"
         if aligns or settings.train == "mixers":
             raise InputError(f"{what}: {name} has no Mamba layer")
-        raise InputError(f"{what}: {name} has no tensor of such a name")
+        raise InputError(f"{what}: {name} has no tensor with such a name")
     origin = None
     if needs_teacher or text.eval_data is not None or settings.stage == "align":
         origin = teacher_of(source, name, text.teacher, out)
@@ -140,7 +143,7 @@ def _open(
 
 
 def _guide(origin: CheckpointReader | None, settings: DistillSettings) -> CheckpointReader | None:
-    """The teacher where the loss needs it, and not only the evaluation."""
+    """The teacher if the loss needs it; None if only the evaluation does."""
     from hybridize.distillation.losses import Loss
 
     return origin if Loss.parse(settings.loss, settings.temperature).needs_teacher else None
@@ -149,7 +152,7 @@ def _guide(origin: CheckpointReader | None, settings: DistillSettings) -> Checkp
 def _show_plan(
     out: Output, source: CheckpointReader, origin: CheckpointReader | None, settings: DistillSettings, machine: opt.Machine
 ) -> None:
-    """What the run takes on the device that would run it."""
+    """Shows memory, FLOPs and hours of the run on its device."""
     from hybridize.distillation.fitting import check_layers, expected
     from hybridize.runtime.device import planned_on
     from hybridize.runtime.distributed import DistributedContext, world_size
@@ -165,8 +168,8 @@ def _prepare(
     out: Output, name: str, source: CheckpointReader, origin: CheckpointReader | None, settings: DistillSettings, text: Text,
     target: Path, running: Running, machine: opt.Machine,
 ) -> Plan | None:  # fmt: skip
-    """Opens and checks all that the run needs; None where its result is there already, which has
-    then been said."""
+    """Opens and checks everything that the run needs. Returns None, after a note, if the result of
+    the run already exists."""
     from hybridize.checkpoint.writer import check_output
     from hybridize.data.corpus import open_corpus
     from hybridize.distillation.fitting import check_layers, with_micro
@@ -197,20 +200,19 @@ def _prepare(
     decisive = settings.decisive() | ran | {"checkpoint": source.hash, "teacher": origin.hash if origin else None}
     run = RunDir(target, decisive, ranks, settings.keep_last, settings.save_every, running.track)
     if already_made(run, target, running.overwrite, run.made):
-        out.note(f"{target} is this run's result already")
+        out.note(f"{target} already is the result of this run")
         out.result({"output": str(target), "already": True})
         return None
     run.check(running.resume, running.overwrite)
     if running.stop_now and not run.steps():
         raise InputError(f"{setting('stop_now')}: {run.path} holds no saved state")
-    ranks.wait()  # before the first one changes what the others look at
+    ranks.wait()  # the other ranks must have checked the files before the main one changes them
     settings = with_micro(source, _guide(origin, settings), settings, device, dtype, ranks, out, LESS_MEMORY)
     return Plan(out, name, source, origin, corpus, spec, settings, target, device, dtype, run, ranks)
 
 
 def _train(plan: Plan, running: Running, trust_remote_code: bool) -> None:
-    """Trains and says how it goes: at the start what is learnt, then steps and evaluations, at the
-    end what came of it."""
+    """Trains, and shows which tokens have a loss, steps, evaluations and the result."""
     from hybridize.distillation.distill import distill
     from hybridize.runtime.device import note_tuning
     from hybridize.runtime.distributed import leave

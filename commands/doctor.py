@@ -12,11 +12,11 @@ from .shared.output import EXIT_FAILED, LINES, guarded
 @guarded
 @expanded
 def command(device: opt.Device = "auto", *, speech: opt.Speech) -> None:
-    """Reads the machine; writes nothing: whether torch, GPU, kernels and libraries are there, fit
-    together and compute right.
+    """Examines the machine; writes nothing. Checks that torch, GPU, kernels and libraries are
+    installed, compatible and compute correctly.
 
-    Exit 1 if something asked for does not work, each fault with the command that mends it. A GPU is
-    asked for by --device cuda, or by having one.
+    Shows each fault with the command that fixes it; with any fault the exit code is 1. The GPU is
+    checked with --device cuda, or if the machine has one.
     """
     out = speech.output()
     from dataclasses import asdict
@@ -36,7 +36,7 @@ def command(device: opt.Device = "auto", *, speech: opt.Speech) -> None:
         for finding in found:
             print(f"{finding.state:6} {finding.name:{width}}  {finding.detail}")
             if finding.mend:
-                print(f"{'':6} {'':{width}}  mend: {finding.mend}")
+                print(f"{'':6} {'':{width}}  fix: {finding.mend}")
         print(f"{len(faults)} fault{'' if len(faults) == 1 else 's'}")
 
     out.result({"ok": not faults, "findings": [asdict(finding) for finding in found]}, human)

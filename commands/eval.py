@@ -24,58 +24,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tasks:
-    """What lm-eval measures, and how."""
+    """Tasks and settings for lm-eval."""
 
     tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None
     num_fewshot: opt.NumFewshot = None
-    limit: Annotated[str | None, typer.Option("--limit", help="Documents per task, or their share: 100, 0.1; or rows.")] = None
+    limit: Annotated[
+        str | None, typer.Option("--limit", help="Documents per task or their share, such as 100 or 0.1; with --fidelity rows.")
+    ] = None
     include_path: opt.IncludePath = None
     apply_chat_template: opt.ApplyChatTemplate = False
     gen_kwargs: Annotated[
-        str | None, typer.Option("--gen-kwargs", help="Generation settings as lm-eval reads them: a=b,c=d.")
+        str | None, typer.Option("--gen-kwargs", help="Generation settings in lm-eval's syntax: a=b,c=d.")
     ] = None
     samples: Annotated[
-        int, typer.Option("--samples", help="Answers to each document of a generating task; their majority counts.")
+        int, typer.Option("--samples", help="Answers per document of a generating task; the majority vote counts.")
     ] = 1
     think_end: Annotated[
         str | None,
-        typer.Option("--think-end", help="What closes a block of thinking, as </think>: the answer is what follows."),
+        typer.Option("--think-end", help="End of the reasoning, such as </think>: only the text after it is the answer."),
     ] = None
     recall_lengths: Annotated[
-        str | None, typer.Option("--recall-lengths", help="Tokens, for --tasks recall [default: 1024,4096].")
+        str | None, typer.Option("--recall-lengths", help="Lengths in tokens for --tasks recall [default: 1024,4096].")
     ] = None
     batch_size: Annotated[str, typer.Option("--batch-size", help="Requests per forward pass, auto, or auto:N.")] = "8"
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks run the code that the model writes.")
+        bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks run code that the model generates.")
     ] = False
     log_samples: Annotated[bool, typer.Option("--log-samples", help="Write every model output to samples.jsonl.")] = False
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted evaluation.")] = False
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What results are compared with, and what is not good enough."""
+    """The baseline of a comparison and the conditions of the gate."""
 
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="A checkpoint, or a results.json of the same settings, to compare with.")
+        str | None, typer.Option("--baseline", help="A checkpoint, or a results.json with the same settings, to compare with.")
     ] = None
     max_drop: Annotated[
-        float | None, typer.Option("--max-drop", help="Exit 3 when a task falls further than this below the baseline.")
+        float | None, typer.Option("--max-drop", help="Exit 3 if a task drops by more than this from the baseline.")
     ] = None
     confidence: Annotated[
-        float | None, typer.Option("--confidence", help="Fail only when so sure that the drop exceeds --max-drop, as 0.95.")
+        float | None,
+        typer.Option("--confidence", help="Fail only if the drop exceeds --max-drop with this confidence, such as 0.95."),
     ] = None
-    strict: Annotated[bool, typer.Option("--strict", help="Fail unless 95% sure that the drop does not exceed --max-drop.")] = (
+    strict: Annotated[bool, typer.Option("--strict", help="Fail unless the drop is within --max-drop with 95% confidence.")] = (
         False
     )
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="TASK=METRIC to hold to --max-drop [default: all accuracy-like ones]; repeatable."),
+        typer.Option("--metric", help="TASK=METRIC that --max-drop applies to [default: all accuracy-like ones]; repeatable."),
     ] = None
-    allow_inconclusive: Annotated[
-        bool, typer.Option("--allow-inconclusive", help="Exit 0 also where the documents cannot tell.")
-    ] = False
-    junit: Annotated[Path | None, typer.Option("--junit", help="A file for CI services: each task as a test.")] = None
+    allow_inconclusive: Annotated[bool, typer.Option("--allow-inconclusive", help="Exit 0 also if a task is inconclusive.")] = (
+        False
+    )
+    junit: Annotated[Path | None, typer.Option("--junit", help="JUnit XML file for CI, with a test case per task.")] = None
 
 
 @guarded
@@ -93,15 +96,15 @@ def command(
     overwrite: opt.Overwrite = False,
     speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint; writes results.json into CHECKPOINT/eval/ (or -o): lm-eval's results, and
-    each document's score.
+    """Reads a checkpoint; writes results.json into CHECKPOINT/eval/ (or -o): lm-eval's results and
+    the score of each document.
 
-    With --fidelity it is held against its teacher on text: divergences, agreement, perplexities,
-    greedy continuations.
+    With --fidelity it is compared with its teacher on text: KL divergences, agreement, perplexities
+    and greedy continuations.
 
-    With --baseline both are measured alike and compared document by document; --max-drop makes that
-    a gate. A baseline's own results are used again where checkpoint, settings and libraries are the
-    same.
+    With --baseline both are evaluated with the same settings and compared document by document;
+    --max-drop makes the comparison a gate. Results of the baseline are reused if checkpoint,
+    settings and libraries are the same.
     """
     out = speech.output()
     _check_journals(checkpoint, given, gate, output, overwrite)
@@ -127,9 +130,9 @@ def command(
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation, checked and about to start. other: the baseline's results where they are
-    known; own: the baseline's checkpoint where it is to be measured; metrics: those that the gate
-    looks at, by task; tokenizers: by checkpoint."""
+    """A checked evaluation before it starts. other: the baseline's results, if they exist already.
+    own: the baseline's checkpoint, if it has to be evaluated. metrics: those that the gate uses, by
+    task. tokenizers: by path of the checkpoint."""
 
     out: Output
     name: str
@@ -142,7 +145,7 @@ class Plan:
 
 
 def _check_journals(name: str, given: Tasks, gate: Gate, output: Path | None, overwrite: bool) -> None:
-    """InputError where an unfinished evaluation is in the way; before torch is imported."""
+    """InputError if an unfinished evaluation blocks the output; runs before torch is imported."""
     from hybridize.checkpoint.journal import check_journal
     from hybridize.checkpoint.scores import beside
 
@@ -154,17 +157,17 @@ def _check_journals(name: str, given: Tasks, gate: Gate, output: Path | None, ov
 
 
 def _check_flags(given: Tasks, gate: Gate, fidelity: Fidelity) -> None:
-    """InputError for flags that belong to another kind of measurement."""
+    """InputError for flags that belong to the other kind of evaluation."""
     from hybridize.errors import InputError, setting
 
     if (given.tasks is None) == (fidelity.fidelity is None):
         raise InputError(f"say what to measure: either {setting('tasks')}, or {setting('fidelity')} DATA")
     if gate.max_drop is not None and gate.baseline is None:
-        raise InputError(f"{setting('max_drop')} needs a {setting('baseline')} to fall from")
+        raise InputError(f"{setting('max_drop')} requires {setting('baseline')}")
     if given.tasks is not None:
         return
     if gate.baseline is not None:
-        raise InputError(f"{setting('baseline')} compares tasks; give {setting('tasks')}")
+        raise InputError(f"{setting('baseline')} requires {setting('tasks')}")
     useless = {
         "junit": gate.junit, "log_samples": given.log_samples, "samples": given.samples > 1, "think_end": given.think_end,
         "resume": given.resume, "gen_kwargs": given.gen_kwargs, "num_fewshot": given.num_fewshot is not None,
@@ -172,11 +175,11 @@ def _check_flags(given: Tasks, gate: Gate, fidelity: Fidelity) -> None:
     }  # fmt: skip
     for name, value in useless.items():
         if value:
-            raise InputError(f"{setting(name)} has no use with {setting('fidelity')}; it belongs to {setting('tasks')}")
+            raise InputError(f"{setting(name)} does not apply to {setting('fidelity')}, only to {setting('tasks')}")
 
 
 def _rows(limit: str | None) -> int | None:
-    """--limit as a number of rows."""
+    """--limit as a number of rows. InputError for a share."""
     from hybridize.errors import InputError, setting
     from hybridize.evaluation.harness import parse_limit
 
@@ -187,14 +190,14 @@ def _rows(limit: str | None) -> int | None:
 
 
 def _metrics(given: list[str] | None) -> dict[str, str]:
-    """`TASK=METRIC`s as a table; InputError for what is none."""
+    """Metrics by task, from a list of TASK=METRIC. InputError for other text."""
     from hybridize.errors import InputError, setting
 
     found = dict[str, str]()
     for text in given or ():
         task, _, name = text.partition("=")
         if not task.strip() or not name.strip():
-            raise InputError(f"{setting('metric')} {text}: give TASK=METRIC, as gsm8k=exact_match,flexible-extract")
+            raise InputError(f"{setting('metric')} {text} is not TASK=METRIC, such as gsm8k=exact_match,flexible-extract")
         found[task.strip()] = name.strip()
     return found
 
@@ -203,7 +206,7 @@ def _prepare(
     out: Output, name: str, source: CheckpointReader, target: Path, given: Tasks, gate: Gate, machine: opt.Machine, seed: int,
     overwrite: bool,
 ) -> Plan:  # fmt: skip
-    """Opens tasks, tokenizers and the baseline, and checks all of it before any model is loaded."""
+    """Opens and checks tasks, tokenizers and the baseline before any model is loaded."""
     from hybridize.errors import InputError, setting
     from hybridize.evaluation import harness
     from hybridize.evaluation.recall import parse_lengths
@@ -245,19 +248,19 @@ def _prepare(
 
 
 def _check_targets(target: Path, junit: Path | None, replaceable: bool) -> None:
-    """InputError where results could not be written."""
+    """InputError if the results could not be written."""
     from hybridize.checkpoint.writer import check_writable
     from hybridize.errors import InputError, setting
 
     result_file(target, "results.json", replaceable)
     if junit is not None:
         if junit.is_dir():
-            raise InputError(f"{setting('junit')} {junit} is a directory; it names a file")
+            raise InputError(f"{setting('junit')} {junit} is a directory, not a file")
         check_writable(junit)
 
 
 def _measure(plan: Plan, gate: Gate, samples: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The results of the checkpoint and of its baseline."""
+    """Evaluates the checkpoint, and its baseline if necessary; returns both results."""
     from hybridize.runtime.distributed import leave
 
     out, other = plan.out, plan.other
@@ -274,7 +277,7 @@ def _measure(plan: Plan, gate: Gate, samples: int) -> tuple[dict[str, Any], dict
 def _conclude(
     plan: Plan, gate: Gate, rule: Rule, results: dict[str, Any], other: dict[str, Any] | None, began: float, limited: bool
 ) -> None:
-    """Shows the results, and ends with exit 3 where the gate is not met."""
+    """Shows the results and exits with 3 if the gate is not met."""
     from hybridize.evaluation.gate import by_task, compare, judge, passes, verdicts_json, write_junit
 
     out, path = plan.out, plan.run.target / "results.json"
@@ -293,7 +296,7 @@ def _conclude(
 
 
 def _summary(results: dict[str, Any]) -> dict[str, Any]:
-    """What --json says of tasks and groups: their metrics, without documents."""
+    """Metrics of tasks and groups for --json, without documents."""
     from hybridize.evaluation.results import values_in
 
     tasks = {
@@ -304,9 +307,12 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _warn_of_cuts(out: Output, results: dict[str, Any], samples: int) -> None:
+    """Warns of answers that were cut at their maximum length."""
     from hybridize.evaluation.recall import kind_and_length
 
     for task, entry in results.get("tasks", {}).items():
-        if entry.get("cut") and kind_and_length(task) is None:  # judged by their beginning
-            asked = len(entry["documents"]) * samples
-            out.warn(f"{task}: {entry['cut']} of {asked} answers were cut at their length; --gen-kwargs max_gen_toks=N")
+        if entry.get("cut") and kind_and_length(task) is None:  # recall answers are scored by their beginning
+            count = len(entry["documents"]) * samples
+            out.warn(
+                f"{task}: {entry['cut']} of {count} answers were cut at the length limit; raise --gen-kwargs max_gen_toks=N"
+            )

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says, and where the result is uploaded."""
+    """Contents of the model card, and upload of the result."""
 
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="The teacher's hub id, for the card [default: where it is known].")
+        str | None, typer.Option("--base-model", help="The teacher's hub id, for the model card [default: if it is known].")
     ] = None
     license_: Annotated[
-        str | None, typer.Option("--license", help="For the card, as apache-2.0 [default: the teacher's card's].")
+        str | None, typer.Option("--license", help="Licence for the model card, such as apache-2.0 [default: the teacher's].")
     ] = None
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub.")
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository on the hub.")
     ] = None
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: nobody else sees it.")] = False
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a new repository private.")] = False
 
 
 @guarded
@@ -41,12 +41,12 @@ def command(
         str, typer.Option("--format", help="hf (transformers, any mixer), granite (transformers, vLLM), gguf (llama.cpp).")
     ] = "hf",
     outtype: Annotated[
-        str | None, typer.Option("--outtype", help="Type of a gguf's matrices: f32, f16 or q8_0 [default: f16].")
+        str | None, typer.Option("--outtype", help="Data type of the matrices in a gguf: f32, f16 or q8_0 [default: f16].")
     ] = None,
     verify: Annotated[
         bool | None,
         typer.Option(
-            "--verify/--no-verify", help="Compare the result with the checkpoint in its runtime, or fail [default: if it can]."
+            "--verify/--no-verify", help="Require, or skip, the comparison in the runtime [default: compare if possible]."
         ),
     ] = None,
     card: Card,
@@ -59,9 +59,9 @@ def command(
     """Reads a hybrid; writes a directory (CHECKPOINT-FORMAT/ when -o is omitted) that its runtime
     loads without hybridize.
 
-    hf: weights byte for byte, and the modeling code (trust_remote_code=True). granite: a
+    hf: the unchanged weights and the modeling code (trust_remote_code=True). granite: a
     GraniteMoeHybridForCausalLM for stock transformers and vLLM. gguf: a file for llama.cpp. The
-    last two take Mamba-2 mixers only. Each comes with tokenizer and a model card, and is loaded and
+    last two support only Mamba-2 mixers. Each has a tokenizer and a model card, and is run and
     compared with the checkpoint before it appears.
     """
     out = speech.output()
@@ -75,7 +75,7 @@ def command(
 
     settings = ExportSettings(form, outtype, verify is not False, verify is True, card.base_model, card.license_)
     if card.private and card.push_to_hub is None:
-        raise InputError(f"{setting('private')} has no use without {setting('push_to_hub')}")
+        raise InputError(f"{setting('private')} requires {setting('push_to_hub')}")
     source = open_checkpoint(checkpoint, revision, notes=out)
     target = output or Path(f"{source.path.resolve().name}-{form}")
     check_output(target, overwrite, source.path)
@@ -93,6 +93,7 @@ def command(
 
 
 def _show(out: Output, target: Path, form: str, found: Exported, address: str | None) -> None:
+    """Shows the files and the result of the comparison. address: URL on the hub, if uploaded."""
     if found.crashed:
         out.warn(f"{target} is written but not verified: {found.unverified}")
 

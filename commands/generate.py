@@ -35,17 +35,17 @@ TRACES = Path("traces.jsonl")
 @expanded
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
-    prompt: Annotated[str | None, typer.Argument(help="One prompt, whose answer is printed.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="A single prompt; its answer is printed.")] = None,
     *,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="jsonl, parquet or hub id with `messages` or `prompt` in each row.")
     ] = None,
     sampling: Sampling,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences decoded at once, at most.")] = 64,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per prompt.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Maximum number of sequences decoded at once.")] = 64,
     limit: opt.Limit = None,
     output: opt.Output = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     machine: opt.Machine,
     seed: opt.Seed = 0,
     revision: opt.Revision = None,
@@ -53,13 +53,13 @@ def command(
     speech: opt.Speech,
 ) -> None:
     """Reads a checkpoint and prompts; writes traces.jsonl (or -o): the prompts with the model's
-    answers, to be distilled on.
+    answers, as training data.
 
-    With one prompt on the command line the answer is printed and nothing is written. Each answer
-    depends on its prompt and the seed alone; an interrupted run goes on with --resume.
+    With a single prompt on the command line the answer is printed and nothing is written. An answer
+    depends only on its prompt and the seed; --resume continues an interrupted run.
     """
     out = speech.output()
-    _check_asked(prompt, prompts, output or TRACES, resume, overwrite)
+    _check_arguments(prompt, prompts, output or TRACES, resume, overwrite)
     from hybridize.data.forms import check_prompt
     from hybridize.data.rows import read_rows
     from hybridize.runtime.device import pick_compute
@@ -70,7 +70,7 @@ def command(
     speaker = Speaker(checkpoint, revision, sampling, machine.trust_remote_code, out)
     where, compute = pick_compute(machine.device, machine.dtype)
     if samples > 1 and speaker.generation.sampling.temperature == 0:
-        raise InputError("--samples needs answers that differ: --temperature above 0")
+        raise InputError("--samples above 1 requires --temperature above 0, otherwise all answers are the same")
     rows: Any = [{"prompt": prompt}] if prompts is None else read_rows(prompts, limit, "prompts", check_prompt)
     where_of = rows.where if prompts is not None else lambda _: "the prompt"
     read = _read(speaker.encoder, rows, where_of)
@@ -85,15 +85,16 @@ def command(
 
 
 def _warn_of_room(out: Output, speaker: Speaker, read: list[list[int]], new: int) -> None:
-    """Says so where prompts and answers are longer than the model was made for."""
+    """Warns if prompt and answer together exceed the model's maximum context length."""
     longest = max(map(len, read))
     if speaker.room is not None and longest + new > speaker.room:
-        out.warn(f"{longest} tokens of prompt and {new} new ones are more than the {speaker.room} the checkpoint was made for")
+        out.warn(f"{longest} prompt tokens and {new} new ones exceed the model's context length of {speaker.room}")
 
 
 @dataclass
 class Answering:
-    """Prompts on their way through a model. read: each prompt's tokens."""
+    """Prompts and settings for a model. read: token ids by prompt. new: maximum length of an
+    answer."""
 
     out: Output
     speaker: Speaker
@@ -105,8 +106,8 @@ class Answering:
     compute: torch.dtype
 
     def answers(self, keys: Sequence[tuple[int, int]], stop: Callable[..., bool], stride: int | None = None) -> Iterator[Any]:
-        """Answers to prompts by number and sample, as they are finished. WorkError where a logit is
-        not finite."""
+        """Yields answers as they finish. keys: (prompt number, sample). stop: see `write`. stride:
+        tokens between calls of `stop`."""
         from hybridize.generation.writing import STRIDE, Wanted, rows_that_fit, seed_of, write
 
         LINES.doing("loading the model")
@@ -114,7 +115,7 @@ class Answering:
         longest = max(map(len, self.read))
         side = rows_that_fit(model, longest + self.new, min(self.batch, len(keys)))
         if side < min(self.batch, len(keys)):
-            self.out.note(f"{side} sequences side by side, since no more fit into memory")
+            self.out.note(f"{side} sequences at once, since no more fit into memory")
         LINES.doing("reading the prompts")
         wanted = (Wanted(key, self.read[key[0]], seed_of(self.seed, key)) for key in keys)
         return write(
@@ -124,13 +125,14 @@ class Answering:
 
 
 def _answer(out: Output, answering: Answering, prompt: str | None, keys: list[tuple[int, int]], streams: bool) -> None:
-    """Answers to the one prompt, on stdout; one alone as it is written."""
+    """Prints the answers to the single prompt. streams: print its only answer as it is
+    generated."""
     from hybridize.data.encode import decoded
 
     tokenizer, answers = answering.speaker.encoder.tokenizer, list[dict[str, Any]]()
 
     def add(text: str) -> None:
-        LINES.silent = True  # from here on the text itself says that something is going on
+        LINES.silent = True  # the text itself shows progress from here on
         LINES.end()
         print(text, end="", flush=True)
 
@@ -142,14 +144,15 @@ def _answer(out: Output, answering: Answering, prompt: str | None, keys: list[tu
         answers.append({"text": decoded(tokenizer, answer.ids), "finish": finish, "tokens": len(answer.ids)})
     out.result({"prompt": prompt, "answers": answers}, lambda: _say(answers))
     if any(answer["finish"] == "length" for answer in answers):
-        out.note(f"cut at {answering.new} tokens; --max-new-tokens")
+        out.note(f"cut at {answering.new} tokens; raise --max-new-tokens")
 
 
 def _write_traces(
     out: Output, answering: Answering, keys: list[tuple[int, int]], rows: Any, where_of: Callable[[int], str], path: Path,
     samples: int, resume: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Answers to all prompts into `path`, as they come and in the end in order."""
+    """Writes the answers to all prompts: into a journal as they finish, in the end in order to
+    `path`."""
     from hybridize.generation.traces import Traces, trace_of
     from hybridize.inputs import check_weights
     from hybridize.runtime.device import ran_on
@@ -177,8 +180,9 @@ def _write_traces(
     _finish(out, traces, answering.new, started)
 
 
-def _check_asked(prompt: str | None, prompts: str | None, path: Path, resume: bool, overwrite: bool) -> None:
-    """Before anything is loaded: is there one thing to answer, and no unfinished run in its way?"""
+def _check_arguments(prompt: str | None, prompts: str | None, path: Path, resume: bool, overwrite: bool) -> None:
+    """InputError unless there is one prompt or a file of prompts, and no unfinished run in the
+    way."""
     if (prompt is None) == (prompts is None):
         raise InputError("say what to answer: either one prompt, or --prompts FILE")
     if prompts is not None:
@@ -186,11 +190,11 @@ def _check_asked(prompt: str | None, prompts: str | None, path: Path, resume: bo
 
 
 def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) -> None:
-    """Writes all answers and says what became of them."""
+    """Writes the file of answers and shows a summary."""
     lines = traces.finish()
     cut, nothing = sum(line["finish"] == "length" for line in lines), sum(not line["tokens"] for line in lines)
     if cut:
-        out.warn(f"{cut} of {len(lines)} answers were cut at {max_new_tokens} tokens; --max-new-tokens")
+        out.warn(f"{cut} of {len(lines)} answers were cut at {max_new_tokens} tokens; raise --max-new-tokens")
     if nothing:
         out.warn(f"{nothing} answers were empty and are left out")
     summary = {
@@ -201,8 +205,8 @@ def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) ->
 
 
 def _read(encoder: Encoder, rows: Sequence[dict[str, Any]], where_of: Callable[[int], str]) -> list[list[int]]:
-    """Each row's prompt in tokens; InputError naming the first without any, or that cannot be
-    written with an answer."""
+    """Token ids of each row's prompt. InputError, with the place, for a prompt without tokens or
+    one that cannot be stored with an answer."""
     from hybridize.generation.traces import question_of
 
     read = [encoder.prompt(row, where_of(i)) for i, row in enumerate(rows)]
@@ -214,5 +218,5 @@ def _read(encoder: Encoder, rows: Sequence[dict[str, Any]], where_of: Callable[[
 
 
 def _say(answers: list[dict[str, Any]]) -> None:
-    """One answer has been printed while it was written."""
+    """Prints the answers; a single one has already been streamed."""
     print("" if len(answers) == 1 else "\n\n".join(answer["text"] for answer in answers))

@@ -20,10 +20,10 @@ def command(
     *,
     speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint's config, manifest and scores; writes nothing: layout, parameters, memory,
-    lineage, rankings.
+    """Reads a checkpoint's config, manifest and scores; writes nothing. Shows layout, parameters,
+    memory, lineage and rankings.
 
-    Works on a teacher and on a hub id, and never loads a weight.
+    Also works on teachers and hub ids. No weights are loaded.
     """
     out = speech.output()
     from dataclasses import asdict
@@ -47,13 +47,13 @@ def command(
             _short(count, 1024, [" B", " KiB", " MiB", " GiB"])
             for count in (found.state, found.kv, found.at_long, found.teacher_at_long)
         )
-        print(f"  a sequence keeps {state} and {token} a token: {after} at {LONG} tokens (all attention: {before})")
+        print(f"  cache of a sequence: {state} plus {token} per token; {after} at {LONG} tokens ({before} with attention only)")
         for depth, step in enumerate(steps):
             print(f"  {'   ' * max(0, depth - 1)}{'`- ' if depth else ''}{step['checkpoint']}{_made(step)}")
         for entry in scores:
             order = ", ".join(map(str, entry.get("ranking", [])))
-            said = entry.get("error") or f"{order} (by {entry['metric']}, first to convert first)"
-            print(f"  {entry['kind']}: {said}")
+            text = entry.get("error") or f"{order} (by {entry['metric']}, in order of conversion)"
+            print(f"  {entry['kind']}: {text}")
 
     out.result(
         {"checkpoint": checkpoint, "family": family, **asdict(found), "long": LONG, "lineage": steps, "scores": scores}, human
@@ -61,6 +61,7 @@ def command(
 
 
 def _short(count: float, step: int, units: list[str]) -> str:
+    """A number with a unit; each unit is `step` times the one before."""
     for unit in units[:-1]:
         if count < step:
             return f"{count:.0f}{unit}" if unit == units[0] else f"{count:.1f}{unit}"
@@ -69,7 +70,8 @@ def _short(count: float, step: int, units: list[str]) -> str:
 
 
 def _made(step: dict[str, Any]) -> str:
+    """How a checkpoint of the lineage was made."""
     if step["command"] is None:
-        return " (no longer there)" if step.get("missing") else ""
-    tokens = f", {step['tokens']:,} tokens seen" if step["tokens"] else ""
+        return " (not found)" if step.get("missing") else ""
+    tokens = f", {step['tokens']:,} training tokens" if step["tokens"] else ""
     return f" ({step['command']}{tokens})"

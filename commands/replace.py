@@ -19,32 +19,34 @@ if TYPE_CHECKING:
     from hybridize.surgery.replace import Calibration, Surgery
     from hybridize.surgery.teacher import Teacher
 
-SMALL = 2 << 30  # bytes of weights up to which the result is verified unasked
-ENOUGH = 8  # calibration tokens a dimension from which it was better than none for mamba, see docs/results.md
+SMALL = 2 << 30  # bytes of weights up to which the result is verified by default
+ENOUGH = 8  # calibration tokens per dimension that were better than none for mamba, see docs/results.md
 CALIBRATION_TOKENS = 32768
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Which layers to convert, and whose attention they start from."""
+    """Which layers to convert, and which attention weights initialize them."""
 
-    layers: Annotated[int | None, typer.Option("--layers", min=0, help="Mamba layers in the result, old and new.")] = None
-    indices: Annotated[str | None, typer.Option("--indices", help="Layers to convert, by index: 3,5-8.")] = None
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=0, help="Number of Mamba layers in the result, old and new.")
+    ] = None
+    indices: Annotated[str | None, typer.Option("--indices", help="Indices of layers to convert, such as 3,5-8.")] = None
     scores: Annotated[
-        Path | None, typer.Option("--scores", help="Ranking [default: the checkpoint's mmr, else restore, else loo].")
+        Path | None, typer.Option("--scores", help="Score file [default: the checkpoint's mmr, else restore, else loo].")
     ] = None
     init_from: Annotated[
-        str, typer.Option("--init-from", help="Whose attention weights: checkpoint (as they are now) or teacher.")
+        str, typer.Option("--init-from", help="Whose attention weights to start from: checkpoint (as they are now) or teacher.")
     ] = "checkpoint"
     teacher: opt.Teacher = None
 
 
 @dataclass(frozen=True)
 class Calibrating:
-    """The text that new mixers are calibrated on."""
+    """Text and settings for the calibration of new mixers."""
 
     calibrate: Annotated[
-        str | None, typer.Option("--calibrate", help="Text to calibrate on [default: as --data elsewhere, if there is any].")
+        str | None, typer.Option("--calibrate", help="Text to calibrate on [default: as --data of distill, if there is any].")
     ] = None
     no_calibrate: opt.NoCalibrate = False
     calibration_tokens: opt.CalibrationTokens = CALIBRATION_TOKENS
@@ -71,7 +73,7 @@ def command(
     overwrite: opt.Overwrite = False,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="Verify the result before it is kept [default: if it is below 2 GiB]."),
+        typer.Option("--verify/--no-verify", help="Verify the conversion before it is kept [default: if below 2 GiB]."),
     ] = None,
     dry_run: opt.DryRun = False,
     speech: opt.Speech,
@@ -79,9 +81,9 @@ def command(
     """Reads a checkpoint and its scores; writes a checkpoint (h{N}/ when -o is omitted) with
     attention layers replaced.
 
-    New Mamba layers start from the attention's own weights (Mamba-in-Llama) and are calibrated on a
-    little text, where there is any. The layers with the lowest scores go first; layers that are
-    Mamba already stay as they are, and everything else is copied bit for bit.
+    New Mamba layers are initialized from the attention's weights (Mamba-in-Llama) and calibrated on
+    some text, if there is any. Layers with the lowest scores are converted first. Existing Mamba
+    layers and everything else are copied bit for bit.
     """
     out = speech.output()
     _check_early(checkpoint, which, calibrating)
@@ -89,7 +91,7 @@ def command(
 
     plan = _prepare(out, checkpoint, revision, which, mixers, calibrating, output, verify)
     check_output(plan.target, overwrite or dry_run, plan.source.path, plan.donor.path)
-    summary = plan.summary()  # a tensor that would be lost shows here
+    summary = plan.summary()  # raises if a tensor would be lost
     if dry_run:
         _show_plan(out, plan, summary)
         return
@@ -99,8 +101,8 @@ def command(
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, checked and about to start. which: as the command line has it; verifying:
-    whether the result is verified before it is kept."""
+    """A checked conversion before it starts. which: from the command line. verifying: whether the
+    conversion is verified before the result is kept."""
 
     name: str
     source: CheckpointReader
@@ -114,15 +116,16 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Mamba layers of the result."""
+        """Number of Mamba layers in the result."""
         return len(self.contract.mixer_layers) + len(self.surgery.layers)
 
     @property
     def strip(self) -> str:
+        """Layer types of the result, see draw_strip."""
         return draw_strip(self.contract.layer_types, self.surgery.layers)
 
     def summary(self) -> dict[str, Any]:
-        """What --json says of it."""
+        """The plan for --json."""
         from hybridize.surgery.features import features
         from hybridize.surgery.verify import provenance
 
@@ -136,23 +139,23 @@ class Plan:
 
 
 def _check_early(name: str, which: Layers, calibrating: Calibrating) -> None:
-    """InputError for flags that contradict each other, or a ranking that is not there; before torch
-    is imported."""
+    """InputError for flags that contradict each other or a missing score file; runs before torch is
+    imported."""
     from hybridize.errors import InputError, setting
     from hybridize.parsing import check_either
 
     check_either("say which layers", f"{setting('layers')} N", which.layers, f"{setting('indices')} LIST", which.indices)
     if which.init_from not in ("checkpoint", "teacher"):
-        raise InputError(f"{setting('init_from')} is checkpoint or teacher, not {which.init_from}")
+        raise InputError(f"{setting('init_from')} must be checkpoint or teacher, not {which.init_from}")
     if which.teacher is not None and which.init_from != "teacher":
-        raise InputError(f"{setting('teacher')} has no use without {setting('init_from')} teacher")
+        raise InputError(f"{setting('teacher')} requires {setting('init_from')} teacher")
     if calibrating.calibrate is not None and calibrating.no_calibrate:
         raise InputError(f"{setting('calibrate')} and {setting('calibrate', False)} contradict each other")
     _check_scores(name, which)
 
 
 def _check_scores(name: str, which: Layers) -> None:
-    """InputError where a ranking is needed and a local checkpoint has none, or it is no ranking."""
+    """InputError if a score file is needed and a local checkpoint has none, or if it is invalid."""
     from hybridize.checkpoint.json_files import read_json
     from hybridize.checkpoint.manifest import MIXER_LAYER
     from hybridize.checkpoint.scores import explain_no_scores, find_scores, read_scores
@@ -175,7 +178,7 @@ def _prepare(
     out: Output, name: str, revision: str | None, which: Layers, mixers: opt.NewMixers, calibrating: Calibrating,
     output: Path | None, verify: bool | None,
 ) -> Plan:  # fmt: skip
-    """Opens and checks everything that the conversion needs."""
+    """Opens and checks everything that the conversion needs, and chooses the layers."""
     from hybridize.inputs import open_checkpoint, teacher_of
     from hybridize.surgery.replace import plan
     from hybridize.surgery.select import Selection, choose_layers
@@ -199,7 +202,7 @@ def _prepare(
 def _calibration(
     out: Output, source: CheckpointReader, contract: Teacher, surgery: Surgery, calibrating: Calibrating
 ) -> Calibration | None:
-    """The text to calibrate on, with a warning where there is none, or little."""
+    """The calibration, or None; warns if there is no text or too little."""
     from hybridize.errors import InputError, setting
     from hybridize.inputs import calibration_for, found_data
 
@@ -207,7 +210,7 @@ def _calibration(
     if text is None and not calibrating.no_calibrate and surgery.kind.parts:
         out.warn(
             f"no text to calibrate on ({setting('calibrate')} DATA, or a traces.jsonl here): the new layers start from "
-            f"attention weights alone and will need far more training; {setting('mixer')} mamba starts better so"
+            f"attention weights alone and need far more training; {setting('mixer')} mamba starts better without calibration"
         )
     try:
         fit = calibration_for(
@@ -218,14 +221,14 @@ def _calibration(
     except InputError as error:
         if text is None or calibrating.calibrate is not None:
             raise
-        raise InputError(f"{error} ({setting('calibrate', False)} does without)") from error
+        raise InputError(f"{error} ({setting('calibrate', False)} skips the calibration)") from error
     if fit is not None and fit.ids.numel() < (enough := ENOUGH * max(contract.hidden, contract.inner)):
-        out.warn(f"{fit.ids.numel()} tokens are little to calibrate on and may be worse than none; {enough} are enough here")
+        out.warn(f"{fit.ids.numel()} calibration tokens are few and may be worse than none; use at least {enough}")
     return fit
 
 
 def _warn_of_scores(out: Output, ranking: Scores | None, surgery: Surgery, fit: Calibration | None) -> None:
-    """Says so where layers were ranked with other mixers than they get."""
+    """Warns if the layers were scored with other mixers than they get."""
     if ranking is None or surgery.mixer is None:
         return
     kind, init = surgery.mixer["kind"], "mil" if fit is None else "calibrated"
@@ -233,24 +236,24 @@ def _warn_of_scores(out: Output, ranking: Scores | None, surgery: Surgery, fit: 
         out.warn(f"the scores were measured with {ranking.mixer} mixers ({ranking.init}), not with {kind} ({init})")
 
 
-def _verifying(asked: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
-    """Whether to verify the result; InputError where that is asked for and impossible."""
+def _verifying(required: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
+    """Whether to verify the conversion. InputError if the user requires it and it is impossible."""
     from hybridize.errors import InputError, setting
 
     if not surgery.layers or surgery.mixer is None:
         return False
     possible = surgery.kind.can_verify(surgery.mixer)
-    if asked and not possible:
+    if required and not possible:
         raise InputError(
-            f"{setting('verify')} cannot be had with {surgery.mixer['kind']} mixers of this shape, "
-            "whose heads do not pair with those of the attention"
+            f"{setting('verify')} is not possible with {surgery.mixer['kind']} mixers of this shape, "
+            "whose heads do not correspond to the attention heads"
         )
     small = sum(file.stat().st_size for file in source.path.glob("*.safetensors")) <= SMALL
-    return bool(asked) or (asked is None and small and possible)
+    return bool(required) or (required is None and small and possible)
 
 
 def _convert(out: Output, plan: Plan, calibrating: Calibrating, overwrite: bool) -> dict[str, Any] | None:
-    """Writes the result; returns what its verification found, None without one."""
+    """Writes the result; returns the report of its verification, or None if it was not verified."""
     from dataclasses import asdict
 
     from hybridize.checkpoint.reader import CheckpointReader
@@ -283,20 +286,21 @@ def _convert(out: Output, plan: Plan, calibrating: Calibrating, overwrite: bool)
 
 
 def _show_plan(out: Output, plan: Plan, summary: dict[str, Any]) -> None:
-    """Where each new tensor's rows come from."""
+    """Shows from which weights the rows of each new tensor come."""
     targets = [target for made in plan.surgery.targets.values() for target in made]
     rows = [{"target": t.name, "shape": list(t.shape), "rows": t.describe(plan.fit is not None)} for t in targets]
 
     def human() -> None:
         for entry in rows:
             print(f"{entry['target']} {entry['shape']}: {entry['rows']}")
-        print(f"{plan.strip}; all other tensors are copied as they are")
+        print(f"{plan.strip}; all other tensors are copied unchanged")
         _show_features(summary["features"])
 
     out.result({**summary, "dry_run": True, "plan": rows}, human)
 
 
 def _show_result(out: Output, plan: Plan, summary: dict[str, Any]) -> None:
+    """Shows the new layers and the result of the verification."""
     chosen, proof = plan.surgery.layers, summary["proof"]
 
     def human() -> None:
@@ -313,5 +317,6 @@ def _show_result(out: Output, plan: Plan, summary: dict[str, Any]) -> None:
 
 
 def _show_features(found: dict[str, str]) -> None:
+    """One line per feature of the attention, with what becomes of it."""
     for has, becomes in found.items():
         print(f"  {has}: {becomes}")

@@ -17,19 +17,19 @@ from .shared.output import guarded
 @guarded
 @expanded
 def command(
-    paths: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Checkpoints, folders of them, or results.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Checkpoints, folders of checkpoints, or results.")],
     output: opt.Output = None,
     title: Annotated[str, typer.Option("--title", help="The page's heading.")] = "Hybrids",
     overwrite: opt.Overwrite = False,
     *,
     speech: opt.Speech,
 ) -> None:
-    """Reads folders of checkpoints with what eval and bench left there; writes ./report (or -o):
-    index.html.
+    """Reads folders of checkpoints with results of eval and bench; writes index.html into ./report
+    (or -o).
 
-    How much faster, how much lost, at how many layers: a chart, a row a stage with the drop from
-    the teacher, training curves, recall, layouts, lineage, exports. One page that needs nothing
-    beside it. Nothing is measured.
+    Shows speed and loss of quality by number of Mamba layers: a chart, a table with the drop of
+    each stage from its teacher, training curves, recall, layouts, lineage and exports. The page is
+    a single file. Nothing is measured.
     """
     out = speech.output()
     from hybridize import __version__
@@ -51,5 +51,5 @@ def command(
     for problem in found.problems:
         out.warn(f"not read: {problem}")
     names = [entry.name for entry in found.entries]
-    told = {"report": str(index), "checkpoints": names, "pictures": sorted(drawn), "problems": found.problems}
-    out.result(told, lambda: print(f"{index}: {len(names)} checkpoints"))
+    summary = {"report": str(index), "checkpoints": names, "pictures": sorted(drawn), "problems": found.problems}
+    out.result(summary, lambda: print(f"{index}: {len(names)} checkpoints"))

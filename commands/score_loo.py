@@ -23,11 +23,11 @@ def command(
     seed: opt.Seed = 0,
     speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint; writes CHECKPOINT/scores/loo.json: what removing each attention layer
-    alone costs.
+    """Reads a checkpoint; writes CHECKPOINT/scores/loo.json: the cost of removing each attention
+    layer alone.
 
     Higher means convert later. With --metric accuracy or margin the cost is the drop on lm-eval
-    tasks, with kl the rise of the KL divergence from the teacher on data.
+    tasks, with kl the increase of the KL divergence from the teacher on data.
     """
     from hybridize.scoring.loo import LooScorer
 

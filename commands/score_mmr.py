@@ -29,20 +29,22 @@ def command(
     text: Text,
     mixers: Converting,
     max_memory: Annotated[
-        float | None, typer.Option("--max-memory", help="GiB to stay within [default: 80% of what is free].")
+        float | None, typer.Option("--max-memory", help="Memory limit in GiB [default: 80% of the free memory].")
     ] = None,
     place: Place,
     machine: opt.Machine,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run beside the scores, if there is one.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes in memory, and do nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run beside the scores, if there is one.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the memory that the run needs; do nothing.")] = False,
     speech: opt.Speech,
 ) -> None:
     """Reads a checkpoint and traces; writes CHECKPOINT/scores/mmr.json: how badly each attention
     layer converts.
 
-    Each remaining attention layer alone becomes a Mamba layer and is trained for a few steps on the
-    same batches; its score is the loss that is left (MIL-Mamba-Replacement). Higher means convert
-    later. All train side by side; under torchrun each process has its share of them.
+    Each remaining attention layer is replaced alone by a Mamba layer and trained for a few steps on
+    the same batches; its score is the remaining loss (MIL-Mamba-Replacement). Higher means convert
+    later. All candidates train side by side; under torchrun they are divided among the processes.
     """
     out = speech.output()
     if not dry_run:
@@ -64,7 +66,7 @@ def command(
 
 
 def _check_unfinished(checkpoint: str, place: Place, settings: MmrSettings, resume: bool) -> None:
-    """InputError where an unfinished run is in the way, before anything heavy is imported."""
+    """InputError if an unfinished run blocks the output; runs before heavy imports."""
     from hybridize.checkpoint.scores import scores_path
     from hybridize.checkpoint.unfinished import check_unfinished, run_path
 
@@ -74,7 +76,7 @@ def _check_unfinished(checkpoint: str, place: Place, settings: MmrSettings, resu
 
 
 def _show_memory(out: Output, request: Request, settings: MmrSettings, max_memory: float | None) -> None:
-    """What all candidates side by side take, part by part."""
+    """Shows the memory that all candidates need when they train side by side."""
     from hybridize.distillation.plan import GIB
     from hybridize.errors import with_settings
     from hybridize.runtime.device import planned_on

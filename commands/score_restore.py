@@ -23,12 +23,12 @@ def command(
     machine: opt.Machine,
     speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint and traces; writes CHECKPOINT/scores/restore.json: what giving each
-    attention layer back recovers.
+    """Reads a checkpoint and traces; writes CHECKPOINT/scores/restore.json: what restoring each
+    attention layer recovers.
 
-    All remaining attention layers become Mamba layers and are aligned for a few steps; then one of
-    them at a time is attention again, and the KL from the teacher that this takes away is its
-    score. Higher means convert later.
+    All remaining attention layers are replaced by Mamba layers and aligned for a few steps. Then
+    one at a time is restored to attention; its score is the decrease of the KL divergence from the
+    teacher. Higher means convert later.
     """
     from hybridize.scoring.restore import RestoreScorer
 

@@ -19,16 +19,16 @@ SHOWN = 20
 def command(
     checkpoint: opt.Checkpoint = "./teacher",
     deep: Annotated[
-        bool, typer.Option("--deep", help="Compare what was to stay as it was with the parent, bit for bit.")
+        bool, typer.Option("--deep", help="Also compare unchanged tensors with the parent's, bit for bit.")
     ] = False,
     *,
     speech: opt.Speech,
 ) -> None:
-    """Reads a checkpoint or an export that hybridize wrote; writes nothing: is every byte as it was
-    written?
+    """Reads a checkpoint or an export that hybridize wrote; writes nothing. Checks that every byte
+    is as it was written.
 
-    Each tensor and file is held against its hash in the manifest, which has one of its own. Exit 1
-    names what differs.
+    Each tensor and file is compared with its hash in the manifest, which has a hash of its own. If
+    anything differs, it is listed and the exit code is 1.
     """
     out = speech.output()
     from dataclasses import asdict
@@ -46,7 +46,7 @@ def command(
         if len(found.damage) > SHOWN:
             print(f"and {len(found.damage) - SHOWN} more")
         state = f"{len(found.damage)} differ" if found.damage else "all as written"
-        kept = "" if found.kept is None else f", {found.kept} tensors held against the parent"
+        kept = "" if found.kept is None else f", {found.kept} tensors compared with the parent"
         size = f"{found.tensors} tensors ({found.bytes / 1e6:,.1f} MB), {found.files} files{kept}"
         print(f"{checkpoint}: {state}: {size}, {seconds:.1f} s")
 

@@ -320,7 +320,7 @@ def test_data_is_found_and_its_absence_is_said(tmp_path: Path, cli: Runner, monk
     assert json.loads(cli.stdout)["calibration"]["data"] == "other.jsonl"
     (tmp_path / "broken.jsonl").write_text('{"x": 1}\n')
     monkeypatch.setenv("HYBRIDIZE_DATA", str(tmp_path / "broken.jsonl"))
-    assert "--no-calibrate does without" in cli.fails("replace", "--indices", "1", "-o", "no")
+    assert "--no-calibrate skips the calibration" in cli.fails("replace", "--indices", "1", "-o", "no")
 
 
 def test_looking_for_data_never_opens_the_hub(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def test_looking_for_data_never_opens_the_hub(tmp_path: Path, cli: Runner, monke
     assert "no text to calibrate on" in cli.stderr
     write_traces(tmp_path / "traces.jsonl")
     cli("replace", "h1", "--indices", "2", "-o", "fitted", "--calibration-tokens", 100)
-    assert "warning: 100 tokens are little to calibrate on and may be worse than none; 256 are enough here" in cli.stderr
+    assert "warning: 100 calibration tokens are few and may be worse than none; use at least 256" in cli.stderr
 
 
 def test_damaged_weights_end_in_a_sentence(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

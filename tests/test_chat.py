@@ -69,12 +69,12 @@ def test_a_conversation_is_remembered_and_forgotten(place: Path, monkeypatch: py
     ]
     answers = [m["content"] for m in asked[1] if m["role"] == "assistant"]
     assert told.stdout.splitlines()[0] == answers[0] != ""
-    assert told.stderr.count("/reset forgets the conversation") == 1  # of a command that there is not
+    assert told.stderr.count("/reset clears the conversation") == 1  # of a command that there is not
 
 
 def test_a_conversation_that_is_too_long_says_so(place: Path) -> None:
     told = talk(f"{'x' * 300}\nHi.\n", "h2", "--max-new-tokens", "3")
-    assert "error: the conversation fills all 256 positions of h2: /reset" in told.stderr
+    assert "error: the conversation fills all 256 positions of h2; clear it with /reset" in told.stderr
     assert "3 tokens, " in told.stderr  # and the next question is answered
 
 

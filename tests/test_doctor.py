@@ -42,7 +42,7 @@ def test_this_machine_is_well_on_its_cpu(cli: Runner) -> None:
 def test_a_gpu_that_is_asked_for_and_not_there(cli: Runner) -> None:
     cli("doctor", "--device", "cuda", code=1)
     assert "fault  gpu" in cli.stdout
-    assert "mend: " in cli.stdout
+    assert "fix: " in cli.stdout
     assert "not a device" in cli.fails("doctor", "--device", "tpu")
 
 

@@ -103,7 +103,7 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
 def test_every_export_of_ours_refuses_it_by_name(place: Path, cli: Runner) -> None:
     cli("replace", "--indices", "1,2", "--mixer", "retention", "--no-calibrate")
     for form in ("granite", "gguf"):
-        assert "'otter' model, whose layers no stock hybrid has" in cli.fails("export", "h2", "--format", form)
+        assert "'otter' model, whose layers no stock hybrid class has" in cli.fails("export", "h2", "--format", form)
 
 
 @torch.no_grad()

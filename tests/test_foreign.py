@@ -18,9 +18,9 @@ RUNTIMES = {
     "prints garbage": (
         "import atexit, sys; print(chr(0xfffd) * 99); atexit._clear(); open(__import__('json').load(sys.stdin)['answer'], 'w')"
         ".write('nonsense'); __import__('os')._exit(0)",
-        "ended without an answer that can be read",
+        "ended without a readable answer",
     ),
-    "ends": ("import os; os._exit(0)", "ended without an answer that can be read"),
+    "ends": ("import os; os._exit(0)", "ended without a readable answer"),
 }
 
 

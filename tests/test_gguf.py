@@ -160,7 +160,7 @@ def test_tokens_merges_and_template(tmp_path: Path, cli: Runner) -> None:
     assert file["tokenizer.chat_template"] == tokenizer.chat_template
     card = (tmp_path / "out/README.md").read_text()
     assert "h-F16.gguf" in card
-    assert "not asked for" in card
+    assert "not requested" in card
 
 
 LLAMA3, QWEN2 = PATTERNS
@@ -180,7 +180,7 @@ def test_splitters(tmp_path: Path, cli: Runner, pre: str | None) -> None:
     core.save(str(source / "tokenizer.json"))
     command = ("export", source, "--format", "gguf", "-o", tmp_path / "out", "--no-verify")
     if pre is None:
-        assert "is no byte-level BPE that splits text as GPT-2, SmolLM, Llama 3 or Qwen 2 do" in cli.fails(*command)
+        assert "is not a byte-level BPE with the pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen 2" in cli.fails(*command)
         return
     cli(*command)
     assert File(tmp_path / "out/h-F16.gguf")["tokenizer.ggml.pre"] == pre
@@ -211,7 +211,9 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path, cli: Runner) -> No
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|extra|>"])
     tokenizer.save_pretrained(source)
-    assert "has a token 260, but the model only 260" in cli.fails("export", source, "--format", "gguf", "-o", tmp_path / "out")
+    assert "has token id 260, but the vocabulary size is 260" in cli.fails(
+        "export", source, "--format", "gguf", "-o", tmp_path / "out"
+    )
 
 
 def test_interleaving_turns_halves_into_pairs() -> None:

@@ -74,7 +74,7 @@ def test_the_stock_class_computes_the_same(tmp_path: Path, cli: Runner, shape: s
     assert verdict["equal"] == verdict["tokens"] > 60
     card = (tmp_path / "out/README.md").read_text()
     assert f"largest difference of a logit {verdict['difference']:.1e}" in card
-    assert "**transformers 5.23 or newer**" in card
+    assert "**Use transformers 5.23 or newer**" in card
     assert not list((tmp_path / "out").glob("*.py"))
     usable = heads * size == expand * changes.get("hidden_size", 32) and "wide" not in shape and "padded" not in shape
     assert ("vllm serve" in card) is usable
@@ -141,7 +141,7 @@ def test_what_cannot_be_exact_is_refused_by_name(tmp_path: Path, cli: Runner, fo
     assert "use --format hf" in text
     convert(tmp_path / "teacher", [], tmp_path / "none")
     assert "has no Mamba layer" in refused(tmp_path / "none")
-    assert "is no hybrid" in refused(tmp_path / "teacher")
+    assert "is not a hybrid" in refused(tmp_path / "teacher")
     convert(tmp_path / "teacher", [0, 1, 2, 3], tmp_path / "all")
     assert "has no attention layer" in refused(tmp_path / "all")
 
@@ -170,7 +170,9 @@ def test_what_cannot_be_exact_is_refused_by_name(tmp_path: Path, cli: Runner, fo
 def test_settings_are_checked(tmp_path: Path, cli: Runner) -> None:
     source = make_hybrid(tmp_path)
     assert "--format onnx is unknown; use hf, granite, gguf" in cli.fails("export", source, "--format", "onnx")
-    assert "--outtype has no use" in cli.fails("export", source, "--format", "granite", "--outtype", "f32")
+    assert "--outtype does not apply to --format granite" in cli.fails(
+        "export", source, "--format", "granite", "--outtype", "f32"
+    )
     assert "--outtype q4 is unknown" in cli.fails("export", source, "--format", "gguf", "--outtype", "q4")
 
 
@@ -191,14 +193,14 @@ def test_a_result_that_differs_never_appears(tmp_path: Path, cli: Runner, monkey
     assert "not exported" in cli.fails("export", source, "--format", "granite", "-o", tmp_path / "out", code=1)
     assert sorted(tmp_path.rglob("*")) == before
     cli("export", source, "--format", "granite", "-o", tmp_path / "out", "--no-verify")
-    assert "not asked for" in (tmp_path / "out/README.md").read_text()
+    assert "not requested" in (tmp_path / "out/README.md").read_text()
 
 
 def test_an_older_transformers_is_not_asked(tmp_path: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "5.17.0" if name == "transformers" else real(name))
     text = cli("export", make_hybrid(tmp_path), "--format", "granite", "-o", tmp_path / "out")
-    assert "not verified: transformers 5.17.0 computes another function; 5.23 or newer is needed" in text
+    assert "not verified: transformers 5.17.0 computes another function; 5.23 or newer is required" in text
     assert "transformers 5.17.0 computes another function" in (tmp_path / "out/README.md").read_text()
 
 

@@ -79,9 +79,7 @@ def test_an_unfinished_run_is_refused_at_once(place: Path) -> None:
     assert "continue it with --resume" in refused_without_torch("generate", "h2", "--prompts", "traces.jsonl")
     assert "continue it with --resume" in refused_without_torch("eval", "h2", "--tasks", "recall", "-o", "out")
     assert "h2 has no scores" in refused_without_torch("replace", "h2", "--layers", 3)
-    assert "--stop-now ends a run that --resume goes on with" in refused_without_torch(
-        "distill", "h2", "--steps", 4, "--stop-now"
-    )
+    assert "--stop-now requires --resume" in refused_without_torch("distill", "h2", "--steps", 4, "--stop-now")
 
 
 # Scores of an ancestor
@@ -130,7 +128,7 @@ def test_a_saved_state_becomes_a_checkpoint_and_the_run_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(Optimization, "update", interrupt_after(5))
         cli(*run, code=130)
-    assert "with --resume --stop-now makes it a checkpoint" in cli.stderr
+    assert "or with --resume --stop-now for a checkpoint of it" in cli.stderr
     saved = max(int(path.name.removeprefix("step-")) for path in Path("h2-kd.run").glob("step-*"))
     assert "no saved state" in stateless(cli, run)
     found = json.loads(cli(*run, "--resume", "--stop-now", "--json"))
@@ -152,7 +150,7 @@ def test_a_loss_that_rises_is_said_with_what_to_try(place: Path, cli: Runner, mo
     values = iter([1.0] * 20 + [2.0] * 90)
     monkeypatch.setattr(Training, "_gradient", lambda *_: (next(values), 1.0))
     cli("distill", "h2", "--steps", 90, "--batch-size", 1, "--seq-len", 32, "--eval-windows", 1, "--save-every", 0)
-    assert cli.stderr.count("the loss has been rising, from 1.0000 to ") == 1
+    assert cli.stderr.count("the loss is rising, from 1.0000 to ") == 1
     assert "try --lr-mixer 0.0003 --lr 3e-05" in cli.stderr
 
 
@@ -320,7 +318,7 @@ def test_speed_is_expected_by_size_and_device() -> None:
 
 def test_one_strip_for_all(place: Path, cli: Runner) -> None:
     assert draw_strip(["full_attention", "linear_attention", "sliding_attention"], [0]) == (
-        "NMw   (N new Mamba, M Mamba, w attention in a window)"
+        "NMw   (N new Mamba, M Mamba, w sliding-window attention)"
     )
     assert "aMMa   (M Mamba, a attention)" in cli("inspect", "h2")
     assert "NMMa   (N new Mamba, M Mamba, a attention)" in cli("replace", "h2", "--indices", "0", "-o", "h3")

@@ -100,10 +100,10 @@ def test_an_export_is_uploaded_whole(place: Path, cli: Runner, hub: Any) -> None
 def test_what_the_hub_refuses_is_told_before_or_after_the_work(
     place: Path, cli: Runner, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "has no use without --push-to-hub" in cli.fails("export", "h1", "-o", "out", "--private")
-    assert "is no name of a repository" in cli.fails("export", "h1", "-o", "out", "--push-to-hub", "a/b/c")
+    assert "--private requires --push-to-hub" in cli.fails("export", "h1", "-o", "out", "--private")
+    assert "is not a valid repository name" in cli.fails("export", "h1", "-o", "out", "--push-to-hub", "a/b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the hub does not know you" in cli.fails("export", "h1", "-o", "out", "--push-to-hub", "somebody/h1")
+    assert "not logged in to the hub" in cli.fails("export", "h1", "-o", "out", "--push-to-hub", "somebody/h1")
     assert not (place / "out").exists()
     assert not hub.calls
     monkeypatch.setenv("HF_TOKEN", "hf_right")
@@ -143,18 +143,18 @@ def test_the_card_is_one_that_a_hub_reads(place: Path, cli: Runner) -> None:
         ("g", "acc"): 0.5, ("t", "exact_match (strict-match)"): 0.0, ("t", "exact_match (flexible-extract)"): 0.75,
     }  # fmt: skip
     assert "| t | exact_match_ strict-match | 0.0000 | 1.0000 | 4 (limited) |" in card.content
-    assert "reverse KL 0.0800 nats a token, the same likeliest token 90.0% of the time" in card.content
+    assert "reverse KL 0.0800 nats per token, top-1 agreement 90.0%" in card.content
     assert "/home/someone" not in text
     assert str(place) not in text
     cli("export", "h1", "-o", "out", "--no-verify", "--base-model", "org/teacher-1b", "--license", "mit")
     assert ModelCard.load(place / "out/README.md").data.license == "mit"
-    assert "is no hub id" in cli.fails("export", "h1", "-o", "no", "--base-model", "just-a-name")
+    assert "is not a hub id" in cli.fails("export", "h1", "-o", "no", "--base-model", "just-a-name")
 
 
 def test_a_card_without_anything_known_says_so(place: Path) -> None:
     source = CheckpointReader(place / "h1")
     card = ModelCard(model_card(source, json.loads((place / "h1/hybridize.json").read_text()), ""))
-    assert "Nothing has been measured on this model yet" in card.content
-    assert "which this card does not know" in card.content
+    assert "This model has not been evaluated yet" in card.content
+    assert "unknown to hybridize" in card.content
     assert card.data.base_model is None
-    assert "have not been trained since" in card.content
+    assert "have not been trained" in card.content

@@ -86,7 +86,7 @@ def test_recall_by_length_side_by_side(cli: Runner, tmp_path: Path, monkeypatch:
     common = ("--tasks", "recall", "--recall-lengths", "1200,2048", "--limit", 2, "--device", "cpu", "--baseline", "teacher")
     cli("eval", "h1", *common, "--max-drop", 0.5, code=3)
     assert "recall by length (baseline)" in cli.stdout
-    assert "cannot tell by recall recall,none: the baseline's 0.0000" in cli.stderr
+    assert "inconclusive: recall recall,none: the baseline's 0.0000" in cli.stderr
     assert "requests" in cli.stderr
     found = json.loads((tmp_path / "h1/eval/results.json").read_text())
     assert set(by_length(found["tasks"])) == {1200, 2048}

@@ -179,7 +179,7 @@ def test_stages_stand_in_the_order_of_conversion(family: Path, cli: Runner) -> N
     report = collect([family])
     assert [entry.name for entry in report.entries] == ["teacher", "z2", "b3", "a3-kd"]
     said = words(page_of(cli, family))
-    assert said.index("z2") > said.index("a3-kd: 3 of 4 layers Mamba, arc .400 against 1.000 (-.600, 95% interval -.")
+    assert said.index("z2") > said.index("a3-kd: 3 of 4 layers are Mamba, arc .400 against 1.000 (-.600, 95% interval -.")
 
 
 def test_the_drop_shown_is_the_gates(family: Path, cli: Runner) -> None:
@@ -260,7 +260,7 @@ def test_exports_are_listed_below_their_checkpoint(family: Path, cli: Runner) ->
     assert "b3-gguf: export as gguf; not verified" in said
     assert "b3 (replace) b3-gguf" in said
     card = family / "b3-hf/README.md"
-    card.write_text(card.read_text().replace("not verified: not asked for", "transformers: 9 of 9 greedy tokens equal"))
+    card.write_text(card.read_text().replace("not verified: not requested", "transformers: 9 of 9 greedy tokens equal"))
     assert "b3-hf: export as hf; verified, transformers: 9 of 9 greedy tokens equal" in words(page_of(cli, family))
     shutil.rmtree(family / "b3")
     assert [export.name for export in collect([family]).lost] == ["b3-gguf", "b3-hf"]

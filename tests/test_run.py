@@ -85,7 +85,7 @@ def test_an_interrupted_step_goes_on(place: Path, inside: None, cli: Runner, mon
     step = read_recipe(Path("r.yaml"))[1]
     with monkeypatch.context() as patched:
         patched.setattr(Optimization, "update", interrupt_after(4))
-        assert "was interrupted; the same command goes on" in cli.fails("run", "r.yaml", code=130)
+        assert "was interrupted; run the same command again" in cli.fails("run", "r.yaml", code=130)
     assert Path("h2-kd.run").is_dir()
     assert Ledger(Path("r.yaml")).state(step, run_command._inputs(step, parsed(step))) == BEGUN
     assert skipped(cli) == [True, False]
@@ -106,7 +106,7 @@ def test_a_gate_stops_the_rest(place: Path, inside: None, cli: Runner) -> None:
         "- name: after\n  run: export h2 --format hf -o out --no-verify\n"
     )
     code = cli.fails("run", "r.yaml", code=3)
-    assert "the gate of step 'gate' is not met; no later step is run" in code
+    assert "the gate of step 'gate' is not met; later steps are not run" in code
     assert not Path("out").exists()
     assert "failed with exit code 2" in failing(cli, "replace nowhere --layers 1", 2)
     assert "failed with exit code 1" in failing(cli, "eval teacher --tasks tiny_exact --include-path tasks -o x", 1)
@@ -147,8 +147,8 @@ def test_every_command_says_what_it_has_written(place: Path, inside: None, cli: 
 def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -> None:
     for bad, said in {
         RECIPE.replace("--steps 2", "--stpes 2"): "step 'train': No such option: --stpes",
-        RECIPE.replace("distill h2", "destill h2"): "step 'train' runs 'destill', which is no command",
-        RECIPE.replace("distill h2", "run r.yaml"): "step 'train' runs 'run', which is no command for a recipe",
+        RECIPE.replace("distill h2", "destill h2"): "step 'train' runs 'destill', which is not a command",
+        RECIPE.replace("distill h2", "run r.yaml"): "step 'train' runs 'run', which is not a command for recipes",
         RECIPE.replace("name: train", "name: half"): "two steps have the name 'half'",
         RECIPE.replace("    run: rep", "    do: rep"): "step 1 has the unknown key 'do'",
         RECIPE.replace("    run: replace teacher --indices 1,2 -o h2\n", ""): "step 1 has no 'run'",
@@ -159,7 +159,7 @@ def test_all_flags_are_checked_before_the_first_step(place: Path, cli: Runner) -
         "steps:\n  - {name: a, run: 3}": "step 1: run is 3, which YAML does not read as text",
         "steps:\n  - {name: a, run: hybridize}": "step 1 has nothing to run",
         "steps:\n  - {name: a, run: verify teacher, run: inspect teacher}": "duplicate key 'run'",
-        "steps:\n  - {name: a, run: replace --help}": "asks for --help, which is nothing to be done",
+        "steps:\n  - {name: a, run: replace --help}": "has --help, which does nothing in a recipe",
         ": : :": "is not valid YAML",
     }.items():
         Path("r.yaml").write_text(bad)
@@ -193,7 +193,7 @@ def test_a_dry_run_plans_checkpoints_that_are_not_there(place: Path, cli: Runner
     assert "[2/4] train (to do): hybridize distill h2 --steps 2" in text
     assert "at the peak" in text
     Path("r.yaml").write_text("steps:\n  - {name: again, run: distill nowhere --steps 2}\n")
-    assert "nowhere is not there, and no step before writes it" in cli.fails("run", "r.yaml", "--dry-run")
+    assert "nowhere does not exist, and no earlier step writes it" in cli.fails("run", "r.yaml", "--dry-run")
 
 
 def test_states(tmp_path: Path) -> None:
@@ -270,11 +270,11 @@ def test_a_signal_reaches_the_step_which_saves_what_it_has(place: Path, cli: Run
     waited = time.monotonic()
     while not Path("h2-kd.run/metrics.jsonl").exists() and time.monotonic() - waited < 120:
         time.sleep(0.1)
-    assert "is being run by another process" in cli.fails("run", "r.yaml")
+    assert "another process is running r.yaml" in cli.fails("run", "r.yaml")
     program.send_signal(signal.SIGTERM)
     said = program.communicate(timeout=120)[1]
     assert program.returncode == 130, said
-    assert "step 'train' was interrupted; the same command goes on with it" in said
+    assert "step 'train' was interrupted; run the same command again to continue" in said
     assert list(Path("h2-kd.run").glob("step-*/.metadata")), said
 
 

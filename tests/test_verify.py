@@ -39,14 +39,14 @@ def test_equal_is_equal() -> None:
 def test_a_tie_is_told_apart_from_a_difference() -> None:
     found = verdict([[0, 1], [1]])
     assert (found.equal, found.ties) == (2, 1)
-    with pytest.raises(WorkError, match=r"goes on differently than the checkpoint \(2, not 1\)"):
+    with pytest.raises(WorkError, match=r"continues differently than the checkpoint \(2, not 1\)"):
         verdict([[0, 2], [2]])
 
 
 def test_a_reference_that_is_not_greedy_is_no_tie() -> None:
     """The token that the runtime chose is far above the reference's: no rounding explains that."""
     wanted = Reference([[1]], [[1, 2]], [torch.tensor([[9.0, 8, 1], [0, 0, 0]])])
-    with pytest.raises(WorkError, match="goes on differently"):
+    with pytest.raises(WorkError, match="continues differently"):
         judge("it", wanted, wanted.logits, [[0]], BOUND, exact=True)
 
 
@@ -103,5 +103,5 @@ def test_a_checkpoint_without_tokenizer_is_told_before_anything_is_written(tmp_p
     source = make_hybrid(tmp_path)
     for file in source.glob("tokenizer*"):
         file.unlink()
-    assert "--no-verify does without" in cli.fails("export", source, "-o", tmp_path / "out")
+    assert "--no-verify skips it" in cli.fails("export", source, "-o", tmp_path / "out")
     cli("export", source, "-o", tmp_path / "out", "--no-verify")

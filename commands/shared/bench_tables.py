@@ -1,4 +1,4 @@
-"""What `bench` shows: machine, prefill, decoding steps, where hybrids overtake, whole generations."""
+"""Output of `bench`: machine, prefill, decoding steps, break-even contexts, whole generations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ GIB = 2**30
 
 
 def show_bench(out: Output, path: Path, found: dict[str, Any], names: list[str]) -> None:
-    """names: of the checkpoints, the first of which others are held against."""
+    """Prints all results. names: of the checkpoints; the first is the reference of the
+    comparison."""
     how = "interleaved" if found["interleaved"] else "one after the other"
     print(f"{found['machine']}, {found['settings']['dtype']}, {found['bandwidth'] / 1e12:.2f} TB/s; {how}")
     for name in names:
@@ -29,7 +30,7 @@ def _show_prefill(out: Output, path: Path, checkpoints: dict[str, Any], names: l
             first = entry["first_token"]["ms"]
             rows.append([name, str(entry["context"]), f"{first:.1f}", f"{entry['tokens_per_second']:,.0f}"])
     if rows:
-        out.table(f"{path}: prefill", ["checkpoint", "context", "ms to the first token", "tokens a second"], rows)
+        out.table(f"{path}: prefill", ["checkpoint", "context", "ms to first token", "tokens/s"], rows)
 
 
 def _show_steps(out: Output, checkpoints: dict[str, Any], names: list[str]) -> None:
@@ -48,9 +49,9 @@ def _show_steps(out: Output, checkpoints: dict[str, Any], names: list[str]) -> N
             ])  # fmt: skip
     if rows:
         columns = [
-            "checkpoint", "context", "batch", "ms a step", "+-", "tokens/s", "x bandwidth bound", "cache GiB", "times as fast",
+            "checkpoint", "context", "batch", "ms per step", "+-", "tokens/s", "x bandwidth bound", "cache GiB", "speedup",
         ]  # fmt: skip
-        out.table("decoding; x bandwidth bound: of the time that moving a step's bytes alone takes", columns, rows)
+        out.table("decoding; x bandwidth bound: time relative to only moving a step's bytes", columns, rows)
 
 
 def _show_break_even(found: dict[str, Any], names: list[str]) -> None:
@@ -60,7 +61,7 @@ def _show_break_even(found: dict[str, Any], names: list[str]) -> None:
     for name in names[1:] if found["settings"]["contexts"] else ():
         for batch in found["settings"]["batches"]:
             at = break_even(checkpoints[name]["steps"], checkpoints[names[0]]["steps"], batch)
-            which = "not faster at the longest" if at is None else f"faster from {at:,.0f} tokens on"
+            which = "not faster at the longest context" if at is None else f"faster from {at:,.0f} tokens on"
             print(f"{name} against {names[0]}, batch {batch}: {which}")
 
 
@@ -75,5 +76,5 @@ def _show_generations(out: Output, checkpoints: dict[str, Any], names: list[str]
             times = f"{entry['tokens_per_second'] / other['tokens_per_second']:.2f}" if other["batch"] else ""
             rows.append([*cell, f"{entry['tokens_per_second']:,.0f}", f"{entry['times_floor']:.2f}", times])
     if rows:
-        columns = ["checkpoint", "tokens", "batch that fits", "tokens/s", "x bandwidth bound, middle", "times as fast"]
-        out.table("whole generations, from steps timed at six lengths", columns, rows)
+        columns = ["checkpoint", "tokens", "largest batch", "tokens/s", "x bandwidth bound at mid-length", "speedup"]
+        out.table("whole generations, from steps timed at six context lengths", columns, rows)

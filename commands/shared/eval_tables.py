@@ -1,4 +1,4 @@
-"""What `eval` shows: all figures, recall by length, and what the gate makes of them."""
+"""Output of `eval`: all metrics, recall by length, and the outcome of the gate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def warn_of_gate(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
-    """Why a gate is not met, or what of it nobody can tell."""
+    """Warns of tasks that fail the gate or that are inconclusive."""
     from hybridize.evaluation.gate import FAIL, UNKNOWN, by_task
 
     outcomes = by_task(verdicts)
@@ -22,16 +22,16 @@ def warn_of_gate(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
             out.warn(f"gate not met: {drop.describe(rule.level)}; --max-drop allows {rule.max_drop}")
         elif verdict.outcome == UNKNOWN:
             alone = outcomes[drop.task] == UNKNOWN and not rule.allow_inconclusive
-            after = "; --allow-inconclusive lets it be" if alone else ""
-            out.warn(f"cannot tell by {drop.task} {drop.metric}: {verdict.why}{after}")
+            after = "; --allow-inconclusive accepts this" if alone else ""
+            out.warn(f"inconclusive: {drop.task} {drop.metric}: {verdict.why}{after}")
 
 
 def show_results(
     out: Output, path: Path, results: dict[str, Any], other: dict[str, Any] | None, verdicts: list[Verdict], rule: Rule
 ) -> None:
-    """Every figure of every task and group, and below them the drops from the baseline."""
+    """Shows every metric of every task and group, then the drops from the baseline."""
     limit = results["settings"].get("limit")
-    title = f"{path}" + (f" (limited to {limit} documents a task)" if limit is not None else "")
+    title = f"{path}" + (f" (limited to {limit} documents per task)" if limit is not None else "")
     theirs = {} if other is None else _figures(other)
     rows = []
     for name, figures in _figures(results).items():
@@ -47,6 +47,7 @@ def show_results(
 
 
 def _show_drops(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
+    """One row per task and metric: the drop, its interval and test, and the outcome."""
     rows = []
     for verdict in verdicts:
         drop, interval, paired = verdict.drop, verdict.drop.interval(rule.level), verdict.drop.paired
@@ -58,12 +59,12 @@ def _show_drops(out: Output, verdicts: list[Verdict], rule: Rule) -> None:
         ])  # fmt: skip
     columns = ["task", "metric", "drop", f"{rule.level:.0%} interval", "McNemar p", "smallest drop", "outcome"]
     how = f" {rule.said}" if len(verdicts) > 1 else ""
-    held = "" if rule.max_drop is None else f"; held against {rule.max_drop:g}{how}"
+    held = "" if rule.max_drop is None else f"; at most {rule.max_drop:g} allowed{how}"
     out.table(f"drops from the baseline{held}", columns, rows)
 
 
 def _figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of groups and tasks, by name and lm-eval's key."""
+    """Metrics of groups and tasks, by name and by lm-eval's key."""
     from hybridize.evaluation.results import values_in
 
     tasks = {name: values_in(task) for name, task in results["tasks"].items()}
@@ -71,7 +72,7 @@ def _figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _show_recall(out: Output, results: dict[str, Any], other: dict[str, Any] | None) -> None:
-    """Recall by length, the baseline's beside it."""
+    """Shows recall by length, with the baseline's in brackets."""
     from hybridize.evaluation.recall import by_length
 
     ours, theirs = by_length(results["tasks"]), {} if other is None else by_length(other["tasks"])

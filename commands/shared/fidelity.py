@@ -1,4 +1,4 @@
-"""What `eval --fidelity` does."""
+"""`eval --fidelity`: compares a checkpoint with its teacher on text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from hybridize.checkpoint.reader import CheckpointReader
 
 NEW_TOKENS, PROMPT = 64, 64
-ROWS = 4  # windows in one forward pass
+ROWS = 4  # windows per forward pass
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The text that a checkpoint is compared with its teacher on."""
+    """The text on which a checkpoint is compared with its teacher."""
 
     fidelity: Annotated[
-        str | None, typer.Option("--fidelity", help="Data on which to compare the checkpoint with its teacher.")
+        str | None, typer.Option("--fidelity", help="Data on which the checkpoint is compared with its teacher.")
     ] = None
     teacher: opt.Teacher = None
     mask: opt.Mask = "none"
@@ -39,8 +39,8 @@ def measure_fidelity(
     out: Output, source: CheckpointReader, name: str, given: Fidelity, target: Path, where: tuple[torch.device, torch.dtype],
     limit: int | None, trust_remote_code: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Writes fidelity.json into `target` and shows it. where: device and type to compute in; limit:
-    rows of the data."""
+    """Writes fidelity.json into `target` and shows it. where: device and compute type. limit: rows
+    of data."""
     import torch
 
     from hybridize.checkpoint.atomic import write_json_atomic
@@ -63,7 +63,7 @@ def measure_fidelity(
     out.doing("comparing with the teacher")
     found = measure(student, teacher, [batch.to(device) for batch in batches], dtype)
     prompts = torch.cat([batch.ids[:, : min(PROMPT, given.seq_len // 2)] for batch in batches]).to(device)
-    out.doing("writing greedy continuations")
+    out.doing("generating greedy continuations")
     found["greedy"] = greedy_agreement(student, teacher, prompts, NEW_TOKENS, ROWS)
     settings = {
         "data": text, "mask": given.mask, "limit": limit, "windows": given.windows, "seq_len": given.seq_len,
@@ -74,6 +74,7 @@ def measure_fidelity(
 
 
 def _show(out: Output, path: Path, found: dict[str, Any]) -> None:
+    """A row for all positions and one per range of positions, then the greedy continuations."""
     columns = ["positions", "tokens", "reverse KL", "forward KL", "agreement", "perplexity", "teacher's"]
     rows = []
     for entry in [found, *found["positions"]]:
@@ -83,6 +84,6 @@ def _show(out: Output, path: Path, found: dict[str, Any]) -> None:
     out.table(str(path), columns, rows)
     greedy, spread = found["greedy"], "" if found["stderr"] is None else f" (reverse KL +- {found['stderr']:.4f} over windows)"
     print(
-        f"greedy continuations of {greedy['prompts']} prompts stay the same for {greedy['mean']:.1f} of {greedy['new_tokens']} "
-        f"tokens in the mean, {greedy['median']:.0f} in the median{spread}"
+        f"greedy continuations of {greedy['prompts']} prompts agree for the first {greedy['mean']:.1f} of "
+        f"{greedy['new_tokens']} tokens on average, median {greedy['median']:.0f}{spread}"
     )

@@ -1,4 +1,4 @@
-"""Where commands write, and how many processes they run in."""
+"""Checks of output files and of the number of processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def result_file(target: Path, name: str, replaceable: bool, what: str = "results go") -> Path:
-    """`name` in the folder `target`; InputError where it may not be written."""
+    """Path of the file `name` in the folder `target`. InputError if it cannot or must not be
+    written.
+
+    replaceable: whether it may exist. what: subject and verb of the message for a target that is a
+    file.
+    """
     from hybridize.checkpoint.writer import check_writable
     from hybridize.errors import InputError, setting
 
@@ -20,9 +25,9 @@ def result_file(target: Path, name: str, replaceable: bool, what: str = "results
 
 
 def refuse_ranks(command: str) -> None:
-    """InputError under torchrun, for a command that would do the same on every rank."""
+    """InputError under torchrun, for a command that runs in a single process."""
     from hybridize.errors import InputError
     from hybridize.runtime.distributed import world_size
 
     if world_size() > 1:
-        raise InputError(f"{command} runs in one process, not under torchrun")
+        raise InputError(f"{command} runs in a single process and does not support torchrun")

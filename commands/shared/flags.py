@@ -1,8 +1,8 @@
-"""Flags out of dataclasses: a command's parameter whose type is one becomes a flag for each of its
-fields.
+"""Flags from dataclasses: a command's parameter whose type is a dataclass becomes one flag per
+field.
 
-Fields are either library options (hybridize/options.py), of which flags are made here, or Annotated
-with a Typer option of their own (see options.py).
+Fields are either library options (hybridize/options.py), for which flags are created here, or
+annotated with a Typer option of their own (see options.py).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 @dataclass(frozen=True)
 class Given:
-    """Marks a parameter `Annotated[dict[str, Any], Given(Settings)]`: the options that the user
-    gave, and no others, so that a file may have the rest."""
+    """Marks a parameter as `Annotated[dict[str, Any], Given(Settings)]`. It receives only the
+    options that the user has given, so that a file can supply the others."""
 
     settings: type
 
 
 def expanded(function: F) -> F:
-    """The command with flags in place of its parameters that are settings; it is called with these
-    put together again."""
+    """Decorator that replaces a command's settings parameters with flags, and builds the settings
+    from the flags when the command is called."""
     signature = inspect.signature(function, eval_str=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[type, bool]] = {}
@@ -58,8 +58,8 @@ def expanded(function: F) -> F:
 
 
 def _settings_of(annotation: Any) -> tuple[type | None, bool]:
-    """The settings class of a parameter, None for a plain one; whether only what was given is
-    wanted."""
+    """Returns the settings class of a parameter, None for a plain parameter, and whether it
+    receives only the given options (see Given)."""
     if get_origin(annotation) is Annotated:
         marks = [mark for mark in get_args(annotation) if isinstance(mark, Given)]
         return (marks[0].settings, True) if marks else (None, False)
@@ -67,8 +67,8 @@ def _settings_of(annotation: Any) -> tuple[type | None, bool]:
 
 
 def _parameter(one: Field[Any], hint: Any, settings: type, partial: bool) -> inspect.Parameter:
-    """A field as a parameter that Typer makes a flag of."""
-    if get_origin(hint) is Annotated:  # it has a Typer option already
+    """A function parameter for a field, from which Typer creates a flag."""
+    if get_origin(hint) is Annotated:  # it already has a Typer option
         return inspect.Parameter(one.name, KEYWORD, default=one.default, annotation=hint)
     flag = f"--{one.name.replace('_', '-')}"
     plain = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))

@@ -1,5 +1,5 @@
-"""SIGINT and SIGTERM, turned into KeyboardInterrupt in the main thread, and raised again where
-Python drops it."""
+"""Turns SIGINT and SIGTERM into KeyboardInterrupt in the main thread, and repeats an interrupt that
+Python drops."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-AGAIN = 0.05  # seconds until a dropped interrupt is raised again: longer than a destructor takes
+AGAIN = 0.05  # seconds until a dropped interrupt is repeated; longer than a destructor runs
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Until the block ends either signal interrupts it, wherever the main thread is.
+    """Makes both signals interrupt the block, wherever the main thread is.
 
-    An exception that a signal raises inside a destructor or a weak reference's callback (the import
-    system has one for each module) cannot leave it: Python reports it to `sys.unraisablehook` and
-    goes on. Here the signal is then sent once more.
+    An exception cannot leave a destructor or the callback of a weak reference (the import system
+    has one for each module): if a signal raises one there, Python reports it to
+    `sys.unraisablehook` and continues. In that case the signal is sent again.
     """
-    if threading.current_thread() is not threading.main_thread():  # only it may say who handles signals
+    if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers only there
         yield
         return
     pending: list[threading.Timer] = []
@@ -42,13 +42,14 @@ def interruptible() -> Iterator[None]:
         try:
             yield
         finally:
-            for timer in pending:  # what was to be interrupted is over
+            for timer in pending:  # the block has ended, so there is nothing left to interrupt
                 timer.cancel()
                 timer.join()
-    finally:  # also where one was too late to be cancelled and interrupts this
+    finally:  # also if a timer could not be cancelled in time and interrupts the loop
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 
 def _raise(number: int, _: Any) -> None:
+    """Signal handler; the exception carries the number of the signal."""
     raise KeyboardInterrupt(number)

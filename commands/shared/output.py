@@ -1,5 +1,5 @@
-"""The one place that talks to people: results on stdout, all else on stderr; errors as one sentence
-and an exit code."""
+"""All output of the command line: results on stdout, everything else on stderr, errors as one
+sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -27,52 +27,56 @@ LESS_MEMORY = (
     "a smaller --batch-size or --seq-len helps; distill has --micro-batch-size, --gradient-checkpointing, --offload-teacher, "
     "--train mixers and more GPUs under torchrun, and its --dry-run says what is needed; export has --no-verify"
 )
-WIDE = 300  # columns where there is no terminal: nothing is cut there
-EVERY = 10.0  # seconds between progress lines where there is no terminal
-# Seconds of silence after which a command says what it is at: a user waits at most 10 on a
-# terminal, and 60 in a log.
+WIDE = 300  # columns without a terminal, so that no table is cut
+EVERY = 10.0  # seconds between progress lines without a terminal
+# Seconds of silence after which a command prints what it is doing, so that a user never waits more
+# than 10 on a terminal or 60 in a log.
 PATIENCE = {"terminal": 5.0, "log": 30.0}
-RESULT = "HYBRIDIZE_RESULT"  # names a file that the result is written to as well, as --json has it: for `hybridize run`
-OTHER_RANK = os.environ.get("RANK", "0") != "0"  # of a torchrun one process speaks
+RESULT = "HYBRIDIZE_RESULT"  # environment variable of `hybridize run`: a file that also gets the JSON result
+OTHER_RANK = os.environ.get("RANK", "0") != "0"  # under torchrun only one process prints
 STARTING = "starting"
 
 
 class Output(Notes):
-    """as_json: nothing but one JSON object on stdout. quiet: nothing but errors."""
+    """Output of one command. as_json: one JSON object and nothing else on stdout. quiet: only
+    errors."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         LINES.silent = quiet or OTHER_RANK
 
     def note(self, text: str) -> None:
-        """A line about what is going on, to stderr."""
+        """Prints an information line on stderr."""
         if not self.quiet:
             LINES.say(text)
 
     def warn(self, text: str) -> None:
+        """Prints a warning on stderr, even with --quiet."""
         LINES.say(f"warning: {text}")
 
     def doing(self, text: str) -> None:
-        """What begins now and may take long."""
+        """Announces a phase that may take long."""
         LINES.doing(text)
 
     def progress(self, text: str, last: bool = False) -> None:
-        """The latest state: rewritten in place on a terminal, a line every ten seconds elsewhere."""
+        """Shows the latest state: rewritten in place on a terminal, otherwise a line every ten
+        seconds."""
         if not self.quiet:
             LINES.progress(text, last)
 
     def result(self, value: dict[str, Any], human: Callable[[], None] | None = None) -> None:
-        """What the command found: an object with --json, else whatever `human` prints on stdout."""
+        """Prints the command's result on stdout: as JSON with --json, otherwise whatever `human`
+        prints."""
         LINES.end()
-        if told := os.environ.get(RESULT):
-            Path(told).write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+        if file := os.environ.get(RESULT):
+            Path(file).write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
         if self.as_json:
             print(json.dumps(value, allow_nan=False))
         elif not self.quiet and human is not None:
             human()
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """On stdout; plain and uncut where stdout is no terminal."""
+        """Prints a table on stdout; plain and not cut if stdout is no terminal."""
         from rich.console import Console
         from rich.table import Table
 
@@ -88,23 +92,24 @@ class Output(Notes):
 
 
 class Lines:
-    """The lines of one command on stderr, and a thread that breaks long silences by saying what the
-    command is at."""
+    """The lines of one command on stderr, with a thread that prints the current phase when nothing
+    else has been printed for long."""
 
     def __init__(self) -> None:
-        self.silent = False  # whether long silences are to be broken
+        self.silent = False  # whether the thread prints nothing
         self._lock = threading.RLock()
-        self._unended = False  # whether the terminal's last line is progress that the next one would be glued to
+        self._unended = False  # whether the last line on the terminal has no newline yet
         self._at, self._since = STARTING, time.monotonic()
         self._last = self._progressed = -EVERY
 
     def say(self, text: str) -> None:
-        """A line of its own; settings that the library names are shown as flags."""
+        """Prints a line of its own, with the settings in library messages shown as flags."""
         with self._lock:
             self.end()
             self._write(with_settings(text, flag_of) + "\n")
 
     def progress(self, text: str, last: bool = False) -> None:
+        """Shows the latest state, see Output.progress."""
         with self._lock:
             self._at, self._since = text, time.monotonic()
             if sys.stderr.isatty():
@@ -115,8 +120,8 @@ class Lines:
                 self._write(text + "\n")
 
     def doing(self, text: str) -> None:
-        """What begins now and may take long: shown at once on a terminal, and wherever nothing else
-        has been said for long."""
+        """Announces a phase that may take long: at once on a terminal, otherwise only after a long
+        silence."""
         with self._lock:
             self._at, self._since = text, time.monotonic()
             if not self.silent and sys.stderr.isatty():
@@ -124,13 +129,13 @@ class Lines:
                 self._unended = True
 
     def wake(self, silent: bool, text: str) -> None:
-        """Speaks again, unless it is to be silent, after something else has spoken."""
+        """Continues after another process has printed. silent: whether the thread stays silent."""
         with self._lock:
             self.silent, self._last = silent or OTHER_RANK, time.monotonic()
             self.doing(text)
 
     def end(self) -> None:
-        """The next line begins on a line of its own."""
+        """Ends an unfinished line, so that the next output starts on a new one."""
         with self._lock:
             if self._unended:
                 self._write("\n")
@@ -138,8 +143,8 @@ class Lines:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """As long as the block lasts no silence is longer than PATIENCE, unless the command is to
-        be silent."""
+        """Runs the thread during the block: no silence is longer than PATIENCE, unless `silent` is
+        set."""
         self.silent, self._at, self._since = OTHER_RANK, STARTING, time.monotonic()
         self._last, self._progressed = time.monotonic(), -EVERY
         done = threading.Event()
@@ -154,7 +159,7 @@ class Lines:
     def _watch(self, done: threading.Event) -> None:
         patience = PATIENCE["terminal" if sys.stderr.isatty() else "log"]
         while not done.wait(min(1.0, patience / 5)):
-            if not self._lock.acquire(timeout=patience):  # an interrupt may have left it held
+            if not self._lock.acquire(timeout=patience):  # an interrupt may have left the lock held
                 continue
             try:
                 if self.silent or time.monotonic() - self._last < patience or done.is_set():
@@ -176,15 +181,15 @@ LINES = Lines()
 
 
 def flag_of(name: str) -> str:
-    """The flag of a parameter, `calibrate=False` being that of a switch turned off."""
+    """The flag of a parameter; `calibrate=False` stands for the flag that turns a switch off."""
     odd = {"form": "--format", "license_": "--license", "output": "-o"}
     name, off, _ = name.partition("=False")
     return odd.get(name, f"--{'no-' if off else ''}{name.replace('_', '-')}")
 
 
 def guarded(function: F) -> F:
-    """Maps what goes wrong to one sentence on stderr and an exit code; HYBRIDIZE_DEBUG=1 shows the
-    traceback."""
+    """Decorator that turns exceptions into one sentence on stderr and an exit code; with
+    HYBRIDIZE_DEBUG=1 the traceback is shown."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -206,7 +211,7 @@ def guarded(function: F) -> F:
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":
                 _fail(f"out of GPU memory; {LESS_MEMORY}", EXIT_FAILED)
-            _fail(f"{type(error).__name__}: {first_line(error)} (HYBRIDIZE_DEBUG=1 shows where)", EXIT_FAILED)
+            _fail(f"{type(error).__name__}: {first_line(error)} (HYBRIDIZE_DEBUG=1 shows the traceback)", EXIT_FAILED)
 
     return wrapper  # type: ignore[return-value]
 

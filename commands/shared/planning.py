@@ -1,5 +1,5 @@
-"""What a training run will take, shown before it begins; also of a chain of steps whose checkpoints
-are not there yet."""
+"""Memory, FLOPs and hours of a training run before it starts, also in a chain of steps whose
+checkpoints do not exist yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan_lines(found: Expected, ranks: int, device: str) -> list[str]:
-    """A plan as a person reads it."""
+    """A plan as lines of text."""
     from hybridize.distillation.plan import GIB
 
     plan, settings = found.plan, found.settings
@@ -27,13 +27,13 @@ def plan_lines(found: Expected, ranks: int, device: str) -> list[str]:
     lines.append(f"{'at the peak':28} {plan.total / GIB:9.2f} GiB{each}")
     if found.fitted:
         rows = settings.batch_size // ranks
-        lines.append(f"{settings.micro} of {rows} sequences at once, by what is free here (--micro-batch-size)")
+        lines.append(f"{settings.micro} of {rows} sequences at once, fitted to the free memory (--micro-batch-size)")
     lines.append(f"{plan.tokens:,} tokens, {plan.flops:.2e} FLOPs, {found.hours:.2f} hours on {device} at {found.share}")
     return lines
 
 
 def plan_json(found: Expected, device: str) -> dict[str, Any]:
-    """A plan as --json has it."""
+    """A plan for --json."""
     from hybridize.distillation.plan import GIB
 
     plan = found.plan
@@ -43,15 +43,15 @@ def plan_json(found: Expected, device: str) -> dict[str, Any]:
 
 
 class Planned:
-    """The chain so far: for each checkpoint that a step would write, its config and the teacher it
-    comes from."""
+    """The chain so far: config and root teacher of each checkpoint that an earlier step would
+    write."""
 
     def __init__(self, out: Output) -> None:
         self.out = out
         self.made: dict[str, tuple[dict[str, Any], str]] = {}
 
     def follow(self, command: str, params: dict[str, Any]) -> None:
-        """Takes up what a step would write."""
+        """Adds the checkpoint that a step would write."""
         if command not in ("replace", "distill"):
             return
         source = str(params["checkpoint"])
@@ -63,7 +63,7 @@ class Planned:
         self.made[_key(params["output"] or name)] = config, root
 
     def of(self, command: str, params: dict[str, Any], ranks: int) -> dict[str, Any] | None:
-        """Shows the plan of a step that trains, on so many ranks; None for others."""
+        """Shows and returns the plan of a training step; None for other steps. ranks: processes."""
         if command != "distill":
             return None
         from hybridize.distillation.fitting import expected
@@ -83,19 +83,20 @@ class Planned:
         return plan_json(found, where.type)
 
     def _config(self, name: str) -> tuple[dict[str, Any], str]:
-        """Config and teacher of a checkpoint that a step before would write, or that is there."""
+        """Config and root teacher of a checkpoint that exists or that an earlier step would
+        write."""
         if (found := self.made.get(_key(name))) is not None:
             return found
         from hybridize.inputs import open_checkpoint
 
         if not Path(name).exists() and "/" not in name.strip("./"):
-            raise InputError(f"{name} is not there, and no step before writes it")
+            raise InputError(f"{name} does not exist, and no earlier step writes it")
         reader = open_checkpoint(name, notes=self.out)
         return reader.config, root_of(reader.path) or name
 
     def _replaced(self, config: dict[str, Any], root: str, params: dict[str, Any]) -> dict[str, Any]:
-        """The config with so many layers replaced; the lowest stand for those that scores will
-        choose, which cost the same."""
+        """The config with layers replaced. The lowest layers stand in for those that scores will
+        choose, since they cost the same."""
         from hybridize.inputs import open_checkpoint
         from hybridize.surgery.replace import MixerSettings, hybrid_json, plan
         from hybridize.surgery.teacher import read_teacher
@@ -110,11 +111,11 @@ class Planned:
         else:
             others = [layer for layer in contract.attention_layers if layer not in done]
             chosen = sorted([*done, *others[: max(0, layers - len(done))]])
-        asked = MixerSettings(*(params[key] for key in ("mixer", "d_state", "d_conv", "dt_rank", "expand")))
+        settings = MixerSettings(*(params[key] for key in ("mixer", "d_state", "d_conv", "dt_rank", "expand")))
         before = config.get("mixer")
-        if before is not None and asked == MixerSettings():
-            asked = MixerSettings(before["kind"])
-        return hybrid_json(reader.config, plan(contract, chosen, asked))
+        if before is not None and settings == MixerSettings():
+            settings = MixerSettings(before["kind"])
+        return hybrid_json(reader.config, plan(contract, chosen, settings))
 
 
 def _key(path: Any) -> str:

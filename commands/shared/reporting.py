@@ -1,4 +1,4 @@
-"""What a training run says while it goes: events of the library as lines for people."""
+"""Output of a training run: the library's events as lines of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TrainingReport:
-    """Called with the events of a run; keeps the last of each kind."""
+    """Prints the events of a run and keeps the last one of each kind."""
 
     def __init__(self, out: Output, settings: DistillSettings) -> None:
         self.out, self.settings = out, settings
@@ -30,8 +30,8 @@ class TrainingReport:
             self.out.doing(event["text"])
         elif kind == "rising":
             self.out.warn(
-                f"step {event['step']}: the loss has been rising, from {event['best']:.4f} to {event['now']:.4f} in the mean "
-                f"of some 20 steps: {self._lower_rates()}"
+                f"step {event['step']}: the loss is rising, from {event['best']:.4f} to {event['now']:.4f} (mean over about 20 "
+                f"steps): {self._lower_rates()}"
             )
         else:
             self.last[kind] = event
@@ -52,59 +52,61 @@ class TrainingReport:
         )
 
     def begin(self, corpus: Corpus, place: str, ranks: int) -> None:
-        """What is learnt, how rows are packed, how long the run is. place: device and data."""
+        """Shows which tokens have a loss, the packing and the length of the run. place: device and
+        data."""
         settings, note = self.settings, self.out.note
         packing = corpus.packing(settings.seed, settings.seq_len)
-        note(f"first document, what is learnt in \u27e6\u27e7: {corpus.example(settings.seed)}")
+        note(f"first document, tokens with a loss in \u27e6\u27e7: {corpus.example(settings.seed)}")
         if packing is not None:
-            note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} are learnt{_cut(packing)}")
+            note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} have a loss{_cut(packing)}")
         at_once = f"{min(settings.micro, settings.batch_size // ranks)} sequences at once"
         note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens, {at_once}, on {place}")
         if settings.warmup < settings.warmup_steps:
-            asked = f"--warmup-steps {settings.warmup_steps}"
-            note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it takes at most half of a run ({asked})")
+            flag = f"--warmup-steps {settings.warmup_steps}"
+            note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it is limited to half of a run ({flag})")
 
     def interrupted(self, run: RunDir) -> None:
-        """What an interrupted run leaves, and how to go on with it."""
+        """Says what is saved of an interrupted run and how to continue it."""
         steps = run.steps()
         if steps:
             saved = f"{steps[-1]} of {self.settings.total_steps} steps are saved in {run.path}"
             self.out.warn(
-                f"{saved}; the same command with --resume goes on from there, with --resume --stop-now makes it a checkpoint"
+                f"{saved}; run the same command with --resume to continue, or with --resume --stop-now for a checkpoint of it"
             )
         else:
             self.out.warn(
-                f"nothing was saved yet; the same command with --overwrite starts again, and {run.path} may be removed"
+                f"nothing is saved yet; run the same command with --overwrite to start again; {run.path} can be deleted"
             )
 
     def end(self, target: Path, used: int, kept: RunDir | None) -> None:
-        """What came of it. used: tokens; kept: the run, where it was stopped before its end and
-        goes on from there."""
+        """Shows the result. used: training tokens. kept: the run's directory, if it was stopped
+        early and can be continued."""
         settings = self.settings
         steps = used // (settings.batch_size * settings.seq_len)
         if steps < settings.total_steps and kept is None:
-            self.out.note(f"ended after {steps} steps: no better in {settings.stop_when_flat} evaluations")
+            self.out.note(f"stopped after {steps} steps: no improvement in {settings.stop_when_flat} evaluations")
         if len(self.evaluated) > 1 and self.evaluated[-1] > self.evaluated[0]:
             self.out.warn(
-                f"the held-out reverse KL ended at {self.evaluated[-1]:.4f}, above the {self.evaluated[0]:.4f} where it began: "
+                f"the held-out reverse KL ended at {self.evaluated[-1]:.4f}, above its first value {self.evaluated[0]:.4f}: "
                 f"{self._lower_rates()}"
             )
 
         def human() -> None:
             print(f"{target}: trained on {used:,} tokens")
             if kept is not None:
-                print(f"{kept.path} is kept: --resume --overwrite goes on from step {steps} of {settings.total_steps}")
+                print(f"{kept.path} is kept: --resume --overwrite continues from step {steps} of {settings.total_steps}")
 
         found = {"output": str(target), "steps": steps, "last": self.last.get("step"), "heldout": self.last.get("eval")}
         self.out.result(found, human)
 
     def _lower_rates(self) -> str:
+        """Advice to use lower learning rates, with values."""
         lower = f"--lr-mixer {self.settings.lr_mixer * 0.3:.1g} --lr {self.settings.lr * 0.3:.1g}"
-        return f"the rates are too high for this model or warm-up; try {lower}"
+        return f"the learning rates are too high for this model or warm-up; try {lower}"
 
 
 def _cut(packing: Packing) -> str:
-    """What becomes of long documents, if there are any."""
+    """A note on documents that are cut, if there are any."""
     if not packing.cut:
         return ""
     return (
@@ -114,12 +116,13 @@ def _cut(packing: Packing) -> str:
 
 
 def _machine(event: dict[str, Any]) -> str:
-    """How busy and how full the GPU is, where that is known."""
+    """MFU and peak memory of the GPU, if they are known."""
     share = "" if event["mfu"] is None else f"MFU {event['mfu']:.0%}, "
     return share + ("" if event["peak_memory_gib"] is None else f"{event['peak_memory_gib']:.1f} GiB, ")
 
 
 def _clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,5 +1,4 @@
-"""What the scoring commands share: their flags, running a scorer, and the table with a bar per
-layer."""
+"""Shared by the scoring commands: their flags, running a scorer, and the table of the ranking."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ CALIBRATION_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Text:
-    """What a checkpoint is scored on, beside its teacher."""
+    """Data and teacher for scoring."""
 
     data: opt.Data = None
     teacher: opt.Teacher = None
@@ -34,7 +33,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Converting(opt.NewMixers):
-    """The new mixers of candidates, and how they start."""
+    """Shape and initialization of the candidates' new mixers."""
 
     no_calibrate: opt.NoCalibrate = False
     calibration_tokens: opt.CalibrationTokens = CALIBRATION_TOKENS
@@ -42,7 +41,7 @@ class Converting(opt.NewMixers):
 
 @dataclass(frozen=True)
 class Place:
-    """Where scores come from and go to."""
+    """Revision that is scored, and where the scores are written."""
 
     output: opt.Output = None
     revision: opt.Revision = None
@@ -53,8 +52,8 @@ def request_of(
     checkpoint: str, text: Text, place: Place, machine: opt.Machine, *, mask: str, seed: int,
     mixers: Converting | None = None, eval_data: str | None = None, replace: bool = False,
 ) -> Request:  # fmt: skip
-    """The flags as scorers want them. replace: whether scores may be there already, whatever
-    --overwrite says."""
+    """The request to a scorer, from the flags. replace: existing scores may be replaced, even
+    without --overwrite."""
     from hybridize.scoring.setup import Request
 
     made = mixers or Converting()
@@ -74,7 +73,7 @@ def run_scorer(out: Output, scorer: Scorer, request: Request, settings: Any) -> 
         if not setup.ranks.main:
             return
         if found is None:
-            out.note(f"{setup.path} is this run's result already")
+            out.note(f"{setup.path} already is the result of this run")
             out.result({"output": str(setup.path), "already": True})
             return
         scores = setup.write(found, time.time() - began)
@@ -85,7 +84,7 @@ def run_scorer(out: Output, scorer: Scorer, request: Request, settings: Any) -> 
 
 
 def _show(out: Output, path: Path, label: str, scores: Scores) -> None:
-    """The ranking, least important first."""
+    """Shows the ranking, with the least important layer first."""
     by_layer = {score.layer: score for score in scores.layers}
     low, high = (pick(score.score for score in scores.layers) for pick in (min, max))
     rows = []
@@ -101,8 +100,8 @@ def _show(out: Output, path: Path, label: str, scores: Scores) -> None:
 
 
 def command_of(scorer: Scorer) -> Callable[..., None]:
-    """The command of a scorer that another package has registered: its settings as flags, and those
-    of every scorer."""
+    """The command of a scorer that an extension has registered: its settings as flags, and the
+    flags that all scorers have."""
 
     def command(
         checkpoint: opt.Checkpoint = "./teacher",

@@ -1,5 +1,5 @@
-"""What `generate` and `chat` share: the sampling flags, a checkpoint that answers, and its text as
-it is written."""
+"""Shared by `generate` and `chat`: sampling flags, a checkpoint that generates, and streaming of
+its text."""
 
 from __future__ import annotations
 
@@ -20,35 +20,43 @@ if TYPE_CHECKING:
     from hybridize.data.encode import Encoder
     from hybridize.generation.settings import Generation
 
-OFTEN = 4  # tokens between two looks at an answer that somebody is reading
+OFTEN = 4  # tokens between updates of a streamed answer
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens of an answer are chosen. None: as the checkpoint has it."""
+    """Sampling settings. None: the checkpoint's own value."""
 
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 1024
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer, in tokens.")] = (
+        1024
+    )
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 is greedy [default: as generation_config.json says, else 0].")
+        float | None,
+        typer.Option("--temperature", help="Sampling temperature; 0 is greedy [default: generation_config.json's, else 0]."),
     ] = None
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k most likely tokens [default: as above].")] = None
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Sample from the k most likely tokens [default: generation_config.json's].")
+    ] = None
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Only the most likely up to this mass [default: as above].")
+        float | None,
+        typer.Option("--top-p", help="Nucleus sampling: cumulative probability [default: generation_config.json's]."),
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", help="Only those of this share of the likeliest's probability [default: as above]."),
+        typer.Option(
+            "--min-p", help="Least probability relative to the most likely token [default: generation_config.json's]."
+        ),
     ] = None
     chat_template: opt.ChatTemplate = None
 
-    def asked(self) -> dict[str, Any]:
-        """What read_generation takes."""
+    def overrides(self) -> dict[str, Any]:
+        """Settings that override those of the checkpoint, for read_generation."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
 
 class Speaker:
-    """A checkpoint that answers: its reader, encoder and generation settings; InputError where
-    something of them is wrong."""
+    """A checkpoint that generates: its reader, encoder and generation settings. InputError if one
+    of them cannot be used."""
 
     def __init__(self, name: str, revision: str | None, sampling: Sampling, trust_remote_code: bool, notes: Notes) -> None:
         from hybridize.errors import InputError
@@ -62,35 +70,35 @@ class Speaker:
         check_decodable(hybrid_config(self.source.config))
         self.encoder: Encoder = open_encoder(self.source, "assistant", sampling.chat_template, trust_remote_code, notes)
         tokenizer = self.encoder.tokenizer
-        self.generation: Generation = read_generation(self.source.path, self.source.config, tokenizer, sampling.asked())
+        self.generation: Generation = read_generation(self.source.path, self.source.config, tokenizer, sampling.overrides())
         for key, value in self.generation.others.items():
-            raise InputError(f"{self.source.path / FILE} has {key} = {value!r}, which is not followed here; take it out")
+            raise InputError(f"{self.source.path / FILE} has {key} = {value!r}, which is not supported; remove it")
 
     @property
     def room(self) -> int | None:
-        """Positions that the model was made for, if it says so."""
+        """The model's maximum context length, or None if its config has none."""
         found = self.source.config.get("max_position_embeddings")
         return found if isinstance(found, int) else None
 
     def load(self, where: torch.device, compute: torch.dtype) -> Any:
-        """The model, ready to answer."""
+        """Loads the model. where, compute: device and compute type."""
         from hybridize.runtime.loading import load_hybrid
 
         return load_hybrid(self.source, where, compute)
 
 
 def growing(tokenizer: Any, add: Callable[[str], None]) -> Callable[[object, list[int]], bool]:
-    """What `write` may be given as `stop`: hands each new piece of the one answer's text to `add`,
-    and never stops it."""
+    """A callback for the `stop` parameter of `write`, for a single answer: passes each new piece of
+    its text to `add`, and never stops."""
     from hybridize.data.encode import decoded
 
-    said = ""
+    shown = ""
 
     def look(_: object, ids: list[int]) -> bool:
-        nonlocal said
-        text = decoded(tokenizer, ids).rstrip("\ufffd")  # half a character
-        add(text[len(said) :])
-        said = text
+        nonlocal shown
+        text = decoded(tokenizer, ids).rstrip("\ufffd")  # an incomplete character
+        add(text[len(shown) :])
+        shown = text
         return False
 
     return look

@@ -1,1 +1,1 @@
-"""How fast checkpoints generate."""
+"""Speed benchmarks of checkpoints."""

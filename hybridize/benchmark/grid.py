@@ -1,9 +1,8 @@
-"""How fast checkpoints read and write: prefill, decoding steps by length and batch, and whole
-generations made of them.
+"""Times checkpoints: prefill, decoding steps by context and batch, and whole generations.
 
-Every checkpoint, teacher or hybrid, runs as our own class through one decoding step
-(hybridize/generation), captured as a CUDA graph where that can be. A step's time does not depend on
-what the tokens are, so none are read before it is timed.
+Every checkpoint, teacher or hybrid, runs as HybridForCausalLM through the same decoding step
+(hybridize/generation), captured as a CUDA graph where possible. The time of a step does not depend
+on the token values, so no prompt is read before a step is timed.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ from hybridize.generation.decoder import Decoder, can_capture
 from hybridize.modeling import FLOAT32, HybridConfig, HybridForCausalLM, new_cache
 from hybridize.runtime.loading import without_storage
 
-AT_ONCE = 8192  # tokens in one forward pass of a prefill, if a prompt is no longer
-POINTS = 6  # lengths at which a long generation's step is timed
-SHARE = 0.97  # of a GPU's memory, for weights, caches and the reserve
-RESERVE = {"cuda": 5 << 29}  # bytes that a prefill and the kernels' own buffers want
+AT_ONCE = 8192  # tokens in one forward pass of a prefill, unless one prompt is longer
+POINTS = 6  # context lengths at which the steps of a whole generation are timed
+SHARE = 0.97  # usable share of the memory, for weights, caches and the reserve
+RESERVE = {"cuda": 5 << 29}  # bytes for a prefill and the kernels' own buffers
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """contexts, batches: the grid; generations: (prompt, new) tokens, each with the largest batch
-    that fits; steps: timed together; repeats: of which the median counts."""
+    """contexts, batches: the grid. generations: pairs of (prompt, new) tokens, each timed with the
+    largest batch that fits. steps: decoding steps per timing. repeats: timings, whose median is
+    reported. InputError if a number is below 1."""
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -44,13 +44,11 @@ class BenchSettings:
     def __post_init__(self) -> None:
         sizes = [*self.contexts, *self.batches, self.steps, self.repeats, *(n for pair in self.generations for n in pair)]
         if min(sizes, default=0) < 1:
-            raise InputError(
-                f"contexts, batches, generations, {setting('steps')} and {setting('repeats')} are numbers of at least 1"
-            )
+            raise InputError(f"contexts, batches, generations, {setting('steps')} and {setting('repeats')} must be at least 1")
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes, the best of five."""
+    """Memory bandwidth in bytes per second, reads plus writes: the best of six large copies."""
     size = (1 << 30) if device.type == "cuda" else (1 << 26)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -58,11 +56,11 @@ def bandwidth(device: torch.device) -> float:
 
 
 def step_bytes(model: HybridForCausalLM, batch: int, context: int) -> int:
-    """The least that a step moves: every weight once, each sequence's keys and values once, its
-    states in and out.
+    """Least number of bytes that a step moves: every weight once, the KV cache of each sequence
+    once, its recurrent states in and out.
 
-    Of the embeddings only the batch's rows are read, unless they are the output weights too. All
-    experts count.
+    Embeddings count only if they are tied to the output weights, since otherwise only the batch's
+    rows are read. All experts count.
     """
     weights = weight_bytes(model)
     if not model.config.tie_word_embeddings:
@@ -73,11 +71,12 @@ def step_bytes(model: HybridForCausalLM, batch: int, context: int) -> int:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
+    """Size of all parameters in bytes."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def random_hybrid(config: HybridConfig, device: torch.device, dtype: torch.dtype) -> HybridForCausalLM:
-    """A model without a checkpoint, to be timed: weights of no meaning, made where they stay."""
+    """A model with random weights for timing, created directly on `device`."""
     model = without_storage(lambda: HybridForCausalLM(config))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -89,18 +88,18 @@ def random_hybrid(config: HybridConfig, device: torch.device, dtype: torch.dtype
     return model.to(device).eval()
 
 
-def _timed(way: Callable[[], Any], device: torch.device) -> float:
-    """Seconds."""
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Runs `work` and returns the seconds that it took, GPU work included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
-    way()
+    work()
     wait()
     return time.perf_counter() - began
 
 
 def _step_seconds(decoder: Decoder, context: int, steps: int) -> float:
-    """A step's, where every sequence has `context` tokens."""
+    """Mean seconds per step of `steps` decoding steps after `context` tokens in every sequence."""
 
     def run() -> None:
         for _ in range(steps):
@@ -112,6 +111,7 @@ def _step_seconds(decoder: Decoder, context: int, steps: int) -> float:
 
 @torch.no_grad()
 def _prefill(model: HybridForCausalLM, rows: int, length: int) -> None:
+    """One prefill of `rows` prompts of `length` tokens."""
     ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
     model(ids, cache=new_cache(model.config), use_cache=True, logits_to_keep=1)
 
@@ -123,15 +123,16 @@ def _free(device: torch.device) -> None:
 
 
 def _median(times: Sequence[float]) -> dict[str, float]:
-    """Of seconds: median and extremes in milliseconds."""
+    """Median and extremes in milliseconds of times in seconds."""
     return {"ms": statistics.median(times) * 1e3, "least_ms": min(times) * 1e3, "most_ms": max(times) * 1e3}
 
 
 def time_prefill(
     models: dict[str, HybridForCausalLM], length: int, most: int, settings: BenchSettings
 ) -> dict[str, dict[str, Any]]:
-    """By model: a prompt of `length` alone (time to first token), and tokens a second where AT_ONCE
-    tokens, but no more than `most` prompts, are read in one pass."""
+    """By model: the time to first token of a single prompt of `length` tokens, and the throughput
+    in tokens per second of one pass over AT_ONCE tokens, but at most `most` prompts. The first
+    round is a warm-up and does not count."""
     device = next(iter(models.values())).device
     rows = max(1, min(most, AT_ONCE // length))
     ways = {(name, count): (model, count) for name, model in models.items() for count in {1, rows}}
@@ -151,8 +152,8 @@ def time_prefill(
 def time_steps(
     models: dict[str, HybridForCausalLM], batch: int, context: int, settings: BenchSettings, speed: float
 ) -> dict[str, dict[str, Any]]:
-    """By model, turn and turn about: a step of `batch` sequences that have `context` tokens each.
-    speed: see `bandwidth`."""
+    """By model: times of a decoding step of `batch` sequences after `context` tokens each, the
+    models interleaved. The first round is a warm-up. speed: memory bandwidth, see `bandwidth`."""
     decoders = {name: Decoder(model, batch, context + settings.steps) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(settings.repeats + 1):
@@ -162,11 +163,11 @@ def time_steps(
                 times[name].append(seconds)
     found = {}
     for name, model in models.items():
-        told, moved = _median(times[name]), step_bytes(model, batch, context)
+        timing, moved = _median(times[name]), step_bytes(model, batch, context)
         found[name] = {
-            "context": context, "batch": batch, **told, "tokens_per_second": batch / told["ms"] * 1e3,
+            "context": context, "batch": batch, **timing, "tokens_per_second": batch / timing["ms"] * 1e3,
             **{f"{part}_bytes": held for part, held in decoders[name].cache.bytes().items()}, "step_bytes": moved,
-            "times_floor": told["ms"] / 1e3 * speed / moved, "graph": can_capture(model),
+            "times_floor": timing["ms"] / 1e3 * speed / moved, "graph": can_capture(model),
         }  # fmt: skip
     return found
 
@@ -174,8 +175,9 @@ def time_steps(
 def time_generation(
     model: HybridForCausalLM, prompt: int, new: int, settings: BenchSettings, speed: float, memory: float
 ) -> dict[str, Any]:
-    """prompt tokens read, `new` written, by the largest batch that `memory` bytes hold; from steps
-    timed at POINTS lengths."""
+    """Time and throughput of reading `prompt` tokens and generating `new` ones with the largest
+    batch that fits into `memory` bytes, integrated over steps timed at POINTS context lengths.
+    Batch 0 if nothing fits."""
     kv, state = sequence_bytes(model, prompt + new, model.dtype)
     each = kv + state + 8 * model.config.vocab_size
     batch = int((memory * SHARE - weight_bytes(model) - RESERVE.get(model.device.type, 0)) // each)
@@ -208,11 +210,11 @@ def bench(
     loaders: dict[str, Callable[[], HybridForCausalLM]], settings: BenchSettings, device: torch.device,
     memory: float | None = None, progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Of each checkpoint: its weights, prefill by context, steps by context and batch, generations.
+    """By checkpoint: weight size, prefill by context, steps by context and batch, generations.
 
-    Interleaved where all fit beside one another and no generation wants the whole memory; else one
-    after the other. memory: bytes [default: the GPU's, or 4 GiB]. A cell that does not fit has no
-    times.
+    Timings are interleaved if all models fit into half of the memory and no generations are
+    requested; otherwise checkpoints are timed one after the other. memory: bytes [default: the
+    GPU's, or 4 GiB on a CPU]. A cell that does not fit has no times.
     """
     whole = memory or (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 4 << 30)
     speed = bandwidth(device)
@@ -243,8 +245,7 @@ def _time_group(
     here: dict[str, HybridForCausalLM], found: dict[str, Any], settings: BenchSettings, device: torch.device, speed: float,
     whole: float, progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Everything about models that lie beside one another, into `found`; they are free when this
-    returns."""
+    """Times models that are in memory together and adds the results to `found`."""
     group = ", ".join(here)
     for name, model in here.items():
         found[name]["weight_bytes"] = weight_bytes(model)
@@ -268,15 +269,15 @@ def _time_group(
 
 
 def _room(models: dict[str, HybridForCausalLM], memory: float, device: torch.device) -> float:
-    """Bytes for caches beside these models in a cell of the grid."""
+    """Bytes left for caches in a cell of the grid, beside the weights of these models."""
     return memory * SHARE - sum(map(weight_bytes, models.values())) - RESERVE.get(device.type, 0) / 4
 
 
-def _unless_full(way: Callable[[], Any], device: torch.device) -> Any:
-    """What it gives, or None where the memory did not suffice after all: one cell must not cost the
-    others."""
+def _unless_full(work: Callable[[], Any], device: torch.device) -> Any:
+    """Returns the result of `work`, or None if it runs out of memory, so that one cell does not end
+    the whole benchmark."""
     try:
-        return way()
+        return work()
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -287,7 +288,8 @@ def _cell(
     models: dict[str, HybridForCausalLM], batch: int, context: int, settings: BenchSettings, speed: float, memory: float,
     device: torch.device,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """time_steps of those that fit, together if they do, else each alone."""
+    """Runs time_steps on the models that fit: together if all of them fit at once, otherwise
+    alone."""
     wanted = {name: batch * sum(sequence_bytes(m, context + settings.steps, m.dtype)) for name, m in models.items()}
     room = _room(models, memory, device)
     fit = {name: model for name, model in models.items() if wanted[name] <= room}
@@ -303,9 +305,9 @@ def _cell(
 
 
 def break_even(steps: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], batch: int) -> float | None:
-    """The context from which `steps` stay faster than `base` at this batch up to the longest
-    measured, between two measured ones by interpolation; the shortest measured where they always
-    are; None where they are not."""
+    """The context from which `steps` are faster than `base` up to the longest measured context, at
+    this batch size, interpolated between measured contexts. The shortest measured context if they
+    are always faster; None if they are not faster at the longest."""
     times = {entry["context"]: entry["ms"] for entry in base if entry["batch"] == batch}
     gaps = sorted(
         (entry["context"], entry["ms"] - times[entry["context"]])

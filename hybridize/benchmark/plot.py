@@ -1,4 +1,4 @@
-"""bench.json as a picture: a step's time against the tokens before it, one panel a batch."""
+"""Plots bench.json: time per step against context length, one panel per batch size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybridize.checkpoint.atomic import write_bytes_atomic
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Writes the PNG. Nothing is drawn of a run without a grid."""
+    """Writes the plot as a PNG. A run without a grid gets none."""
     from matplotlib.figure import Figure
 
     names, batches = list(found["checkpoints"]), found["settings"]["batches"]
@@ -27,7 +27,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             at = break_even(found["checkpoints"][name]["steps"], base, batch) if number else None
             if at is not None:
                 panel.axvline(at, color=f"C{number}", linestyle=":", linewidth=1)
-        panel.set(title=f"batch {batch}", xlabel="tokens before the step", ylabel="ms a step", xscale="log", ylim=(0, None))
+        panel.set(title=f"batch {batch}", xlabel="context (tokens)", ylabel="ms per step", xscale="log", ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[0][0].legend(title="dotted: break-even")
     figure.suptitle(found["machine"])

@@ -1,6 +1,9 @@
-"""Asks transformers what a model on disk computes. Imports nothing of hybridize, whose classes
-would step in for the code that travels with an export: `python -m hybridize.export.ask` with JSON
-on stdin is how the `hf` format is verified."""
+"""Runs a model on disk in transformers.
+
+The `hf` format runs `python -m hybridize.export.ask` with JSON on stdin to compare an export with
+its checkpoint. This module imports nothing from hybridize, whose registered classes would replace
+the code beside the weights.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 
 def plain_greedy(model: Any, new_tokens: int) -> GenerationConfig:
-    """Greedy decoding and nothing else: what a checkpoint's generation_config.json asks for
-    (penalties, beams) is left out."""
+    """Settings for plain greedy decoding. Penalties and beams of the checkpoint's
+    generation_config.json are left out."""
     own = model.generation_config
     pad = own.pad_token_id if own.pad_token_id is not None else 0
     return GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=own.eos_token_id, pad_token_id=pad)
@@ -26,8 +29,8 @@ def plain_greedy(model: Any, new_tokens: int) -> GenerationConfig:
 def answers(
     model: Any, prompts: list[list[int]], sequences: list[list[int]], new_tokens: int
 ) -> tuple[list[Tensor], list[list[int]]]:
-    """Logits [T, V] of each sequence, alone; greedy tokens after each prompt, all prompts in one
-    left-padded batch."""
+    """Returns the logits [T, V] of each sequence, computed one at a time, and the greedy tokens
+    after each prompt, computed in one left-padded batch."""
     device = model.device
     logits = [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
     width, config = max(map(len, prompts)), plain_greedy(model, new_tokens)
@@ -41,14 +44,14 @@ def answers(
 
 
 def main() -> None:
-    wanted = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     model = AutoModelForCausalLM.from_pretrained(
-        wanted["model"], dtype=torch.float32, trust_remote_code=True, local_files_only=True
+        request["model"], dtype=torch.float32, trust_remote_code=True, local_files_only=True
     )
-    logits, made = answers(model.to(wanted["device"]).eval(), wanted["prompts"], wanted["sequences"], wanted["new_tokens"])
+    logits, made = answers(model.to(request["device"]).eval(), request["prompts"], request["sequences"], request["new_tokens"])
     found = {f"logits.{i}": part.contiguous() for i, part in enumerate(logits)}
     found |= {f"made.{i}": torch.tensor(part) for i, part in enumerate(made)}
-    save_file(found, wanted["answer"], metadata={"class": type(model).__name__, "module": type(model).__module__})
+    save_file(found, request["answer"], metadata={"class": type(model).__name__, "module": type(model).__module__})
 
 
 if __name__ == "__main__":

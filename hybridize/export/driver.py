@@ -1,5 +1,5 @@
-"""Writes a hybrid in the format of a runtime, asks that runtime whether it computes the same, and
-then puts it in place."""
+"""Writes a hybrid in the format of a runtime, compares the two, and then moves the export into
+place."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """form: a registered format; outtype: the type that matrices are kept in, where the format
-    offers some; verify: ask the runtime; insist: a runtime that cannot answer is an error, else the
-    result is kept and called unverified; base_model, license: what the card is to say of the
-    teacher, where its files do not."""
+    """form: name of a registered format. outtype: data type of the matrices, for formats that offer
+    a choice. verify: compare the export with the checkpoint in its runtime. insist: it is an error
+    if the runtime is missing or crashes; otherwise the export is kept and marked as not verified.
+    base_model, license: for the model card, in place of what the teacher's files say."""
 
     form: str = "hf"
     outtype: str | None = None
@@ -41,8 +41,8 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Exported:
-    """files of the directory; verdict of the runtime, or None and why there is none; crashed: it
-    was asked and died."""
+    """files: names in the directory. verdict: of the comparison, or None. unverified: why there is
+    no verdict. crashed: the runtime was started and crashed."""
 
     files: list[str]
     verdict: Verdict | None
@@ -51,11 +51,11 @@ class Exported:
 
 
 def check_export(source: CheckpointReader, name: str, settings: ExportSettings) -> tuple[Format, Any]:
-    """The format, and its plan for this checkpoint. InputError where the checkpoint cannot be
-    exactly that, naming what stands in the way; no weight is loaded."""
+    """Returns the format and its plan for this checkpoint, without loading weights. InputError if
+    the format cannot represent the checkpoint exactly, with the reason."""
     form = format_of(settings.form)
     if settings.outtype is not None and not form.outtypes:
-        raise InputError(f"{setting('outtype')} has no use with {setting('form')} {form.name}")
+        raise InputError(f"{setting('outtype')} does not apply to {setting('form')} {form.name}")
     if settings.outtype is not None and settings.outtype not in form.outtypes:
         raise InputError(f"{setting('outtype')} {settings.outtype} is unknown; use {', '.join(form.outtypes)}")
     plan, missing = form.check(source, name), form.missing()
@@ -65,7 +65,7 @@ def check_export(source: CheckpointReader, name: str, settings: ExportSettings) 
         try:
             load_tokenizer(source.path)
         except InputError as error:
-            raise InputError(f"{error}, and prompts need one; {setting('verify', False)} does without") from error
+            raise InputError(f"{error}, and the comparison needs one; {setting('verify', False)} skips it") from error
     return form, plan
 
 
@@ -79,21 +79,21 @@ def export(
     device: torch.device,
     report: Report = lambda _: None,
 ) -> Exported:
-    """Writes `output`, atomically: a model that the runtime finds to be another never appears.
-    Raises as check_export."""
+    """Writes `output` atomically: an export that fails the comparison never appears there. Raises
+    InputError as check_export does, WorkError if the export computes something else."""
     form, plan = check_export(source, name, settings)
     manifest = read_manifest(source.path)
     origin = read_origin(source, manifest, settings.base_model, settings.license)
     outtype = settings.outtype or next(iter(form.outtypes), None)
     lineage = descend(source, name, output, "export", {"format": form.name, "outtype": settings.outtype}, 0)
-    verdict, missing, crashed = None, form.missing() if settings.verify else "not asked for", False
+    verdict, missing, crashed = None, form.missing() if settings.verify else "not requested", False
     with AtomicDirectory(output, overwrite) as path:
         report("writing")
         made = form.write(source, plan, path, name, lineage, outtype)
         if missing is None:
-            report("computing the checkpoint's own answers")
+            report("running the checkpoint for reference")
             wanted = reference(source.path, load_tokenizer(source.path), device)
-            report("asking the runtime")
+            report("running the export in its runtime")
             try:
                 verdict = form.ask(made, wanted, device, outtype)
             except RuntimeCrash as error:

@@ -1,5 +1,4 @@
-"""Where an exported model comes from, as a model hub has it: teacher, licence, names of the data,
-results."""
+"""Provenance of an exported model for its model card: teacher, licence, data sets and results."""
 
 from __future__ import annotations
 
@@ -19,8 +18,11 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one task or group; teacher: what the teacher got, if that is known; recall
-    tasks are figures as well."""
+    """One metric of a task, a group or a recall task.
+
+    filter: lm-eval's filter. teacher: the teacher's value, if it is known. documents: how many were
+    evaluated, None for a group. limited: only a part of the documents was evaluated.
+    """
 
     task: str
     metric: str
@@ -33,8 +35,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Origin:
-    """base_model: hub id of the teacher; license: as its own card says; both None where nobody says
-    so. datasets: names."""
+    """base_model: hub id of the teacher. license: from the teacher's own model card. Both are None
+    if unknown. datasets: names."""
 
     base_model: str | None = None
     license: str | None = None
@@ -46,15 +48,16 @@ class Origin:
 def read_origin(
     source: CheckpointReader, manifest: dict[str, Any] | None, base_model: str | None = None, license_: str | None = None
 ) -> Origin:
-    """What is known of a checkpoint from its manifest, its teacher's directory and what `eval` left
-    beside it.
+    """Collects the origin of a checkpoint from its manifest, its teacher's directory and the files
+    that `eval` wrote beside it.
 
-    base_model, license_: what the user says, which wins. InputError where base_model is no hub id.
+    base_model, license_: given by the user, they override what is found. InputError if base_model
+    is not a hub id.
     """
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
-        raise InputError(f"{setting('base_model')} {base_model} is no hub id, as meta-llama/Llama-3.1-8B")
-    said = [str(part.get("path", "")) for part in (manifest or {}).get("data", ())]
-    names = list(dict.fromkeys(name if _HUB_ID.fullmatch(name) else Path(name).name for name in said if name))
+        raise InputError(f"{setting('base_model')} {base_model} is not a hub id such as meta-llama/Llama-3.1-8B")
+    paths = [str(part.get("path", "")) for part in (manifest or {}).get("data", ())]
+    names = list(dict.fromkeys(name if _HUB_ID.fullmatch(name) else Path(name).name for name in paths if name))
     teacher = root_of(source.path)
     return Origin(
         base_model or _hub_id(source, manifest), license_ or _license(Path(teacher) if teacher else None), names,
@@ -63,31 +66,31 @@ def read_origin(
 
 
 def _hub_id(source: CheckpointReader, manifest: dict[str, Any] | None) -> str | None:
-    """The root's hub id: named as one, or in the hub's cache; else what transformers noted when it
-    saved the teacher."""
+    """The hub id of the root teacher, or None: taken from its path (a hub id or a folder of the
+    hub's cache), else from `_name_or_path`, which transformers writes into config.json."""
     path = str(manifest["root"]["path"]) if manifest else ""
     if found := _CACHED.search(path):
         return f"{found[1]}/{found[2]}"
-    noted = str(source.config.get("_name_or_path") or "")
-    return next((name for name in (path, noted) if _HUB_ID.fullmatch(name) and not name.startswith(".")), None)
+    saved = str(source.config.get("_name_or_path") or "")
+    return next((name for name in (path, saved) if _HUB_ID.fullmatch(name) and not name.startswith(".")), None)
 
 
 def _license(teacher: Path | None) -> str | None:
-    """From the metadata of the teacher's own card, if there is one."""
+    """The licence in the metadata of the teacher's own model card, or None."""
     if teacher is None or not (teacher / "README.md").is_file():
         return None
     from huggingface_hub import metadata_load
 
     try:
         found = (metadata_load(teacher / "README.md") or {}).get("license")
-    except Exception:  # a card that nobody can read says nothing
+    except Exception:  # an unreadable card is treated as a card without a licence
         return None
     return found if isinstance(found, str) else None
 
 
 def _figures(home: Path) -> list[Figure]:
-    """Of eval/results.json, with the teacher's of eval/baseline.json where that was of the same
-    settings."""
+    """The metrics in eval/results.json. The teacher's are added from eval/baseline.json if that was
+    measured with the same settings."""
     from hybridize.evaluation.results import check_comparable, read_results, values_in
 
     try:
@@ -129,7 +132,7 @@ def _fidelity(home: Path) -> dict[str, Any] | None:
 
 
 def front_matter(origin: Origin, name: str) -> str:
-    """The card's metadata as a hub reads it, between its lines of dashes."""
+    """The model card's YAML metadata, between its `---` lines."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -150,15 +153,16 @@ def front_matter(origin: Origin, name: str) -> str:
 
 
 def plain(text: Any) -> str:
-    """Text from a file, safe inside Markdown: no control characters, no markup."""
+    """Text from a file, made safe for Markdown: at most 200 characters, no control characters or
+    markup."""
     return re.sub(r"[^\w./:+ @-]", "_", str(text))[:200]
 
 
 def result_lines(origin: Origin) -> list[str]:
-    """The results as a person reads them."""
+    """The results as lines of Markdown: a table of metrics and the fidelity to the teacher."""
     lines: list[str] = []
     if origin.figures:
-        lines += ["| task | figure | this model | its teacher | documents |", "|---|---|---|---|---|"]
+        lines += ["| task | metric | this model | teacher | documents |", "|---|---|---|---|---|"]
         for figure in origin.figures:
             before = "" if figure.teacher is None else f"{figure.teacher:.4f}"
             name = figure.metric if figure.filter in ("", "none") else f"{figure.metric}, {figure.filter}"
@@ -166,9 +170,9 @@ def result_lines(origin: Origin) -> list[str]:
             lines.append(f"| {plain(figure.task)} | {plain(name)} | {figure.value:.4f} | {before} | {count} |")
         lines += ["", "Measured with lm-evaluation-harness by `hybridize eval`.", ""]
     if origin.fidelity is not None:
-        told = origin.fidelity
+        fidelity = origin.fidelity
         lines += [
-            f"Against its teacher on {told['tokens']:,.0f} tokens of `{plain(told['data'])}`: reverse KL "
-            f"{told['reverse_kl']:.4f} nats a token, the same likeliest token {told['agreement']:.1%} of the time.", "",
+            f"Against its teacher on {fidelity['tokens']:,.0f} tokens of `{plain(fidelity['data'])}`: reverse KL "
+            f"{fidelity['reverse_kl']:.4f} nats per token, top-1 agreement {fidelity['agreement']:.1%}.", "",
         ]  # fmt: skip
-    return lines or ["Nothing has been measured on this model yet (`hybridize eval`).", ""]
+    return lines or ["This model has not been evaluated yet (`hybridize eval`).", ""]

@@ -1,5 +1,5 @@
-"""Does the exported model compute what the checkpoint computes? Asked of the runtime that is to
-serve it, before the export appears under its name.
+"""Compares an exported model with its checkpoint, in the runtime that will serve it and before the
+export appears under its name.
 
 The reference is the checkpoint itself in float32: greedy tokens after a few prompts, and the logits
 at every position.
@@ -34,14 +34,14 @@ PROMPTS = (
     "It was a bright cold day in April, and the clocks were striking thirteen. In 1984 he wrote that down, twice; why?",
 )
 NEW_TOKENS = 32
-PATIENCE = 1800.0  # seconds for a foreign runtime's answers
-BOUND = 1e-4  # of the largest logit: rounding grows with the numbers rounded
+PATIENCE = 1800.0  # seconds until an external runtime times out
+BOUND = 1e-4  # relative to the largest logit, since rounding errors grow with the values
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the checkpoint does: prompts [P_i], prompt and greedy continuation [P_i + G_i], logits
-    there [P_i + G_i, V]."""
+    """Output of the checkpoint. For each prompt i: prompts [P_i] token ids, sequences [P_i + G_i]
+    with the greedy continuation, logits [P_i + G_i, V] at every position of the sequence."""
 
     prompts: list[list[int]]
     sequences: list[list[int]]
@@ -50,11 +50,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Largest difference of a logit (absolute, and the largest logit beside it), and how many
-    greedy tokens are equal.
+    """Result of a comparison: the largest absolute logit difference, the largest reference logit,
+    and how many of the greedy tokens are equal.
 
-    ties: prompts whose continuation parts where the reference's best two logits are closer than
-    rounding can tell.
+    ties: prompts whose continuations diverge at a tie, where the reference's two best logits are
+    closer than the rounding error. exact: whether all greedy tokens up to a tie had to be equal.
     """
 
     runtime: str
@@ -66,11 +66,11 @@ class Verdict:
     exact: bool
 
     def sentence(self) -> str:
-        told = (
+        text = (
             f"{self.runtime}: largest difference of a logit {self.difference:.1e} (largest logit {self.largest_logit:.1f}), "
             f"{self.equal} of {self.tokens} greedy tokens equal"
         )
-        return told + (f", {self.ties} prompts parted at a tie" if self.ties else "")
+        return text + (f", {self.ties} prompts diverged at a tie" if self.ties else "")
 
 
 @torch.no_grad()
@@ -89,23 +89,24 @@ def reference(path: Path, tokenizer: Any, device: torch.device) -> Reference:
 
 
 class RuntimeCrash(WorkError):
-    """A foreign runtime died, hung or said nothing that can be read: what it would compute is not
-    known."""
+    """An external runtime crashed, timed out or gave no readable answer, so nothing is known about
+    what it computes."""
 
 
 def ask_process(module: str, request: dict[str, Any], runtime: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a module of ours that drives a foreign runtime answers, in a process of its own: tensors
-    and their metadata.
+    """Runs one of our modules that drives an external runtime in a separate process; returns the
+    tensors of its answer and their metadata.
 
-    WorkError where it says what is wrong, RuntimeCrash where it cannot.
+    request: sent to the module as JSON. WorkError if the module reports an error, RuntimeCrash if
+    it crashes, times out or writes no readable answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.safetensors"
-        given = json.dumps(request | {"answer": str(answer), "new_tokens": NEW_TOKENS})
+        message = json.dumps(request | {"answer": str(answer), "new_tokens": NEW_TOKENS})
         environment = {**os.environ, "HF_MODULES_CACHE": folder}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", module], env=environment, input=given, capture_output=True, text=True, check=False,
+                [sys.executable, "-m", module], env=environment, input=message, capture_output=True, text=True, check=False,
                 timeout=PATIENCE, errors="replace",
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
@@ -120,24 +121,24 @@ def ask_process(module: str, request: dict[str, Any], runtime: str) -> tuple[dic
             with safe_open(answer, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise RuntimeCrash(f"{runtime} ended without an answer that can be read ({first_line(error)})") from error
+            raise RuntimeCrash(f"{runtime} ended without a readable answer ({first_line(error)})") from error
 
 
 def version_of(package: str) -> str:
-    """Of an installed package, in words."""
+    """The version of an installed package, or a phrase that says it is unknown."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "of no known version"
+        return "of unknown version"
 
 
 def parts_of(found: dict[str, Tensor], count: int) -> tuple[list[Tensor], list[list[int]]]:
-    """Logits and greedy tokens of `count` prompts, out of the tensors of an answer."""
+    """Splits the tensors of an answer into logits and greedy tokens, one of each per prompt."""
     return [found[f"logits.{i}"] for i in range(count)], [found[f"made.{i}"].tolist() for i in range(count)]
 
 
 def _cpu() -> str:
-    """The processor's name."""
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -146,20 +147,20 @@ def _cpu() -> str:
 
 
 def transformers_name(kind: str) -> str:
-    """The runtime's name in a verdict. kind: the class that it loaded."""
+    """The name of transformers in a verdict. kind: the model class that was loaded."""
     return f"transformers {metadata.version('transformers')} ({kind})"
 
 
 def judge(runtime: str, wanted: Reference, logits: list[Tensor], made: list[list[int]], share: float, exact: bool) -> Verdict:
-    """Compares; WorkError when a logit differs by more than `share` of the largest, or `exact` and
-    a token does.
+    """Compares a runtime's logits and greedy tokens (`made`) with the reference.
 
-    A continuation may part from the reference only at a tie: where the two tokens' logits are
-    closer than twice that.
+    WorkError if a logit differs by more than `share` of the largest one, or, with `exact`, if a
+    greedy token differs. A continuation may diverge from the reference only at a tie, where the
+    logits of the two tokens are closer than twice that bound.
     """
     scale = max(float(part.abs().max()) for part in wanted.logits)
     if not all(bool(torch.isfinite(part).all()) for part in logits):
-        raise WorkError(f"{runtime} gives logits that are not finite; not exported")
+        raise WorkError(f"{runtime} computes logits that are not finite; not exported")
     difference = max(float((ours - theirs).abs().max()) for ours, theirs in zip(logits, wanted.logits, strict=True))
     bound = share * max(1.0, scale)
     equal = tokens = ties = 0
@@ -173,8 +174,8 @@ def judge(runtime: str, wanted: Reference, logits: list[Tensor], made: list[list
         at, other = scores[len(prompt) + same - 1], new[same] if same < len(new) else None
         tie = other is not None and abs(float(at[right[same]] - at[other])) <= 2 * bound
         if exact and not tie:
-            raise WorkError(f"{runtime} goes on differently than the checkpoint ({other}, not {right[same]}); not exported")
+            raise WorkError(f"{runtime} continues differently than the checkpoint ({other}, not {right[same]}); not exported")
         ties += exact and tie
     if not difference <= bound:
-        raise WorkError(f"{runtime} gives logits that differ by {difference:.1e}, more than {bound:.1e}; not exported")
+        raise WorkError(f"{runtime} computes logits that differ by {difference:.1e}, more than {bound:.1e}; not exported")
     return Verdict(runtime, difference, scale, equal, tokens, ties, exact)

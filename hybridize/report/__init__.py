@@ -1,1 +1,1 @@
-"""One page of what has been measured."""
+"""A report on checkpoints and their measurements, as one HTML page."""

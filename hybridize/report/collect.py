@@ -1,8 +1,8 @@
-"""What is known of a family of checkpoints, gathered from their own files: layout, lineage, tasks,
-fidelity, speed, training.
+"""Collects the data of a report from the files of checkpoints: layout, lineage, task results,
+fidelity, speed and training logs.
 
-Nothing is measured, no weight is read. A file that cannot be read is named. Paths are shown without
-the machine's folders.
+Nothing is measured and no weights are read. Files that cannot be read are listed as problems. Paths
+are shown without the machine's folders.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ from hybridize.evaluation.recall import by_length, kind_and_length
 from hybridize.evaluation.results import figures_in, read_results, tasks_in_groups
 from hybridize.report.entries import Entry, Export, Figure, Key, Report
 
-DEPTH = 3  # folders below those given in which checkpoints are looked for
+DEPTH = 3  # levels of subfolders that are searched for checkpoints
 
 
 def collect(paths: Sequence[Path]) -> Report:
-    """Checkpoints below `paths` with their eval/ folders, and every results.json and bench.json
-    that lies among them.
-
-    InputError where there is nothing at all.
+    """Collects the checkpoints below `paths` with their eval/ folders, and every results.json and
+    bench.json there. InputError if there is neither a checkpoint nor a results.json.
     """
     report = Report([], [], [path.resolve() if path.is_dir() else path.resolve().parent for path in paths])
     homes = [home for path in paths for home in _below(path, DEPTH)]
@@ -45,10 +43,10 @@ def collect(paths: Sequence[Path]) -> Report:
             _guarded(report, home / MANIFEST, lambda home=home: exports.append(_export(report, home)))  # type: ignore[misc]
         elif (home / "config.json").is_file():
             _guarded(report, home / "config.json", lambda home=home: report.entries.append(_entry(report, home)))  # type: ignore[misc]
-    _named_apart(report.entries)
-    _add_loose(report, paths)
+    _disambiguate(report.entries)
+    _add_unowned_results(report, paths)
     for entry in list(report.entries):
-        _add_own(report, entry)
+        _add_own_files(report, entry)
     for file in sorted({file.resolve() for path in paths for file in _files(path, "bench.json")}):
         _guarded(report, file, lambda file=file: _add_bench(report, read_json(file)))  # type: ignore[misc]
     if not report.entries:
@@ -61,8 +59,8 @@ def collect(paths: Sequence[Path]) -> Report:
     return report
 
 
-def _add_loose(report: Report, paths: Sequence[Path]) -> None:
-    """Results that lie beside no checkpoint are entries of their own."""
+def _add_unowned_results(report: Report, paths: Sequence[Path]) -> None:
+    """Adds an entry for each results file that belongs to no checkpoint."""
     known = {entry.path for entry in report.entries}
     for file in sorted({file.resolve() for path in paths for file in _files(path, "results.json")}):
         if file.parent.parent in known:
@@ -74,8 +72,8 @@ def _add_loose(report: Report, paths: Sequence[Path]) -> None:
             report.entries.append(entry)
 
 
-def _add_own(report: Report, entry: Entry) -> None:
-    """What lies in the checkpoint's own folder."""
+def _add_own_files(report: Report, entry: Entry) -> None:
+    """Reads results and training logs from the checkpoint's own folder."""
     if entry.shape is None:
         return
     before = entry.lineage[-2]["tokens"] if len(entry.lineage) > 1 else 0
@@ -92,28 +90,29 @@ def _add_own(report: Report, entry: Entry) -> None:
 
 
 def _guarded(report: Report, file: Path, step: Callable[[], Any]) -> None:
+    """Runs `step`, which reads `file`; an exception becomes a problem of the report."""
     try:
         step()
-    except Exception as error:  # files of strangers: whatever is wrong with one, the others are read
-        told, where = report.clean(first_line(error)), report.shown(file)
-        report.problems.append(told if told.startswith(where) else f"{where}: {told}")
+    except Exception as error:  # untrusted files: one that is broken must not keep the others from being read
+        problem, where = report.clean(first_line(error)), report.shown(file)
+        report.problems.append(problem if problem.startswith(where) else f"{where}: {problem}")
 
 
 def _ordered(report: Report) -> None:
-    """In the order of conversion: every teacher, then what was made of it, by Mamba layers and
-    place in the lineage."""
+    """Sorts the entries: each teacher, followed by the checkpoints made from it, by number of Mamba
+    layers and position in the lineage."""
     teachers = [entry for entry in report.entries if any(report.teacher(other) is entry for other in report.entries)]
 
-    def place(entry: Entry) -> tuple[Any, ...]:
+    def position(entry: Entry) -> tuple[Any, ...]:
         teacher = report.teacher(entry) or entry
         family = teachers.index(teacher) if teacher in teachers else len(teachers) + (entry.shape is None)
         return family, entry not in teachers, entry.mixers, len(entry.lineage), entry.tokens, entry.name
 
-    report.entries.sort(key=place)
+    report.entries.sort(key=position)
 
 
 def _compare(report: Report, entry: Entry) -> None:
-    """With the teacher, by the gate's own comparison."""
+    """Compares an entry's results with the teacher's, as the gate of `eval` does."""
     teacher = report.teacher(entry)
     for baseline in (None if teacher is None else teacher.results, entry.baseline):
         if entry.drops or not entry.results or not baseline:
@@ -121,11 +120,12 @@ def _compare(report: Report, entry: Entry) -> None:
         try:
             found, entry.apart = compare(entry.results, baseline), None
             entry.drops = {(drop.task, drop.metric): drop for drop in found}
-        except Exception as error:  # files of strangers, as above
+        except Exception as error:  # untrusted files, see _guarded
             entry.apart = report.clean(first_line(error))
 
 
 def _below(path: Path, depth: int) -> Iterator[Path]:
+    """`path` and its subfolders down to `depth`, without hidden ones and symbolic links."""
     yield path
     if depth and path.is_dir():
         for child in sorted(path.iterdir()):
@@ -134,7 +134,7 @@ def _below(path: Path, depth: int) -> Iterator[Path]:
 
 
 def _files(path: Path, name: str) -> list[Path]:
-    """Files of this name below `path`, or `path` itself where it is one."""
+    """Files of this name below `path`, or `path` itself if it is such a file."""
     if path.is_file():
         return [path] if path.name == name or (name == "results.json" and path.suffix == ".json" != path.name) else []
     return [home / name for home in _below(path, DEPTH + 1) if (home / name).is_file()]
@@ -153,9 +153,9 @@ def _export(report: Report, home: Path) -> Export:
     form = " ".join(str(found["settings"][key]) for key in ("format", "outtype") if found["settings"].get(key))
     card = home / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    said = re.search(r"^## Verified\s+(.+)$", text, re.MULTILINE)
-    told = "" if said is None else report.clean(said[1].split("float32: ")[-1])[:300].rstrip(".")
-    verified = told if "greedy tokens equal" in told or told.startswith("not verified") else None
+    section = re.search(r"^## Verified\s+(.+)$", text, re.MULTILINE)
+    sentence = "" if section is None else report.clean(section[1].split("float32: ")[-1])[:300].rstrip(".")
+    verified = sentence if "greedy tokens equal" in sentence or sentence.startswith("not verified") else None
     return Export(report.shown(home), form or "unknown format", (home / found["parent"]["path"]).resolve(), verified)
 
 
@@ -172,8 +172,8 @@ def _entry(report: Report, home: Path) -> Entry:
     return entry
 
 
-def _named_apart(entries: list[Entry]) -> None:
-    """Folders of the same name are called by their parents' too."""
+def _disambiguate(entries: list[Entry]) -> None:
+    """Adds the parent folder to the names of entries that have the same name."""
     names = [entry.name for entry in entries]
     for entry in entries:
         if names.count(entry.name) > 1:
@@ -187,7 +187,8 @@ def _add_tasks(report: Report, entry: Entry, file: Path) -> None:
 
 
 def _add_baseline(report: Report, entry: Entry, file: Path) -> None:
-    """The teacher's results, if they are that; the teacher's own where it has none."""
+    """Reads the teacher's results, unless they belong to another checkpoint, and gives them to the
+    teacher's entry if that has none of its own."""
     found = read_results(file)
     if not entry.origin[1] or found.get("checkpoint") != entry.origin[1]:
         return
@@ -200,8 +201,8 @@ def _add_baseline(report: Report, entry: Entry, file: Path) -> None:
 
 
 def _set_tasks(entry: Entry, found: dict[str, Any]) -> None:
-    """Groups by their own aggregates, and tasks that are in no group; recall tasks are told by
-    length."""
+    """Sets an entry's metrics: the aggregates of groups, and the tasks that are in no group. Recall
+    tasks become the accuracy by length."""
     groups = found.get("groups") or {}
     inside = tasks_in_groups(found)
     figures: dict[Key, Figure] = {}
@@ -211,18 +212,19 @@ def _set_tasks(entry: Entry, found: dict[str, Any]) -> None:
         for key, value in own.items():
             more = bool(better[key]["higher_is_better"]) if key in better else True
             figures[name, key] = Figure(value, more, key == main_figure(own))
-    for task, told in found["tasks"].items():
+    for task, result in found["tasks"].items():
         if task in inside or kind_and_length(task):
             continue
-        for key, figure in figures_in(told).items():
+        for key, figure in figures_in(result).items():
             low, high = _spread(figure)
-            figures[task, key] = Figure(float(figure["value"]), figure["higher_is_better"], key == told["metric"], low, high)
+            figures[task, key] = Figure(float(figure["value"]), figure["higher_is_better"], key == result["metric"], low, high)
     entry.results, entry.figures, entry.limited = found, figures, bool(found.get("limited"))
     entry.recall = {length: sum(kinds.values()) / len(kinds) for length, kinds in by_length(found["tasks"]).items()}
 
 
 def _spread(figure: dict[str, Any]) -> tuple[float | None, float | None]:
-    """The interval of a figure that is the mean of its scores."""
+    """Confidence interval of a metric, or (None, None) if it is not the mean of its documents'
+    scores."""
     if not figure["scores"]:
         return None, None
     scores = torch.tensor([float(score) for score in figure["scores"]], dtype=torch.float64)
@@ -230,9 +232,9 @@ def _spread(figure: dict[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _interval(scores: torch.Tensor) -> tuple[float | None, float | None]:
-    """Of the mean at LEVEL: Wilson's score interval (JASA 22, 1927) where documents are right or
-    wrong, since a bootstrap of answers that are all alike is sure of itself; else the bootstrap
-    over documents."""
+    """Confidence interval of the mean at LEVEL. Scores of 0 and 1 get Wilson's score interval (JASA
+    22, 1927), since a bootstrap over identical answers has width zero; others get a bootstrap over
+    documents."""
     count = len(scores)
     if count < 2:
         return None, None
@@ -252,37 +254,38 @@ def _add_fidelity(report: Report, entry: Entry, file: Path) -> None:
 
 
 def _curve(file: Path, key: str, before: int) -> Iterator[tuple[float, float]]:
-    """Tokens since the teacher and what was logged then; a step whose loss was not finite has none."""
+    """Pairs of tokens since the teacher and the logged value, without values that are not
+    finite."""
     for line in file.read_text().splitlines():
-        told = json.loads(line)
-        value, tokens = told.get(key), float(told["tokens"])
+        row = json.loads(line)
+        value, tokens = row.get(key), float(row["tokens"])
         if value is not None and math.isfinite(float(value)) and math.isfinite(tokens):
             yield before + tokens, float(value)
 
 
 def _add_bench(report: Report, found: dict[str, Any]) -> None:
-    """To the checkpoints that were timed, by path, else by name."""
+    """Adds timings to the checkpoints that were timed, found by path, otherwise by name."""
     machine = report.clean(str(found["machine"]))
-    for name, told in found["checkpoints"].items():
+    for name, timed in found["checkpoints"].items():
         path = Path(str(found["paths"].get(name, name)))
         match = [e for e in report.entries if e.path == path.resolve()]
         match = match or [e for e in report.entries if path.name in (e.path.name, e.name)]
         for entry in match[:1]:
             kept = {(step["context"], step["batch"]): step for step in entry.steps}
-            kept |= {(step["context"], step["batch"]): step for step in (_step(step, machine) for step in told["steps"])}
+            kept |= {(step["context"], step["batch"]): step for step in (_step(step, machine) for step in timed["steps"])}
             entry.steps = [kept[key] for key in sorted(kept)]
             made = {(g["prompt"], g["new"]): g for g in entry.generations}
-            made |= {(g["prompt"], g["new"]): g for g in map(_generation, told["generations"])}
+            made |= {(g["prompt"], g["new"]): g for g in map(_generation, timed["generations"])}
             entry.generations = [made[key] for key in sorted(made)]
 
 
-def _step(told: dict[str, Any], machine: str) -> dict[str, Any]:
-    speed = None if told["ms"] is None else float(told["tokens_per_second"])
+def _step(timed: dict[str, Any], machine: str) -> dict[str, Any]:
+    speed = None if timed["ms"] is None else float(timed["tokens_per_second"])
     speed = None if speed is None or not 0 < speed < math.inf else speed
-    return {"context": int(told["context"]), "batch": int(told["batch"]), "tokens_per_second": speed, "machine": machine}
+    return {"context": int(timed["context"]), "batch": int(timed["batch"]), "tokens_per_second": speed, "machine": machine}
 
 
-def _generation(told: dict[str, Any]) -> dict[str, Any]:
-    speed = told.get("tokens_per_second")
-    sizes = {key: int(told[key]) for key in ("prompt", "new", "batch")}
+def _generation(timed: dict[str, Any]) -> dict[str, Any]:
+    speed = timed.get("tokens_per_second")
+    sizes = {key: int(timed[key]) for key in ("prompt", "new", "batch")}
     return sizes | {"tokens_per_second": None if speed is None else float(speed)}

@@ -1,5 +1,5 @@
-"""What a report is made of: checkpoints with what was measured on them, and the exports of each.
-Paths are shown without the machine's folders."""
+"""Data classes of a report: checkpoints with their measurements and exports. Paths are shown
+without the machine's folders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hybridize.anatomy import Anatomy
 from hybridize.evaluation.gate import Drop
 from hybridize.modeling import MIXER_LAYER
 
-Key = tuple[str, str]  # a task or group, and which of its figures
+Key = tuple[str, str]  # a task or group, and one of its metrics
 
 
 @dataclass(frozen=True)
 class Figure:
-    """main: what the task or group is called by. low, high: its interval at LEVEL, where documents'
-    scores are known."""
+    """Value of one metric. better: whether higher is better. main: whether it is the task's or
+    group's main metric. low, high: its confidence interval at LEVEL, if the scores of documents are
+    known."""
 
     value: float
     better: bool
@@ -29,8 +30,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint in another format. parent: of which checkpoint. verified: what its own card says
-    of that, if it says it."""
+    """A checkpoint in another format. parent: the checkpoint it was made from. verified: result of
+    the comparison with it, as the model card has it, or None."""
 
     name: str
     form: str
@@ -42,11 +43,11 @@ class Export:
 class Entry:
     """A checkpoint, or a results file without one.
 
-    origin: the teacher's place and content hash, as the manifest has them. baseline: the teacher's
-    results that an evaluation left beside the entry's own. figures: of tasks and groups, in the
-    order of the file. drops: the same held against the teacher's; apart: why they cannot be. steps,
-    generations: bench.json's. loss, kl: training tokens since the teacher, and what was logged
-    then.
+    origin: path and content hash of the teacher, from the manifest. baseline: the teacher's results
+    that an evaluation wrote beside the entry's own. figures: metrics of tasks and groups, in the
+    order of the file. drops: their comparison with the teacher's; apart: why there is none. steps,
+    generations: from bench.json. loss, kl: pairs of training tokens since the teacher and the value
+    logged there.
     """
 
     name: str
@@ -71,25 +72,26 @@ class Entry:
 
     @property
     def mixers(self) -> int:
+        """Number of Mamba layers."""
         return 0 if self.shape is None else self.shape.kinds.count(MIXER_LAYER)
 
     def step(self, context: int, batch: int) -> dict[str, Any] | None:
-        """That cell of the bench, where it has a speed."""
+        """The benchmark entry for this context and batch, or None if it has no speed."""
         for step in self.steps:
             if (step["context"], step["batch"]) == (context, batch) and step["tokens_per_second"] is not None:
                 return step
         return None
 
     def throughput(self, context: int, batch: int) -> float | None:
-        """Tokens a second of decoding, in that cell of the bench."""
+        """Decoding speed in tokens per second at this context and batch, or None."""
         step = self.step(context, batch)
         return None if step is None else float(step["tokens_per_second"])
 
 
 @dataclass
 class Report:
-    """entries: in the order of conversion. lost: exports whose checkpoint is not among them. bases:
-    the folders given."""
+    """entries: in order of conversion. lost: exports whose checkpoint is not among them. bases: the
+    folders that the report is made from. problems: files that could not be read, and why."""
 
     entries: list[Entry]
     problems: list[str]
@@ -98,7 +100,8 @@ class Report:
 
     @property
     def cell(self) -> tuple[int, int] | None:
-        """Context and batch of the largest cell of the bench that most checkpoints have."""
+        """Context and batch of the benchmark cell that most checkpoints have, the largest of
+        several."""
         have: dict[tuple[int, int], int] = {}
         for entry in self.entries:
             for step in entry.steps:
@@ -108,16 +111,16 @@ class Report:
         return max(have, key=lambda key: (have[key], key[0] * key[1], key), default=None)
 
     def teacher(self, entry: Entry) -> Entry | None:
-        """What `entry` was made from in the beginning, by place, else by the content that was
-        evaluated."""
-        place, content = entry.origin
+        """The root teacher of `entry`, found by path, otherwise by the content hash in its results;
+        None if it is not in the report."""
+        path, content = entry.origin
         others = [other for other in self.entries if other is not entry and other.mixers == 0]
         same = (o for o in others if content and o.results is not None and o.results.get("checkpoint") == content)
-        return next((other for other in others if other.path == place), None) or next(same, None)
+        return next((other for other in others if other.path == path), None) or next(same, None)
 
     def shown(self, path: str | Path) -> str:
-        """A path as a reader may see it: from a folder that was given, else its name; hub ids as
-        they are."""
+        """A path without the machine's folders: relative to one of `bases`, otherwise its last
+        part; hub ids are kept."""
         text = str(path)
         if hub := re.search(r"models--([^/]+)/snapshots/", text):
             return hub[1].replace("--", "/")
@@ -129,7 +132,7 @@ class Report:
         return Path(text).name
 
     def clean(self, text: str) -> str:
-        """A sentence in which every absolute path is shown as above."""
+        """A sentence with every absolute path shortened as by `shown`."""
         for base in sorted(self.bases, key=lambda base: -len(str(base))):
             if base != base.parent:
                 text = text.replace(f"{base}/", "").replace(str(base), base.name)

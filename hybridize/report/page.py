@@ -1,7 +1,6 @@
-"""The report as one page of HTML that needs nothing beside it: no script, no network, charts
-inside.
+"""The report as a self-contained HTML page: no script, no network, charts as inline SVG.
 
-Whatever comes from a file is escaped: names and settings are the checkpoints' own words.
+All text that comes from a file is escaped, because names and settings are untrusted.
 """
 
 from __future__ import annotations
@@ -61,18 +60,18 @@ td:first-child{max-width:7.5rem}.strips td.layer{min-width:.85rem;font-size:.6re
     )
 )
 LETTERS = {MIXER_LAYER: ("M", "mamba"), "sliding_attention": ("w", "window")}
-SAID_TASKS = 3  # in the sentence at the top
+HEADLINE_TASKS = 3  # most tasks in the headline
 
 
 def page(report: Report, pictures: Mapping[str, tuple[str, str]], title: str, made: str) -> str:
-    """pictures: title and SVG by name. made: what a reader is told of when and from where."""
+    """The whole page. pictures: title and SVG by name. made: the line below the title."""
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(made)}</p>']
-    if said := headline(report):
-        parts.append(f'<p class="lead">{escape(said)}</p>')
+    if lead := headline(report):
+        parts.append(f'<p class="lead">{escape(lead)}</p>')
     if "quality" in pictures:
         parts += [f"<h2>{escape(pictures['quality'][0])}</h2>", pictures["quality"][1]]
     parts += [*_stages(report), *_training(report, pictures), *_recall(report), *_layouts(report), *_lineage(report)]
-    parts += [*_others(report), *_fidelity(report), *_speed(report), *_generations(report)]
+    parts += [*_other_metrics(report), *_fidelity(report), *_speed(report), *_generations(report)]
     if report.problems:
         parts += ["<h2>Not read</h2>", "<ul>", *(f"<li>{escape(problem)}</li>" for problem in report.problems), "</ul>"]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -82,30 +81,30 @@ def page(report: Report, pictures: Mapping[str, tuple[str, str]], title: str, ma
 
 
 def figure(value: float) -> str:
-    """Three places, without a zero before the point."""
+    """A number with three decimals and without a leading zero."""
     text = f"{value:.3f}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def change(value: float) -> str:
-    """Of a figure, with its sign."""
+    """A difference with its sign, with three decimals."""
     text = figure(value)
     return "0" if text.strip("-") == ".000" else text if text.startswith("-") else f"+{text}"
 
 
 def headline(report: Report) -> str:
-    """How much faster, how much lost, at how many layers: of the stage with most Mamba layers that
-    has results."""
+    """One sentence on speed, loss of quality and number of Mamba layers, for the stage with the
+    most Mamba layers that has results."""
     found = [entry for entry in report.entries if entry.mixers and (entry.figures or entry.fidelity or entry.steps)]
     if not found:
         return ""
     entry = max(reversed(found), key=lambda entry: (bool(entry.figures), entry.mixers))
     assert entry.shape is not None
-    parts = [f"{entry.mixers} of {len(entry.shape.kinds)} layers Mamba"]
+    parts = [f"{entry.mixers} of {len(entry.shape.kinds)} layers are Mamba"]
     ratio, cell = speed_ratio(report, entry), report.cell
     if ratio is not None and cell is not None:
         parts.append(f"{ratio:.2g} times the teacher's decoding speed (batch {cell[1]} after {cell[0]:,} tokens)")
-    for key in [key for key in keys_of(report, True) if key in entry.figures][:SAID_TASKS]:
+    for key in [key for key in keys_of(report, True) if key in entry.figures][:HEADLINE_TASKS]:
         text, drop = f"{key[0]} {figure(entry.figures[key].value)}", entry.drops.get(key)
         if drop is not None:
             interval = drop.interval(LEVEL)
@@ -117,7 +116,7 @@ def headline(report: Report) -> str:
     return f"{entry.name}: {', '.join(parts)}" + (" (limited run)" if entry.limited else "")
 
 
-Cell = str | tuple[str, str]  # of a table: what stands in it, and below that in small
+Cell = str | tuple[str, str]  # content of a table cell, and a second line in small print
 
 
 def _table(columns: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
@@ -130,16 +129,16 @@ def _table(columns: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def _filled(columns: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table without the columns in which nothing stands."""
+    """A table without its empty columns."""
     kept = [at for at in range(len(columns)) if at == 0 or any(row[at] for row in rows)]
     return _table([columns[at] for at in kept], [[row[at] for at in kept] for row in rows])
 
 
 def _stages(report: Report) -> list[str]:
-    """One row a stage, in the order of conversion: what the page is looked at for."""
+    """The main table: one row per stage, in order of conversion."""
     keys, cell = keys_of(report, True), report.cell
     columns: list[Cell] = ["stage", "Mamba layers", "training tokens"]
-    columns.append("speed" if cell is None else ("speed, times teacher's", f"batch {cell[1]} after {cell[0]:,} tokens"))
+    columns.append("speed" if cell is None else ("speed relative to teacher", f"batch {cell[1]} after {cell[0]:,} tokens"))
     columns += [_column(report, key) for key in keys] + ["reverse KL", "agreement"]
     rows: list[list[Cell]] = []
     for entry in report.entries:
@@ -148,17 +147,17 @@ def _stages(report: Report) -> list[str]:
         row += ["" if shape is None else f"{entry.mixers} of {len(shape.kinds)}", f"{entry.tokens:,}" if entry.tokens else ""]
         row.append("" if ratio is None else f"{ratio:.2f}")
         row += [_score(entry, key) for key in keys]
-        told = entry.fidelity
-        row += ["", ""] if told is None else [f"{told['reverse_kl']:.4f}", f"{told['agreement']:.1%}"]
+        kl = entry.fidelity
+        row += ["", ""] if kl is None else [f"{kl['reverse_kl']:.4f}", f"{kl['agreement']:.1%}"]
         rows.append(row)
     notes = []
     if any(entry.drops for entry in report.entries):
         notes.append(
-            f"Below a figure: its difference from the teacher's, less than zero where it is worse, and the {LEVEL:.0%} "
-            "interval of that, paired over documents."
+            f"Below a metric: its difference from the teacher's, negative if it is worse, with the {LEVEL:.0%} "
+            "confidence interval, paired over documents."
         )
     if any(figure.low is not None for entry in report.entries if not entry.drops for figure in entry.figures.values()):
-        notes.append(f"Where a figure is compared with none, its own {LEVEL:.0%} interval over documents.")
+        notes.append(f"Below a metric without a comparison: its own {LEVEL:.0%} confidence interval over documents.")
     notes += ["* Limited run."] * any(entry.limited for entry in report.entries)
     notes += [f"{e.name} is not compared: {e.apart}." for e in report.entries if e.apart]
     return ["<h2>Stages</h2>", _filled(columns, rows), f'<p class="note">{escape(" ".join(notes))}</p>']
@@ -167,12 +166,12 @@ def _stages(report: Report) -> list[str]:
 def _column(report: Report, key: Key) -> Cell:
     better = next(entry.figures[key].better for entry in report.entries if key in entry.figures)
     return key[0].replace("_", "_\u200b"), key[1].removesuffix(",none").replace(",", ", ") + (
-        "" if better else ", less is better"
+        "" if better else ", lower is better"
     )
 
 
 def _score(entry: Entry, key: Key) -> Cell:
-    """A figure, and below it its difference from the teacher's, or else its own interval."""
+    """A metric, and below it the difference from the teacher's, or otherwise its own interval."""
     found, drop = entry.figures.get(key), entry.drops.get(key)
     if found is None:
         return ""
@@ -185,11 +184,11 @@ def _score(entry: Entry, key: Key) -> Cell:
     return figure(found.value), change(-drop.drop) + spread
 
 
-def _others(report: Report) -> list[str]:
-    """Figures that no task is called by."""
+def _other_metrics(report: Report) -> list[str]:
+    """The metrics of tasks other than their main ones."""
     keys = keys_of(report, False)
     rows = [[e.name, *(_score(e, key) for key in keys)] for e in report.entries if any(key in e.figures for key in keys)]
-    return ["<h2>Further figures</h2>", _table(["stage", *(_column(report, key) for key in keys)], rows)] if rows else []
+    return ["<h2>Other metrics</h2>", _table(["stage", *(_column(report, key) for key in keys)], rows)] if rows else []
 
 
 def _training(report: Report, pictures: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -209,12 +208,12 @@ def _recall(report: Report) -> list[str]:
     found = [entry for entry in report.entries if entry.recall]
     lengths = sorted({length for entry in found for length in entry.recall})
     rows = [[f"{length:,}", *(figure(e.recall[length]) if length in e.recall else "" for e in found)] for length in lengths]
-    note = '<p class="note">Share of questions about something said long before that are answered right; mean over kinds.</p>'
+    note = '<p class="note">Share of correct answers to questions about earlier text; mean over the kinds of tasks.</p>'
     return ["<h2>Recall by length</h2>", _table(["tokens", *(e.name for e in found)], rows), note] if found else []
 
 
 def _layouts(report: Report) -> list[str]:
-    """The strips of all stages below one another, with the layers' numbers above."""
+    """The layer types of all stages, one row per stage, below the layer numbers."""
     found = [(entry, entry.shape) for entry in report.entries if entry.shape is not None]
     if not found:
         return []
@@ -228,27 +227,27 @@ def _layouts(report: Report) -> list[str]:
         cells += '<td class="layer none"></td>' * (most - len(kinds))
         kind = f" {shape.mixer['kind']}" if shape.mixer else ""
         memory = f"{shape.parameters['total'] / 1e6:,.0f} M parameters; {shape.at_long / 2**20:,.1f} MiB"
-        told = escape(f"{entry.mixers} of {len(kinds)}{kind}; {memory}")
-        rows.append(f"<tr><td>{escape(entry.name)}</td>{cells}<td>{told}</td></tr>")
+        summary = escape(f"{entry.mixers} of {len(kinds)}{kind}; {memory}")
+        rows.append(f"<tr><td>{escape(entry.name)}</td>{cells}<td>{summary}</td></tr>")
     table = (
         f'<table class="strips"><thead><tr><th>layer</th>{numbers}<th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
-    note = "M: Mamba; a: attention; w: attention in a window. MiB: what a sequence keeps in memory at 32k tokens."
+    note = "M: Mamba; a: attention; w: sliding-window attention. MiB: cache of one sequence at 32k tokens."
     return ["<h2>Layouts</h2>", f'<div class="scroll">{table}</div>', f'<p class="note">{note}</p>']
 
 
 def _lineage(report: Report) -> list[str]:
-    """How each stage was made, with its exports below it."""
+    """The lineage of each stage, with its exports."""
     items = []
     for entry in report.entries:
         if entry.shape is None:
-            items.append(f"<li>{escape(entry.name)}: results without their checkpoint</li>")
+            items.append(f"<li>{escape(entry.name)}: results without a checkpoint</li>")
             continue
         steps = [step["checkpoint"] + (f" ({step['command']})" if step["command"] else "") for step in entry.lineage]
         items.append(f"<li>{escape(' → '.join(steps))}{_exports(entry.exports)}</li>")
     parts = ["<h2>Lineage and exports</h2>", f"<ul>{''.join(items)}</ul>"]
     if report.lost:
-        parts += ["<p>Exports of checkpoints that are not among these:</p>", _exports(report.lost)]
+        parts += ["<p>Exports of checkpoints that are not in this report:</p>", _exports(report.lost)]
     return parts
 
 
@@ -265,11 +264,11 @@ def _exports(exports: Sequence[Export]) -> str:
 def _fidelity(report: Report) -> list[str]:
     rows: list[list[str]] = []
     for entry in report.entries:
-        if told := entry.fidelity:
+        if fidelity := entry.fidelity:
             figures = [
-                f"{told[key]:.4f}" for key in ("reverse_kl", "forward_kl", "agreement", "perplexity", "teacher_perplexity")
+                f"{fidelity[key]:.4f}" for key in ("reverse_kl", "forward_kl", "agreement", "perplexity", "teacher_perplexity")
             ]
-            rows.append([entry.name, *figures, told["data"]])
+            rows.append([entry.name, *figures, fidelity["data"]])
     columns = ["stage", "reverse KL", "forward KL", "agreement", "perplexity", "teacher's", "text"]
     return ["<h2>Fidelity to the teacher</h2>", _table(columns, rows)] if rows else []
 
@@ -282,7 +281,7 @@ def _speed(report: Report) -> list[str]:
     rows = [[e.name, *(_count(e.throughput(*cell)) for cell in cells)] for e in timed]
     columns: list[Cell] = ["stage", *((f"batch {batch}", f"after {context:,}") for context, batch in cells)]
     machines = ", ".join(sorted({step["machine"] for entry in timed for step in entry.steps}))
-    return ["<h2>Decoding, tokens a second</h2>", _table(columns, rows), f'<p class="note">{escape(machines)}</p>']
+    return ["<h2>Decoding, tokens per second</h2>", _table(columns, rows), f'<p class="note">{escape(machines)}</p>']
 
 
 def _generations(report: Report) -> list[str]:
@@ -291,7 +290,7 @@ def _generations(report: Report) -> list[str]:
         for e in report.entries
         for g in e.generations
     ]
-    columns = ["stage", "tokens", "batch that fits", "tokens a second"]
+    columns = ["stage", "tokens", "largest batch", "tokens per second"]
     return ["<h2>Whole generations</h2>", _table(columns, rows)] if rows else []
 
 

@@ -1,7 +1,7 @@
-"""The report's charts as inline SVG: no library, no script, colours that the page's style sets for
-light and dark.
+"""The report's charts as inline SVG: no library, no script, colours from the page's style sheet,
+which has light and dark ones.
 
-Every text is escaped here: names are the checkpoints' own words.
+All text is escaped, because names of checkpoints are untrusted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from itertools import pairwise
 from hybridize.evaluation.gate import LEVEL
 from hybridize.report.entries import Entry, Key, Report
 
-COLOURS = 8  # that the page's style knows: classes c0 to c7
-MOST = 200  # points of a curve
-WIDE, NARROW = (940, 340), (350, 310)  # of the drawing, in pixels, for a desk and for a phone
-LETTER = 7.2  # pixels that a letter of a label takes at most
+COLOURS = 8  # number of colour classes in the page's style sheet, c0 to c7
+MOST = 200  # most points in a curve
+WIDE, NARROW = (940, 340), (350, 310)  # size of a chart in pixels, for wide and for narrow screens
+LETTER = 7.2  # largest width of a letter in a label, in pixels
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """label: with its unit. told: how a tick is written. log: equal ratios are equal distances."""
+    """label: with its unit. told: formats a tick. log: logarithmic scale."""
 
     label: str
     told: Callable[[float], str]
@@ -34,9 +34,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, joined by a line where there are several. colour: of the page's; None
-    is a faint line without dots that joins what others drew. label: written beside the last point.
-    spread: where the interval of each y begins and ends."""
+    """Points of one colour, joined by a line. colour: index of a colour class; None draws a faint
+    line without dots, to connect the points of other series. label: write the name beside the last
+    point. spread: lower and upper end of the interval of each y."""
 
     name: str
     points: tuple[Point, ...]
@@ -47,8 +47,8 @@ class Series:
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> tuple[Point, ...]:
-    """At most so many of them, evenly chosen, first and last among them; those that are not finite
-    are left out."""
+    """Evenly chosen points, at most `most`, including the first and last. Points that are not
+    finite are dropped."""
     good = [point for point in points if all(map(math.isfinite, point))]
     if len(good) <= most:
         return tuple(good)
@@ -56,7 +56,7 @@ def thinned(points: Sequence[Point], most: int = MOST) -> tuple[Point, ...]:
 
 
 def short(value: float) -> str:
-    """A number as on an axis: 1.5, 20k, 3M."""
+    """A number as a short axis label, such as 1.5, 20k or 3M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.4g}{letter}"
@@ -64,16 +64,18 @@ def short(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """A share as a percentage."""
     return f"{value * 100:.4g}%"
 
 
 def keys_of(report: Report, main: bool) -> list[Key]:
-    """Figures that an entry has: those that tasks and groups are called by, or the others."""
+    """Keys of all metrics in the report: the main ones of tasks and groups, or the others."""
     return list(dict.fromkeys(key for e in report.entries for key, figure in e.figures.items() if figure.main == main))
 
 
 def speed_ratio(report: Report, entry: Entry) -> float | None:
-    """To the teacher's, in the report's cell and on the same machine."""
+    """Decoding speed relative to the teacher's, in the report's cell and on the same machine, or
+    None."""
     cell = report.cell
     mine = None if cell is None else entry.step(*cell)
     if cell is None or mine is None:
@@ -88,13 +90,13 @@ def speed_ratio(report: Report, entry: Entry) -> float | None:
 
 
 def charts(report: Report) -> dict[str, tuple[str, str]]:
-    """By name, title and SVG of every chart that there are figures for."""
+    """Title and SVG, by name, of every chart for which there is data."""
     found = {}
     if drawn := _quality_chart(report):
         found["quality"] = drawn
     for name, title, label in (
         ("loss", "Training loss", "loss"),
-        ("reverse_kl", "Held-out reverse KL to the teacher", "reverse KL, nats a token"),
+        ("reverse_kl", "Held-out reverse KL to the teacher", "reverse KL, nats per token"),
     ):
         series = [
             Series(entry.name, thinned(points), at, dots=name == "reverse_kl")
@@ -110,7 +112,8 @@ def charts(report: Report) -> dict[str, tuple[str, str]]:
 
 
 def _quality_chart(report: Report) -> tuple[str, str] | None:
-    """Quality against speed, or against the number of Mamba layers where no two were timed."""
+    """Title and SVG of quality against speed, or against the number of Mamba layers if fewer than
+    two stages have a speed. None if there are fewer than two points."""
     up, quality = _quality(report)
     cell = report.cell
     across: list[tuple[Axis, str, list[float | None]]] = []
@@ -118,8 +121,8 @@ def _quality_chart(report: Report) -> tuple[str, str] | None:
         where = f"batch {cell[1]} after {cell[0]:,} tokens"
         ratios = [speed_ratio(report, entry) for entry in report.entries]
         speeds = [entry.throughput(*cell) for entry in report.entries]
-        across.append((Axis(f"decoding speed, times the teacher's ({where})", short), "speed", ratios))
-        across.append((Axis(f"decoding, tokens a second ({where})", short), "speed", speeds))
+        across.append((Axis(f"decoding speed relative to the teacher ({where})", short), "speed", ratios))
+        across.append((Axis(f"decoding, tokens per second ({where})", short), "speed", speeds))
     layers = [None if entry.shape is None else float(entry.mixers) for entry in report.entries]
     across.append((Axis("Mamba layers", short), "Mamba layers", layers))
     for axis, against, places in across:
@@ -134,37 +137,39 @@ def _quality_chart(report: Report) -> tuple[str, str] | None:
     return None
 
 
-Quality = tuple[float, tuple[Point, ...]]  # and its interval, where there is one
+Quality = tuple[float, tuple[Point, ...]]  # value, and its interval or nothing
 
 
 def _quality(report: Report) -> tuple[Axis, list[Quality | None]]:
-    """Of each entry: the share of the teacher's figures that it keeps, else the mean of its tasks,
-    else agreement."""
+    """The axis and each entry's quality: its scores as a share of the teacher's, otherwise the mean
+    over its tasks, otherwise its agreement with the teacher."""
     entries = report.entries
     pairs = [(entry, teacher) for entry in entries if entry.drops and (teacher := report.teacher(entry)) is not None]
-    keys = [key for key in keys_of(report, True) if all(_kept(entry, key) for entry, _ in pairs)]
+    keys = [key for key in keys_of(report, True) if all(_has_share(entry, key) for entry, _ in pairs)]
     if pairs and keys:
         mean = "mean over " if len(keys) > 1 else ""
         roots = [id(teacher) for _, teacher in pairs]
         shares = [_share(e, keys) if e.drops else (1.0, ()) if id(e) in roots else None for e in entries]
         named = ", ".join(task for task, _ in keys[:3]) if len(keys) <= 3 else f"{len(keys)} tasks"
-        told = f"share of the teacher's score kept, {mean}{named}" + (f"; bars: {LEVEL:.0%} interval" if len(keys) == 1 else "")
-        return Axis(told, percent), shares
+        label = f"share of the teacher's score, {mean}{named}" + (f"; bars: {LEVEL:.0%} interval" if len(keys) == 1 else "")
+        return Axis(label, percent), shares
     have = [entry for entry in entries if entry.figures]
     common = [key for key in keys_of(report, True) if all(key in e.figures and e.figures[key].better for e in have)]
     if len(have) > 1 and common:
         means = [sum(e.figures[key].value for key in common) / len(common) if e.figures else None for e in entries]
         return Axis("mean over tasks", short), [None if mean is None else (mean, ()) for mean in means]
     agreed: list[Quality | None] = [None if entry.fidelity is None else (entry.fidelity["agreement"], ()) for entry in entries]
-    return Axis("agreement with the teacher, next token", percent), agreed
+    return Axis("top-1 agreement with the teacher", percent), agreed
 
 
-def _kept(entry: Entry, key: Key) -> bool:
+def _has_share(entry: Entry, key: Key) -> bool:
+    """Whether the metric can be given as a share of the teacher's."""
     drop = entry.drops.get(key)
     return drop is not None and entry.figures[key].better and drop.baseline > 0
 
 
 def _share(entry: Entry, keys: Sequence[Key]) -> Quality:
+    """Mean over metrics of the share of the teacher's value; with one metric also its interval."""
     drops = [entry.drops[key] for key in keys]
     share = sum(drop.candidate / drop.baseline for drop in drops) / len(drops)
     interval = drops[0].interval(LEVEL) if len(drops) == 1 else None
@@ -174,13 +179,13 @@ def _share(entry: Entry, keys: Sequence[Key]) -> Quality:
 
 
 def chart(title: str, across: Axis, up: Axis, series: Sequence[Series]) -> str:
-    """The same chart for a wide and for a narrow page, of which the style shows one."""
+    """The chart for wide and for narrow screens; the style sheet shows one of the two."""
     drawn = (_Drawing(title, across, up, series, *size, kind).svg() for size, kind in ((WIDE, "wide"), (NARROW, "narrow")))
     return "".join(drawn)
 
 
 class _Scale:
-    """From values to pixels."""
+    """Maps values to pixels and chooses ticks."""
 
     def __init__(self, values: Sequence[float], log: bool, begin: float, end: float, count: int) -> None:
         self.log = log and min(values) > 0
@@ -236,8 +241,8 @@ class _Drawing:
         ]
         parts += [self._label(one) for one in self.series if one.label]
         size = f'class="{self.kind}" viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
-        told = escape(self.title)
-        return f'<svg {size} role="img" aria-label="{told}"><title>{told}</title>{"".join(parts)}</svg>'
+        title = escape(self.title)
+        return f'<svg {size} role="img" aria-label="{title}"><title>{title}</title>{"".join(parts)}</svg>'
 
     def _axes(self) -> list[str]:
         parts = []
@@ -273,7 +278,7 @@ class _Drawing:
         return [f'<polyline class="{_colour(one)}" points="{path}"></polyline>']
 
     def _steps(self, one: Series) -> list[Box]:
-        """Small boxes along a line, so that no label is written over it."""
+        """Small boxes along a line, so that labels avoid it."""
         found = []
         for (x, y), (u, v) in pairwise((self.x(x), self.y(y)) for x, y in one.points):
             count = int(math.hypot(u - x, v - y) // 8) + 1
@@ -293,15 +298,15 @@ class _Drawing:
                 f'y2="{self.y(high):.1f}"></line>'
             )
         for x, y in one.points:
-            told = escape(f"{one.name}: {self.across.told(x)}, {self.up.told(y)}")
+            hint = escape(f"{one.name}: {self.across.told(x)}, {self.up.told(y)}")
             parts.append(
                 f'<circle class="{_colour(one)}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{5 if one.label else 3}">'
-                f"<title>{told}</title></circle>"
+                f"<title>{hint}</title></circle>"
             )
         return parts
 
     def _label(self, one: Series) -> str:
-        """The name where it covers the least of what is there already."""
+        """The name of a series, placed where it overlaps least with what is already drawn."""
         most = self.width // 16
         name = one.name if len(one.name) <= most else one.name[: most - 1] + "…"
         x, y = self.x(one.points[-1][0]), self.y(one.points[-1][1])
@@ -318,6 +323,7 @@ class _Drawing:
 
 
 def _overlap(one: Box, other: Box) -> float:
+    """Area that two boxes share."""
     across, up = min(one[2], other[2]) - max(one[0], other[0]), min(one[3], other[3]) - max(one[1], other[1])
     return across * up if across > 0 and up > 0 else 0.0
 

@@ -1,4 +1,4 @@
-"""One file a format, and the list of ours."""
+"""The export formats, one file each, and their registration."""
 
 from hybridize.export.formats.base import FORMATS, Format, format_of, register_format
 from hybridize.export.formats.gguf import GgufFormat

@@ -1,5 +1,4 @@
-"""What an export format is, and the registry of formats. A format subclasses `Format` in a file of
-its own."""
+"""Base class and registry of export formats. Each format subclasses `Format` in its own file."""
 
 from __future__ import annotations
 
@@ -20,21 +19,22 @@ FORMATS: dict[str, Format] = {}
 class Format:
     """A directory that some runtime loads without hybridize.
 
-    name: as `--format` has it. outtypes: the types that matrices can be kept in, the default first;
-    none where they stay as they are. `check` returns a plan, of whatever type, that `write` and
-    `use` get.
+    name: the name by which users select it. outtypes: data types that matrices can be stored in,
+    the default first; empty if the format keeps them as they are. `check` returns a plan of any
+    type, which is passed to `write` and `use`.
     """
 
     name: ClassVar[str]
     outtypes: ClassVar[tuple[str, ...]] = ()
 
     def check(self, source: CheckpointReader, name: str) -> Any:
-        """InputError where the checkpoint, called `name`, cannot be exactly that; loads no weight."""
+        """Returns the plan, without loading weights. InputError if the format cannot represent the
+        checkpoint, called `name` in messages, exactly."""
         return None
 
     def write(self, source: CheckpointReader, plan: Any, path: Path, name: str, lineage: Manifest, outtype: str | None) -> Path:
-        """Fills the directory `path`; returns what the runtime loads, the directory or a file in
-        it."""
+        """Writes the export into the directory `path`; returns what the runtime loads, which is the
+        directory or a file in it."""
         raise NotImplementedError
 
     def use(self, plan: Any, made: Path) -> str:
@@ -42,28 +42,28 @@ class Format:
         raise NotImplementedError
 
     def missing(self) -> str | None:
-        """Why the runtime cannot be asked on this machine, or None."""
+        """Why the runtime cannot run on this machine, or None if it can."""
         return None
 
     def ask(self, made: Path, wanted: Reference, device: torch.device, outtype: str | None) -> Verdict:
-        """Compares what the runtime computes with `wanted`. WorkError where it is another model,
-        RuntimeCrash where the runtime gives no answer."""
+        """Runs `made` in its runtime and compares the results with `wanted`. WorkError if it
+        computes something else, RuntimeCrash if the runtime gives no answer."""
         raise NotImplementedError
 
 
 def register_format(form: Format) -> Format:
-    """From here on `export` can write it."""
+    """Makes the format available to `export` and returns it."""
     return register(FORMATS, form.name, form)
 
 
 def format_of(name: str) -> Format:
-    """InputError for a format that nobody has registered."""
+    """The registered format of this name; InputError if there is none."""
     if name not in FORMATS:
         raise InputError(f"{setting('form')} {name} is unknown; use {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def check_hybrid(source: CheckpointReader, name: str) -> None:
-    """InputError when the source is no hybrid."""
+    """InputError if the source is not a hybrid."""
     if source.config.get("model_type") != "hybridize":
-        raise InputError(f"{name} is no hybrid (model_type {source.config.get('model_type')!r}); replace comes before export")
+        raise InputError(f"{name} is not a hybrid (model_type {source.config.get('model_type')!r}); run replace first")

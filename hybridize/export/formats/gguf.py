@@ -1,9 +1,9 @@
-"""The `gguf` format: a Mamba-2 hybrid for llama.cpp, as its architecture `granitehybrid`, through
-the `gguf` package.
+"""The `gguf` format: a Mamba-2 hybrid for llama.cpp, as its architecture `granitehybrid`, written
+with the `gguf` package.
 
-What differs from the `granite` format: mixers are padded to twice the hidden size, which llama.cpp
-insists on; q and k are permuted to interleaved RoPE; `rope.scaling.finetuned` is the switch that
-turns RoPE on; a layer is recurrent where its number of key/value heads is 0; ssm_a is -exp(A_log).
+Differences from the `granite` format: mixers are padded to twice the hidden size, which llama.cpp
+requires; q and k are permuted for interleaved RoPE; `rope.scaling.finetuned` enables RoPE; a layer
+with 0 KV heads is recurrent; ssm_a is -exp(A_log).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from hybridize.export.verify import BOUND, PROMPTS, Reference, Verdict, ask_proc
 from hybridize.modeling import MIXER_LAYER
 from hybridize.runtime.loading import load_tokenizer
 
-# How far a logit may be off, as a share of the largest. The last two catch another model, and do
-# not judge rounding.
+# Largest allowed logit difference, relative to the largest logit. The bounds of f16 and q8_0 only
+# catch a wrong model; they are too loose to judge rounding.
 BOUNDS = {"f32": BOUND, "f16": 2e-2, "q8_0": 0.5}
 EXPAND = 2
 QUANT_BLOCK = 32
-STATIC_ROPE = ("default", "linear", "llama3")  # frequencies that do not depend on the length, and no scaling of attention
-# llama.cpp names what splits text before BPE; here, by the pattern in tokenizer.json
+STATIC_ROPE = ("default", "linear", "llama3")  # fixed frequencies and no attention scaling
+# llama.cpp's names of pre-tokenizers, by the pattern in tokenizer.json
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
@@ -50,11 +50,11 @@ NAMES = {
 
 
 def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE with a splitter that llama.cpp knows, and its name there
-    as `pre`; or InputError."""
+    """Reads tokenizer.json and adds llama.cpp's name of its pre-tokenizer as `pre`. InputError if
+    it is not a byte-level BPE with a pre-tokenizer that llama.cpp knows."""
     path = source.path / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{name} has no tokenizer.json, which the gguf format is made from; use {setting('form')} granite")
+        raise InputError(f"{name} has no tokenizer.json, which the gguf format needs; use {setting('form')} granite")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         pre = _splitter(found)
@@ -63,17 +63,19 @@ def read_vocabulary(source: CheckpointReader, name: str) -> dict[str, Any]:
         raise InputError(f"{path} is not a tokenizer: {error}") from error
     if pre is None:
         raise InputError(
-            f"{name}: tokenizer.json is no byte-level BPE that splits text as GPT-2, SmolLM, Llama 3 or Qwen 2 do, "
-            f"the ones that {setting('form')} gguf knows; use {setting('form')} granite"
+            f"{name}: tokenizer.json is not a byte-level BPE with the pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen 2, "
+            f"which {setting('form')} gguf requires; use {setting('form')} granite"
         )
     if max(ids) >= source.config["vocab_size"]:
-        raise InputError(f"{name}: tokenizer.json has a token {max(ids)}, but the model only {source.config['vocab_size']}")
+        raise InputError(
+            f"{name}: tokenizer.json has token id {max(ids)}, but the vocabulary size is {source.config['vocab_size']}"
+        )
     return found | {"pre": pre}
 
 
 def _splitter(found: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer.json normalises, splits and merges, or None where every
-    detail does not agree."""
+    """llama.cpp's name of the pre-tokenizer in a tokenizer.json, or None if normaliser, splitting
+    or merging differ in any detail."""
     splitter = found["pre_tokenizer"] or {}
     steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
     kinds, last = [step.get("type") for step in steps], steps[-1]
@@ -88,14 +90,14 @@ def _splitter(found: dict[str, Any]) -> str | None:
             pre = "smollm"
     elif kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
         pre = PATTERNS.get(str(steps[0].get("pattern", {}).get("Regex")))
-    if normalizer is not None and not (normalizer == "NFC" and pre == "qwen2"):  # llama.cpp leaves NFC to the caller
+    if normalizer is not None and not (normalizer == "NFC" and pre == "qwen2"):  # llama.cpp does no NFC itself
         return None
     return pre
 
 
 def write_gguf(source: CheckpointReader, embedding: Embedding, file: Path, name: str, outtype: str) -> None:
-    """Streams the model into `file`, tensor by tensor. Matrices are of `outtype`, everything else
-    is float32."""
+    """Streams the model into `file`, tensor by tensor. Matrices are stored as `outtype`, everything
+    else as float32. WorkError if a value does not fit the type."""
     import gguf
 
     writer = gguf.GGUFWriter(file, "granitehybrid")
@@ -121,6 +123,8 @@ def write_gguf(source: CheckpointReader, embedding: Embedding, file: Path, name:
 
 
 def _kind(target: str, shape: tuple[int, ...], outtype: str) -> Any:
+    """GGML type of a tensor. A row that is not a multiple of QUANT_BLOCK cannot be q8_0: it is
+    f16."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -137,7 +141,7 @@ def _numpy_type(kind: Any) -> Any:
 
 
 def _tensors(source: CheckpointReader, embedding: Embedding) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """(name, shape, how to make it) of every tensor in the file."""
+    """Yields (name, shape, function that computes the value) for every tensor of the file."""
     config = embedding.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     factors = rope_factors(embedding)
@@ -167,6 +171,7 @@ def _tensors(source: CheckpointReader, embedding: Embedding) -> Iterator[tuple[s
 def _mixer_tensor(
     source: CheckpointReader, embedding: Embedding, name: str, layer: str, parameter: str
 ) -> tuple[str, tuple[int, ...], Callable[[], Tensor]]:
+    """Name, shape and value function of a mixer's parameter, padded and in llama.cpp's layout."""
     stem, _, kind = parameter.partition(".")
     target = f"blk.{layer}.{NAMES[f'mixer.{stem}']}" + (f".{kind}" if kind else "")
     shape = tuple(embedding.pad(parameter, torch.empty(source.shape(name), device="meta")).shape)
@@ -183,12 +188,14 @@ def _mixer_tensor(
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from halves (transformers' RoPE) to pairs (llama.cpp's), head by head."""
+    """Permutes the rows of q or k, per head, from half-split RoPE (transformers) to interleaved
+    RoPE (llama.cpp)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def rope_factors(embedding: Embedding) -> Tensor:
-    """[head_dim / 2]: what each RoPE frequency is divided by, against plain RoPE of the same base."""
+    """[head_dim / 2]: divisor of each RoPE frequency, relative to unscaled RoPE with the same
+    base."""
     config = embedding.config
     with torch.device("meta"):
         model = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]](config)
@@ -233,8 +240,8 @@ def _add_settings(writer: Any, embedding: Embedding, name: str, outtype: str) ->
 
 
 def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
-    """Tokens in the order of their ids, merges, special tokens and the chat template, as
-    tokenizer.json has them."""
+    """Writes the tokens in order of their ids, the merges, the special tokens and the chat
+    template."""
     import gguf
 
     found, tokenizer = read_vocabulary(source, name), load_tokenizer(source.path)
@@ -250,7 +257,7 @@ def _add_tokenizer(writer: Any, source: CheckpointReader, name: str) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
-    writer.add_token_merges(merges or [""])  # llama.cpp wants the key, gguf no empty list; an empty merge joins nothing
+    writer.add_token_merges(merges or [""])  # llama.cpp needs the key, gguf rejects an empty list; an empty merge has no effect
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     for kind, index in ids.items():
         if index is not None:
@@ -273,24 +280,24 @@ model = Llama("FILE", n_ctx=4096)
 model.create_chat_completion([{"role": "user", "content": "What is 17 times 23?"}], temperature=0)
 ```
 
-Of llama.cpp's architecture `granitehybrid`."""
+Architecture in llama.cpp: `granitehybrid`."""
 
 
 class GgufFormat(Format):
-    """For llama.cpp."""
+    """Export for llama.cpp."""
 
     name = "gguf"
     outtypes = ("f16", "f32", "q8_0")
 
     def check(self, source: CheckpointReader, name: str) -> Embedding:
-        """As in Format; also where the package gguf is missing."""
+        """See Format.check. InputError also if the package gguf is missing."""
         embedding = embed(source, name, self.name, EXPAND)
         if importlib.util.find_spec("gguf") is None:
             raise InputError(f"{setting('form')} gguf needs the package gguf: pip install 'hybridize[gguf]'")
         rope = embedding.config.rope_parameters.get("rope_type", "default")
         if rope not in STATIC_ROPE:
             raise InputError(
-                f"{name} has RoPE of type {rope!r}, which the gguf format does not carry over; use {setting('form')} granite"
+                f"{name} has RoPE of type {rope!r}, which the gguf format does not support; use {setting('form')} granite"
             )
         read_vocabulary(source, name)
         return embedding
@@ -298,7 +305,7 @@ class GgufFormat(Format):
     def write(
         self, source: CheckpointReader, plan: Embedding, path: Path, name: str, lineage: Manifest, outtype: str | None
     ) -> Path:
-        """As in Format: one file, and the manifest beside it."""
+        """See Format.write. Writes one GGUF file and the manifest."""
         assert outtype is not None
         made = path / f"{source.path.resolve().name}-{outtype.upper()}.gguf"
         write_gguf(source, plan, made, name, outtype)
@@ -306,15 +313,15 @@ class GgufFormat(Format):
         return made
 
     def use(self, plan: Embedding, made: Path) -> str:
-        """As in Format."""
+        """See Format.use."""
         return USE.replace("FILE", made.name)
 
     def missing(self) -> str | None:
-        """As in Format."""
+        """See Format.missing."""
         return None if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed"
 
     def ask(self, made: Path, wanted: Reference, device: torch.device, outtype: str | None) -> Verdict:
-        """As in Format, through llama-cpp-python; the tokens of PROMPTS as well."""
+        """See Format.ask. Runs llama-cpp-python and also compares the tokens of PROMPTS."""
         assert outtype is not None
         name = f"llama.cpp (llama-cpp-python {version_of('llama-cpp-python')})"
         request = {"model": str(made), "texts": PROMPTS, "prompts": wanted.prompts, "sequences": wanted.sequences}
@@ -323,7 +330,8 @@ class GgufFormat(Format):
             ours = found[f"tokens.{i}"].tolist()
             if ours != prompt:
                 raise WorkError(
-                    f"llama.cpp splits {text!r} into other tokens ({ours[:8]} ...) than the tokenizer ({prompt[:8]} ...)"
+                    f"llama.cpp tokenizes {text!r} differently ({ours[:8]} ...) than the tokenizer ({prompt[:8]} ...); "
+                    "not exported"
                 )
         logits, tokens = parts_of(found, len(wanted.prompts))
         return judge(name, wanted, logits, tokens, BOUNDS[outtype], exact=outtype == "f32")

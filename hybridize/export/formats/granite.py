@@ -1,10 +1,11 @@
-"""The `granite` format: a Mamba-2 hybrid as GraniteMoeHybridForCausalLM, which transformers and
-vLLM have as it is.
+"""The `granite` format: a Mamba-2 hybrid as GraniteMoeHybridForCausalLM, a class of stock
+transformers and vLLM.
 
-A Llama-shaped model is a special case of that class: no experts, all multipliers 1 (but a Granite's
-own), the attention scale and RoPE written out. The only thing that may not fit is the mixers'
-width, which the class wants as an integer times the hidden size: heads of zeros fill it up. A head
-of zeros gives zero after its own norm group, so the function stays the same.
+A Llama-shaped model is a special case of that class: no experts, all multipliers 1 (except for a
+Granite teacher, which has its own), attention scale and RoPE explicit. Only the width of the mixers
+may not fit, since the class requires an integer multiple of the hidden size. It is padded with
+heads of zeros: the output of such a head is zero after its own norm group, so the function does not
+change.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hybridize.modeling import MIXER_LAYER, HybridConfig, hybrid_config
 from hybridize.runtime.loading import load_model
 from hybridize.surgery.families import FAMILIES
 
-OLDEST = (5, 23)  # transformers before this computes another function where n_groups > 1
+OLDEST = (5, 23)  # older versions of transformers compute another function if n_groups > 1
 ENDS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -43,8 +44,8 @@ MIXER = tuple(
 
 @dataclass(frozen=True)
 class Embedding:
-    """How a hybrid sits in the stock class. `width` = expand * hidden is the mixers' d_inner there,
-    `inner` what they have."""
+    """How a hybrid maps to the stock class. head: channels per mixer head. inner: the hybrid's
+    d_inner; `width` = expand * hidden is the class's d_inner, to which it is padded."""
 
     config: HybridConfig
     head: int
@@ -57,29 +58,32 @@ class Embedding:
 
     @property
     def heads(self) -> int:
-        """Heads, and groups, of a mixer after padding."""
+        """Number of heads, and of groups, of a mixer after padding."""
         return self.width // self.head
 
     @property
     def attention_head(self) -> int:
+        """Head size of the attention."""
         explicit = getattr(self.config, "head_dim", None)
         return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
 
     @property
     def explicit_head(self) -> bool:
-        """The attention's head size is not hidden / heads and must be written out."""
+        """Whether the attention's head size is not hidden / heads, so that the config must state
+        it."""
         return bool(self.attention_head * self.config.num_attention_heads != self.config.hidden_size)
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """The class's four, which a Granite teacher has itself and no other."""
+        """The class's four multipliers: a Granite teacher's own, neutral values for other
+        teachers."""
         plain = {"attention": self.attention_head**-0.5, "embedding": 1.0, "residual": 1.0}
         found = {f"{key}_multiplier": float(getattr(self.config, f"{key}_multiplier", value)) for key, value in plain.items()}
         return found | {"logits_scaling": float(getattr(self.config, "logits_scaling", 1.0))}
 
     def pad(self, parameter: str, value: Tensor) -> Tensor:
-        """A mixer's parameter (in_proj.weight ...) with heads of zeros added at the end of each
-        block."""
+        """A mixer's parameter, such as in_proj.weight, with heads of zeros appended to each of its
+        blocks."""
         wide, each = (self.inner, self.width), (self.inner // self.head, self.heads)
         if parameter == "out_proj.weight":
             return F.pad(value, (0, self.width - self.inner))
@@ -91,16 +95,18 @@ class Embedding:
 
 
 def embed(source: CheckpointReader, name: str, form: str, expand: int | None = None) -> Embedding:
-    """Checks that the stock class can be this model exactly, or raises InputError that says what
-    stands in the way and which format works. expand: what it must be, else the least that fits.
-    form: the format asked for."""
-    instead = f"{setting('form')} {form} cannot say it exactly; use {setting('form')} hf"
+    """Maps a hybrid to the stock class. InputError, with the reason and a format that works, if the
+    class cannot represent the model exactly. form: name of the requested format. expand: required
+    ratio of mixer width to hidden size; by default the smallest that fits."""
+    instead = f"{setting('form')} {form} cannot represent it exactly; use {setting('form')} hf"
     check_hybrid(source, name)
     config = hybrid_config(source.config)
     if not config.mixer_layers:
-        raise InputError(f"{name} has no Mamba layer; replace comes before export")
+        raise InputError(f"{name} has no Mamba layer; run replace first")
     if not FAMILIES[config.base_model_type].stock_block:
-        raise InputError(f"{name} comes from a {config.base_model_type!r} model, whose layers no stock hybrid has; {instead}")
+        raise InputError(
+            f"{name} comes from a {config.base_model_type!r} model, whose layers no stock hybrid class has; {instead}"
+        )
     kind = config.mixer["kind"]  # type: ignore[index]
     if kind != "mamba2":
         raise InputError(f"{name} has mixers of kind {kind!r}, which no stock class has; {instead}")
@@ -108,12 +114,12 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
         if what not in (MIXER_LAYER, "full_attention"):
             raise InputError(f"layer {layer} of {name} is {what}: {instead}")
     if "full_attention" not in config.layer_types:
-        raise InputError(f"{name} has no attention layer, by whose cache stock runtimes count positions; {instead}")
+        raise InputError(f"{name} has no attention layer, whose cache stock runtimes need to count positions; {instead}")
     if config.hidden_act != "silu":
-        raise InputError(f"{name} has the activation {config.hidden_act!r} in its MLPs; {instead}")
+        raise InputError(f"{name} has MLPs with the activation {config.hidden_act!r}; {instead}")
     rope = config.rope_parameters.get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
-        raise InputError(f"{name} has RoPE of type {rope!r}, which depends on the longest text seen so far; {instead}")
+        raise InputError(f"{name} has RoPE of type {rope!r}, whose frequencies depend on the sequence length; {instead}")
     known = {*ENDS} | {
         f"model.layers.{i}.{part}"
         for i, what in enumerate(config.layer_types)
@@ -135,7 +141,8 @@ def embed(source: CheckpointReader, name: str, form: str, expand: int | None = N
 
 
 def granite_config(embedding: Embedding, raw: dict[str, Any], biased: bool) -> dict[str, Any]:
-    """config.json of the stock class. raw: the hybrid's."""
+    """config.json of the stock class. raw: the hybrid's config.json. biased: whether the attention
+    has biases."""
     config, mixer = embedding.config, embedding.config.mixer
     assert mixer is not None
     same = (
@@ -159,7 +166,7 @@ def granite_config(embedding: Embedding, raw: dict[str, Any], biased: bool) -> d
 
 
 def granite_tensors(source: CheckpointReader, embedding: Embedding, biased: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the stock class, in its names, one at a time."""
+    """Yields the name and value of every tensor of the stock class, one at a time."""
     for name in ENDS:
         if name in source and not (name == "lm_head.weight" and embedding.config.tie_word_embeddings):
             yield name, source.tensor(name)
@@ -178,7 +185,7 @@ def granite_tensors(source: CheckpointReader, embedding: Embedding, biased: bool
         for name in ATTENTION:
             if base + name in source:
                 yield base + name, source.tensor(base + name)
-            elif biased and name.endswith("bias"):  # the class has all four biases or none
+            elif biased and name.endswith("bias"):  # the class has either all four biases or none
                 weight = source.tensor(base + name.replace("bias", "weight"))
                 yield base + name, weight.new_zeros(len(weight))
 
@@ -194,28 +201,30 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 """
     + VLLM
     + """
-Compared in float32; at dtype=bfloat16 transformers casts A_log, D and dt_bias with the rest, which hybridize never does.
+Compared in float32; with dtype=bfloat16 transformers also casts A_log, D and dt_bias, which
+hybridize keeps in float32.
 
-A GraniteMoeHybridForCausalLM: no code of its own. **transformers 5.23 or newer**: older versions load the same files without a
-warning and compute another function (they normalise over all channels where this model has one group a head)."""
+A GraniteMoeHybridForCausalLM, which needs no code of its own. **Use transformers 5.23 or newer**:
+older versions load the same files without a warning and compute another function (they normalise
+over all channels; this model has one group per head)."""
 )
 
-NOT_VLLM = "Not for vLLM (0.32 and before): it takes head size = hidden size / heads and ignores this config's head_dim.\n"
+NOT_VLLM = "Not for vLLM (0.32 and older), which ignores head_dim and assumes head size = hidden size / heads.\n"
 
 
 class GraniteFormat(Format):
-    """For stock transformers and vLLM."""
+    """Export for stock transformers and vLLM."""
 
     name = "granite"
 
     def check(self, source: CheckpointReader, name: str) -> Embedding:
-        """As in Format."""
+        """See Format.check."""
         return embed(source, name, self.name)
 
     def write(
         self, source: CheckpointReader, plan: Embedding, path: Path, name: str, lineage: Manifest, outtype: str | None
     ) -> Path:
-        """As in Format: weights in shards, config, tokenizer and chat template."""
+        """See Format.write. Writes sharded weights, config, tokenizer and chat template."""
         biased = any(".self_attn." in tensor and tensor.endswith(".bias") for tensor in source.names)
         writer = CheckpointWriter(path)
         for tensor_name, tensor in granite_tensors(source, plan, biased):
@@ -224,18 +233,18 @@ class GraniteFormat(Format):
         return path
 
     def use(self, plan: Embedding, made: Path) -> str:
-        """As in Format."""
+        """See Format.use."""
         return USE.replace(VLLM, NOT_VLLM) if plan.explicit_head else USE
 
     def missing(self) -> str | None:
-        """As in Format."""
+        """See Format.missing."""
         version = metadata.version("transformers")
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            return f"transformers {version} computes another function; {'.'.join(map(str, OLDEST))} or newer is needed"
+            return f"transformers {version} computes another function; {'.'.join(map(str, OLDEST))} or newer is required"
         return None
 
     def ask(self, made: Path, wanted: Reference, device: torch.device, outtype: str | None) -> Verdict:
-        """As in Format: the stock class that config.json names, in this process."""
+        """See Format.ask. Runs the stock class that config.json names, in this process."""
         model: Any = load_model(made, device, torch.float32)
         logits, tokens = answers(model, wanted.prompts, wanted.sequences, NEW_TOKENS)
         return judge(transformers_name(type(model).__name__), wanted, logits, tokens, BOUND, exact=True)

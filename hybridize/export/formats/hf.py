@@ -1,8 +1,8 @@
 """The `hf` format: a directory that transformers loads with trust_remote_code=True, without
 hybridize installed.
 
-The weights are the checkpoint's own files, byte for byte; hybridize.modeling's files travel beside
-them.
+The weights are byte-for-byte copies of the checkpoint's files. The modules of hybridize.modeling
+are copied beside them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CARRIED_LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
 def modeling_files() -> list[Path]:
-    """hybridize.modeling's modules, without the package's __init__."""
+    """Paths of the modules in hybridize.modeling, without __init__.py."""
     folder = Path(modeling.__file__).parent
     return sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
 
@@ -44,17 +44,19 @@ model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", trust_remote_code
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)
 ```
 
-Needs torch and transformers 5.17 or newer. With mamba-ssm and causal-conv1d on a CUDA device it runs their kernels,
-elsewhere plain PyTorch. Assisted decoding is refused: a recurrent state cannot be rolled back."""
+Needs torch and transformers 5.17 or newer. On a CUDA device with mamba-ssm and causal-conv1d it
+runs their kernels, otherwise plain PyTorch. Assisted decoding is not supported: a recurrent state
+cannot be rolled back."""
 
 
 class HfFormat(Format):
-    """For transformers: the checkpoint's weights and the code that runs them."""
+    """Export for transformers: the checkpoint's weights and the modeling code."""
 
     name = "hf"
 
     def check(self, source: CheckpointReader, name: str) -> None:
-        """As in Format; also where the mixers' code lies outside of what travels."""
+        """See Format.check. InputError also if the mixers' code is not among the files that are
+        copied."""
         check_hybrid(source, name)
         mixer = source.config.get("mixer")
         if mixer is None:
@@ -62,12 +64,12 @@ class HfFormat(Format):
         home = Path(inspect.getfile(mixer_class(mixer))).resolve()
         if home not in {file.resolve() for file in modeling_files()}:
             raise InputError(
-                f"{name} has mixers of kind {mixer['kind']!r}, whose code is {home}: "
-                "the hf format ships hybridize's own code only"
+                f"{name} has mixers of kind {mixer['kind']!r}, whose code is in {home}: "
+                "the hf format includes only hybridize's own code"
             )
 
     def write(self, source: CheckpointReader, plan: Any, path: Path, name: str, lineage: Manifest, outtype: str | None) -> Path:
-        """As in Format."""
+        """See Format.write. Copies weights, code, tokenizer and training logs."""
         weights = [*([INDEX] if source.sharded else []), *source.files]
         for file in [*(source.path / name for name in weights), *modeling_files()]:
             shutil.copyfile(file, path / file.name)
@@ -81,11 +83,12 @@ class HfFormat(Format):
         return path
 
     def use(self, plan: Any, made: Path) -> str:
-        """As in Format."""
+        """See Format.use."""
         return USE
 
     def ask(self, made: Path, wanted: Reference, device: torch.device, outtype: str | None) -> Verdict:
-        """As in Format: the code beside the weights, in a process that has not imported ours."""
+        """See Format.ask. Runs the code beside the weights, in a process that does not import
+        hybridize."""
         request = {"model": str(made), "prompts": wanted.prompts, "sequences": wanted.sequences, "device": str(device)}
         found, about = ask_process("hybridize.export.ask", request, f"transformers {metadata.version('transformers')}")
         assert about["module"].startswith("transformers_modules"), about
