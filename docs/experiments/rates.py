@@ -2,7 +2,8 @@
 
 python docs/experiments/rates.py TEACHER TRACES HELDOUT.jsonl OUT --indices 1-6,17-19 --runs 1e-3:1e-4 3e-4:3e-5:200
 
-A run is LR_MIXER:LR, or LR_MIXER:LR:WARMUP_STEPS. Loss on assistant tokens, embeddings and output
+A run is LR_MIXER:LR, or LR_MIXER:LR:WARMUP_STEPS. With --keep its result stays in OUT/LR_MIXER-LR,
+for `hybridize eval`. Loss on assistant tokens, embeddings and output
 head frozen. Printed of each: held-out reverse KL at the end and along the way, the largest mean of
 the training loss over 20 steps after its smallest (a rising loss), and seconds. All runs share one
 process, because the Mamba-2 kernels spend 100 seconds on tuning themselves when they are first used.
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="Keep the results.")
     parser.add_argument("--cpu", action="store_true", help="Small and slow, to try the script.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -70,17 +72,23 @@ def main() -> None:
             lr_mixer=float(mixer), lr=float(rest), warmup_steps=int(warmup[0]) if warmup else 50, train="body", save_every=0,
             eval_every=60, compile=not args.cpu, cuda_graph=not args.cpu, seed=args.seed,
         )  # fmt: skip
-        record = {"run": run, "tokens": args.tokens, **trained(source, start, corpus, settings, args.out, device, dtype)}
+        record = {
+            "run": run,
+            "tokens": args.tokens,
+            **trained(source, start, corpus, settings, args.out / run.replace(":", "-"), device, dtype),
+        }
+        if not args.keep:
+            shutil.rmtree(args.out / run.replace(":", "-"))
         print(json.dumps(record), flush=True)
         with (args.out / "rates.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def trained(
-    source: CheckpointReader, start: Path, corpus: Any, settings: DistillSettings, out: Path, device: torch.device,
+    source: CheckpointReader, start: Path, corpus: Any, settings: DistillSettings, end: Path, device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:  # fmt: skip
-    """What one run comes to."""
+    """What one run comes to; its result is written to `end`."""
     losses: list[float] = []
     curve: dict[int, float] = {}
     began, first = time.perf_counter(), 0.0
@@ -94,12 +102,10 @@ def trained(
             curve[event["step"]] = round(event["reverse_kl"], 4)
             curve["agreement"] = round(event["agreement"], 4)  # type: ignore[index]
 
-    end = out / "end"
     distill(
         CheckpointReader(start), str(start), source, corpus, settings, end, device=device, dtype=dtype, overwrite=True,
         run=RunDir(end, {}), report=report,
     )  # fmt: skip
-    shutil.rmtree(end)
     gc.collect()
     torch.cuda.empty_cache()
     means = torch.tensor(losses).unfold(0, SPAN, 1).mean(1) if len(losses) >= SPAN else torch.tensor(losses)
