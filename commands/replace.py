@@ -101,8 +101,8 @@ def command(
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked conversion before it starts. which: from the command line. verifying: whether the
-    conversion is verified before the result is kept."""
+    """A checked conversion before it starts. which: from the command line. unverified: why the
+    conversion is not verified before the result is kept, or None if it is."""
 
     name: str
     source: CheckpointReader
@@ -112,7 +112,7 @@ class Plan:
     fit: Calibration | None
     target: Path
     which: Layers
-    verifying: bool
+    unverified: str | None
 
     @property
     def total(self) -> int:
@@ -180,7 +180,7 @@ def _prepare(
 ) -> Plan:  # fmt: skip
     """Opens and checks everything that the conversion needs, and chooses the layers."""
     from hybridize.inputs import open_checkpoint, teacher_of
-    from hybridize.surgery.replace import plan
+    from hybridize.surgery.replace import check_rules, plan
     from hybridize.surgery.select import Selection, choose_layers
     from hybridize.surgery.teacher import check_donor, read_teacher
 
@@ -189,6 +189,7 @@ def _prepare(
     selection = Selection(which.layers, which.indices, which.scores)
     chosen, ranking = choose_layers(source, name, contract, selection, out)
     surgery = plan(contract, chosen, mixers.settings())
+    check_rules(source, surgery)
     donor = source
     if which.init_from == "teacher":
         donor = teacher_of(source, name, which.teacher, out)
@@ -196,7 +197,7 @@ def _prepare(
     fit = _calibration(out, source, contract, surgery, calibrating) if chosen else None
     _warn_of_scores(out, ranking, surgery, fit)
     target = output or Path(f"h{len(contract.mixer_layers) + len(chosen)}")
-    return Plan(name, source, donor, contract, surgery, fit, target, which, _verifying(verify, source, surgery))
+    return Plan(name, source, donor, contract, surgery, fit, target, which, _unverified(verify, source, surgery))
 
 
 def _calibration(
@@ -236,20 +237,22 @@ def _warn_of_scores(out: Output, ranking: Scores | None, surgery: Surgery, fit: 
         out.warn(f"the scores were measured with {ranking.mixer} mixers ({ranking.init}), not with {kind} ({init})")
 
 
-def _verifying(required: bool | None, source: CheckpointReader, surgery: Surgery) -> bool:
-    """Whether to verify the conversion. InputError if the user requires it and it is impossible."""
+def _unverified(required: bool | None, source: CheckpointReader, surgery: Surgery) -> str | None:
+    """Why the conversion will not be verified, or None if it will. InputError if the user requires
+    it and it is impossible."""
     from hybridize.errors import InputError, setting
 
     if not surgery.layers or surgery.mixer is None:
-        return False
-    possible = surgery.kind.can_verify(surgery.mixer)
-    if required and not possible:
-        raise InputError(
-            f"{setting('verify')} is not possible with {surgery.mixer['kind']} mixers of this shape, "
-            "whose heads do not correspond to the attention heads"
-        )
-    small = sum(file.stat().st_size for file in source.path.glob("*.safetensors")) <= SMALL
-    return bool(required) or (required is None and small and possible)
+        return "no new mixers"
+    if required is False:
+        return "--no-verify was given"
+    if not surgery.kind.can_verify(surgery.mixer):
+        why = f"{surgery.mixer['kind']} mixers of this shape cannot be compared with attention heads"
+        if required:
+            raise InputError(f"{setting('verify')} is not possible: {why}")
+        return why
+    size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    return None if required or size <= SMALL else f"the checkpoint has more than {SMALL >> 30} GiB; --verify does it"
 
 
 def _convert(out: Output, plan: Plan, calibrating: Calibrating, overwrite: bool) -> dict[str, Any] | None:
@@ -264,7 +267,7 @@ def _convert(out: Output, plan: Plan, calibrating: Calibrating, overwrite: bool)
     proof: dict[str, Any] = {}
 
     def check(path: Path) -> None:
-        if plan.verifying:
+        if plan.unverified is None:
             out.progress("verifying")
             ids, text = verification_ids(plan.fit, plan.source.config, calibrating.seed)
             found = verify_conversion(
@@ -308,6 +311,13 @@ def _show_result(out: Output, plan: Plan, summary: dict[str, Any]) -> None:
         print(plan.strip)
         if chosen:
             _show_features(summary["features"])
+        if plan.fit is not None:
+            done = plan.fit.settings()
+            print(f"calibrated {', '.join(done['parts'])} on {done['tokens']} tokens of {done['data']}")
+        elif chosen:
+            print("not calibrated")
+        if chosen and not proof:
+            print(f"not verified: {plan.unverified}")
         if proof:
             worst = ", ".join(f"{name} {value:.1e}" for name, value in proof["worst"].items())
             on = "random tokens" if proof["text"] is None else f"tokens of {proof['text']}"

@@ -478,7 +478,7 @@ BAD = [
     (("replace", "--indices", "1", "-o", "teacher"), "is or contains the input"),
     (("replace", "--indices", "1", "-o", "tasks"), "tasks exists"),
     (("replace", "--indices", "1", "--mixer", "mamba", "--d-state", 3), "must divide the head dimension"),
-    (("replace", "--indices", "1", "--d-state", 3), "state size is the head size, 8"),
+    (("replace", "--indices", "1", "--d-state", 3), "mixers is the head size, 8"),
     (("replace", "--indices", "1", "--dt-rank", 2), "--dt-rank has no use with --mixer mamba2"),
     (("replace", "--indices", "1", "--mixer", "mamba3"), "--mixer mamba3 is unknown; use mamba or mamba2"),
     (("replace", "--indices", "1", "--calibrate", "nothing.jsonl"), "nothing.jsonl does not exist"),

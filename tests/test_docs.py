@@ -69,3 +69,12 @@ def test_the_picture_is_of_figures_in_the_results() -> None:
     assert sorted(divergences.values(), reverse=True) == list(divergences.values())
     assert list(speeds) == [1024, 4096, 16384]
     assert all(times > 1 for times in speeds.values())
+
+
+def test_the_page_on_extensions_shows_every_section_of_the_example() -> None:
+    begun, ended = (
+        re.findall(rf"# --8<-- \[{word}:(\w+)\]", (DOCS / "examples/extension.py").read_text()) for word in ("start", "end")
+    )
+    shown = re.findall(r'^--8<-- "examples/extension.py:(\w+)"$', (DOCS / "how-to/extending.md").read_text(), re.M)
+    assert begun == ended == shown
+    assert len(shown) == 6

@@ -81,6 +81,7 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
     cli("replace", "--layers", 2, "--mixer", "retention")
     assert "layers by teacher/scores/depth.json (depth, depth)" in cli.stderr
     assert "verified on" in cli.stdout  # by the kind's own `vectors`
+    assert "calibrated conv, decay, scale on" in cli.stdout
     config = json.loads((place / "h2/config.json").read_text())
     assert config["base_model_type"] == "otter"
     assert config["mixer"]["kind"] == "retention"
@@ -98,6 +99,24 @@ def test_the_whole_chain(place: Path, cli: Runner) -> None:
     refused = cli.fails("export", "h2-kd", "--format", "hf")
     assert "has mixers of kind 'retention', whose code is" in refused
     assert "extension.py" in refused
+
+
+def test_rules_that_do_not_make_the_class_are_refused_before_anything(
+    place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = KINDS["retention"]
+    made = type(kind).targets
+    monkeypatch.setattr(type(kind), "targets", lambda self, *given: made(self, *given)[1:])
+    for flags in ((), ("--dry-run",)):
+        said = cli.fails("replace", "--indices", "1,2", "--mixer", "retention", *flags)
+        assert "the rules of the mixer kind 'retention' make A_log of shape None" in said
+        assert not (place / "h2").exists()
+
+
+def test_what_was_not_done_is_said(place: Path, cli: Runner) -> None:
+    said = cli("replace", "--indices", "1", "--mixer", "retention", "--no-calibrate", "--no-verify")
+    assert "not calibrated" in said
+    assert "not verified: --no-verify was given" in said
 
 
 def test_every_export_of_ours_refuses_it_by_name(place: Path, cli: Runner) -> None:

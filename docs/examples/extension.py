@@ -1,12 +1,13 @@
 """One of each: a mixer, a family, an export format, a scorer and a loss, as a package outside of
 hybridize adds them.
 
-HYBRIDIZE_EXTENSIONS=docs/examples/extension.py hybridize replace teacher --layers 2 --mixer
-retention
+HYBRIDIZE_EXTENSIONS=docs/examples/extension.py hybridize replace teacher --indices 1,3 \
+  --mixer retention
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from hybridize.options import option
 from hybridize.runtime.loading import load_model
 from hybridize.scoring.scorers import Scorer, register_scorer
 from hybridize.scoring.setup import Ranking, Setup
+from hybridize.surgery.calibrate import channel_ratio, decays, pass_through
 from hybridize.surgery.families import FamilySpec, register_family
 from hybridize.surgery.mapping import Rows, Target
 from hybridize.surgery.mixers import MixerKind, register_kind
@@ -37,8 +39,10 @@ from hybridize.surgery.mixers.base import attention_rows, norm_targets, output_t
 from hybridize.surgery.observe import LayerObservation
 from hybridize.surgery.teacher import Teacher
 
-
 # --8<-- [start:mixer]
+STEP = math.log(2)  # the step size of ssd_scan at step parameters of zero: softplus(0)
+
+
 @register_mixer
 class RetentionMixer(Mixer):
     """Linear attention whose heads forget at a rate of their own, the same for every token (RetNet,
@@ -105,7 +109,7 @@ class RetentionKind(MixerKind):
     """How a RetentionMixer comes out of an attention layer."""
 
     kind = "retention"
-    parts = default_parts = ("decay",)
+    parts = default_parts = ("conv", "decay", "scale")
 
     def targets(self, teacher: Teacher, mixer: dict[str, Any], layer: int) -> list[Target]:
         """v, k and q become x, B and C, KV heads repeated per query head; o becomes out_proj."""
@@ -124,16 +128,25 @@ class RetentionKind(MixerKind):
         return sorted(made, key=lambda target: target.name)
 
     def set_part(self, part: str, mixer: Any, seen: LayerObservation, plain: Mapping[str, Tensor]) -> None:
-        """decay: a head forgets within the distance that its attention looks back."""
-        step = nn.functional.softplus(torch.zeros(()))  # of ssd_scan without step sizes
-        mixer.A_log.copy_((1 / seen.distance.clamp(min=1.0) / step).log())
+        """conv: the identity times a small tap. decay: a head forgets within the distance that its
+        attention looks back. scale: out_proj's columns, so that channels have the attention's RMS.
+        """
+        if part == "conv":
+            pass_through(mixer.conv1d)
+        elif part == "decay":
+            mixer.A_log.copy_((decays(seen.distance) / STEP).log())
+        else:
+            mixer.out_proj.weight.mul_(channel_ratio(mixer, seen))
+
+    def changes_output(self, parts: frozenset[str]) -> bool:
+        """As in MixerKind: `scale` changes out_proj, which otherwise is a copy of o_proj."""
+        return "scale" in parts
 
     def vectors(self, mixer: Any, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As in MixerKind: lets `replace` verify the conversion."""
         xBC = mixer.project(inputs)
         mixer.A_log.fill_(-torch.inf)
-        step = float(nn.functional.softplus(torch.zeros(())))
-        return (*xBC.chunk(3, -1), mixer.scan(xBC, backend="torch")[0] / step)
+        return (*xBC.chunk(3, -1), mixer.scan(xBC, backend="torch")[0] / STEP)
 
 
 register_kind(RetentionKind())
