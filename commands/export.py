@@ -38,7 +38,8 @@ def command(
     checkpoint: opt.Checkpoint = "./teacher",
     *,
     form: Annotated[
-        str, typer.Option("--format", help="hf (transformers, any mixer), granite (transformers, vLLM), gguf (llama.cpp).")
+        str,
+        typer.Option("--format", help="hf (transformers, mamba2 and mamba), granite (transformers, vLLM), gguf (llama.cpp)."),
     ] = "hf",
     outtype: Annotated[
         str | None, typer.Option("--outtype", help="Data type of the matrices in a gguf: f32, f16 or q8_0 [default: f16].")

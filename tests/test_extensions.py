@@ -122,7 +122,9 @@ def test_what_was_not_done_is_said(place: Path, cli: Runner) -> None:
 def test_every_export_of_ours_refuses_it_by_name(place: Path, cli: Runner) -> None:
     cli("replace", "--indices", "1,2", "--mixer", "retention", "--no-calibrate")
     for form in ("granite", "gguf"):
-        assert "'otter' model, whose layers no stock hybrid class has" in cli.fails("export", "h2", "--format", form)
+        said = cli.fails("export", "h2", "--format", form)
+        assert "'otter' model, whose layers no stock hybrid class has" in said
+        assert "use --format hf" not in said  # which refuses it too
 
 
 @torch.no_grad()

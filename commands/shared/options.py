@@ -72,7 +72,9 @@ class Machine:
 class NewMixers:
     """Kind and shape of new mixers. None: the default, see surgery.replace.MixerSettings."""
 
-    mixer: Annotated[str | None, typer.Option("--mixer", help="Kind of new mixers: mamba2 or mamba [default: mamba2].")] = None
+    mixer: Annotated[
+        str | None, typer.Option("--mixer", help="Kind of new mixers: mamba2, mamba, or an extension's [default: mamba2].")
+    ] = None
     d_state: Annotated[
         int | None,
         typer.Option("--d-state", help="State size; divides the head size [default: 16; in mamba2 it is the head size]."),

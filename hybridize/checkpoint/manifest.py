@@ -101,9 +101,7 @@ def check_manifest(source: CheckpointReader) -> None:
         raise InputError(f"{source.path / MANIFEST} describes {len(found['layers'])} layers, but config.json has {count}")
 
 
-def descend(
-    source: CheckpointReader, name: str, output: Path, command: str, settings: dict[str, Any], seed: int, **changes: Any
-) -> Manifest:
+def descend(source: CheckpointReader, name: str, output: Path, command: str, settings: dict[str, Any], seed: int) -> Manifest:
     """The manifest of the checkpoint that `command` makes from `source` (called `name` by the user)
     at `output`."""
     before = read_manifest(source.path)

@@ -69,8 +69,8 @@ def _without_attention(layer: Any) -> Any:
 def answers(
     model: HybridForCausalLM, requests: Sequence[Question], what: str, rows: int, progress: Progress = lambda *_: None
 ) -> list[list[Answer]]:
-    """Returns the answers to all requests [variants][requests]: of the unmodified model, then
-    without each attention layer in turn. WorkError if a log-likelihood is not finite.
+    """Returns the answers, a list per variant with one answer per request: of the unmodified model,
+    then without each attention layer in turn. WorkError if a log-likelihood is not finite.
 
     what: see ABLATIONS; rows: largest number of texts in a batch.
     """

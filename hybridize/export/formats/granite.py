@@ -25,7 +25,7 @@ from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.errors import InputError, setting
 from hybridize.export.ask import answers
-from hybridize.export.formats.base import Format, check_hybrid
+from hybridize.export.formats.base import Format, check_hybrid, format_of
 from hybridize.export.verify import BOUND, NEW_TOKENS, Reference, Verdict, judge, transformers_name
 from hybridize.modeling import MIXER_LAYER, HybridConfig, hybrid_config
 from hybridize.runtime.loading import load_model
@@ -94,12 +94,22 @@ class Embedding:
         return torch.cat(filled)
 
 
+def _instead(source: CheckpointReader, name: str, form: str) -> str:
+    """The end of a refusal of `form`: advises hf if hf can represent the checkpoint."""
+    text = f"{setting('form')} {form} cannot represent it exactly"
+    try:
+        format_of("hf").check(source, name)
+    except InputError:
+        return text
+    return f"{text}; use {setting('form')} hf"
+
+
 def embed(source: CheckpointReader, name: str, form: str, expand: int | None = None) -> Embedding:
     """Maps a hybrid to the stock class. InputError, with the reason and a format that works, if the
     class cannot represent the model exactly. form: name of the requested format. expand: required
     ratio of mixer width to hidden size; by default the smallest that fits."""
-    instead = f"{setting('form')} {form} cannot represent it exactly; use {setting('form')} hf"
     check_hybrid(source, name)
+    instead = _instead(source, name, form)
     config = hybrid_config(source.config)
     if not config.mixer_layers:
         raise InputError(f"{name} has no Mamba layer; run replace first")
