@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybridize import __version__
 from hybridize.checkpoint.journal import check_journal, part_of
 from hybridize.errors import InputError, WorkError
 
@@ -43,6 +44,9 @@ def command(
     sampling: Sampling,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per prompt.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Maximum number of sequences decoded at once.")] = 64,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="Leave out answers with another result than the row's own answer.")
+    ] = False,
     limit: opt.Limit = None,
     output: opt.Output = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
@@ -59,7 +63,7 @@ def command(
     depends only on its prompt and the seed; --resume continues an interrupted run.
     """
     out = speech.output()
-    _check_arguments(prompt, prompts, output or TRACES, resume, overwrite)
+    _check_arguments(prompt, prompts, output or TRACES, resume, overwrite, correct)
     from hybridize.data.forms import check_prompt
     from hybridize.data.rows import read_rows
     from hybridize.runtime.device import pick_compute
@@ -81,7 +85,9 @@ def command(
         streams = not speech.as_json and not speech.quiet and samples == 1
         _answer(out, answering, prompt, keys, streams)
     else:
-        _write_traces(out, answering, keys, rows, where_of, output or TRACES, samples, resume, overwrite)
+        known = _known_results(rows, prompts) if correct else {}
+        names = {"command": "generate", "version": __version__, "model": checkpoint, "source": prompts}
+        _write_traces(out, answering, keys, rows, where_of, output or TRACES, samples, resume, overwrite, known, names)
 
 
 def _warn_of_room(out: Output, speaker: Speaker, read: list[list[int]], new: int) -> None:
@@ -149,10 +155,10 @@ def _answer(out: Output, answering: Answering, prompt: str | None, keys: list[tu
 
 def _write_traces(
     out: Output, answering: Answering, keys: list[tuple[int, int]], rows: Any, where_of: Callable[[int], str], path: Path,
-    samples: int, resume: bool, overwrite: bool,
+    samples: int, resume: bool, overwrite: bool, known: dict[int, str], names: dict[str, Any],
 ) -> None:  # fmt: skip
     """Writes the answers to all prompts: into a journal as they finish, in the end in order to
-    `path`."""
+    `path`. known, names: see Traces.finish."""
     from hybridize.generation.traces import Traces, trace_of
     from hybridize.inputs import check_weights
     from hybridize.runtime.device import ran_on
@@ -177,29 +183,57 @@ def _write_traces(
         traces.add(answer.key, trace_of(speaker.encoder, rows[place], where_of(place), answer))
         pace = made / (time.monotonic() - started)
         out.progress(f"{done} of {len(keys)} answers, {pace:,.0f} tokens/s", last=done == len(keys))
-    _finish(out, traces, answering.new, started)
+    _finish(out, traces, answering.new, started, known, names)
 
 
-def _check_arguments(prompt: str | None, prompts: str | None, path: Path, resume: bool, overwrite: bool) -> None:
-    """InputError unless there is one prompt or a file of prompts, and no unfinished run in the
-    way."""
+def _known_results(rows: Sequence[dict[str, Any]], name: str) -> dict[int, str]:
+    """The known results of the rows that have one, by row. InputError if there are none."""
+    from hybridize.generation.results import known_result
+
+    known = {i: result for i, row in enumerate(rows) if (result := known_result(row)) is not None}
+    if not known:
+        raise InputError(
+            f"--correct: no row of {name} has a known result, that is an `answer`, or a solution with \\boxed{{}} or ####"
+        )
+    return known
+
+
+def _check_arguments(prompt: str | None, prompts: str | None, path: Path, resume: bool, overwrite: bool, correct: bool) -> None:
+    """InputError unless there is one prompt or a file of prompts, no unfinished run in the way, and
+    what --correct needs."""
+    from hybridize.generation.results import check_available
+
+    if correct:
+        if prompts is None:
+            raise InputError("--correct requires --prompts FILE, whose rows have known results")
+        check_available()
     if (prompt is None) == (prompts is None):
         raise InputError("say what to answer: either one prompt, or --prompts FILE")
     if prompts is not None:
         check_journal(part_of(path), resume, overwrite)
 
 
-def _finish(out: Output, traces: Traces, max_new_tokens: int, started: float) -> None:
-    """Writes the file of answers and shows a summary."""
-    lines = traces.finish()
+def _finish(
+    out: Output, traces: Traces, max_new_tokens: int, started: float, known: dict[int, str], names: dict[str, Any]
+) -> None:
+    """Writes the file of answers and shows a summary. known, names: see Traces.finish."""
+    if known:
+        LINES.doing("comparing the results")
+    lines = traces.finish(known, names)
     cut, nothing = sum(line["finish"] == "length" for line in lines), sum(not line["tokens"] for line in lines)
     if cut:
         out.warn(f"{cut} of {len(lines)} answers were cut at {max_new_tokens} tokens; raise --max-new-tokens")
     if nothing:
         out.warn(f"{nothing} answers were empty and are left out")
+    right, wrong = (sum(line.get("correct") is verdict for line in lines) for verdict in (True, False))
+    kept = [line for line in lines if line["tokens"] and line.get("correct") is not False]
+    if known:
+        out.note(
+            f"{right} answers are correct, {wrong} are wrong and left out, {len(lines) - right - wrong} could not be checked"
+        )
     summary = {
-        "output": str(traces.path), "answers": len(lines) - nothing, "cut": cut, "empty": nothing,
-        "tokens": sum(line["tokens"] for line in lines), "seconds": round(time.monotonic() - started, 2),
+        "output": str(traces.path), "answers": len(kept), "cut": cut, "empty": nothing, "correct": right, "wrong": wrong,
+        "tokens": sum(line["tokens"] for line in kept), "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
     out.result(summary, lambda: print(f"{traces.path}: {summary['answers']} answers, {summary['tokens']} tokens"))
 

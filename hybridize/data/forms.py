@@ -19,7 +19,7 @@ ROLES = {  # ShareGPT's names of speakers -> the roles of chat templates
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")  # servers' names for the reasoning of an answer
-WRITTEN_BY_GENERATE = frozenset({"tokens", "row", "sample"})  # keys that `generate` adds to its answers
+WRITTEN_BY_GENERATE = frozenset({"tokens", "row", "sample", "correct"})  # keys that `generate` adds to its answers
 CONTEXT = ("tools", "documents", "chat_template_kwargs")  # keys of a row that chat templates read besides the messages
 LOSS_WEIGHTS = ("weight", "train")  # a message's weight in the loss in other tools, ignored here
 READ = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "from", "value", *REASONING}  # of a message

@@ -4,15 +4,17 @@ order, once all are there."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint.atomic import write_text_atomic
+from hybridize.checkpoint.atomic import write_json_atomic, write_text_atomic
 from hybridize.checkpoint.journal import Journal, part_of
 from hybridize.checkpoint.writer import check_writable
 from hybridize.data.encode import Encoder, decoded
 from hybridize.data.forms import CONTEXT, Conversation, Pair, read_question
 from hybridize.errors import InputError, first_line, setting
+from hybridize.generation.results import compare
 from hybridize.generation.writing import Written
 
 
@@ -33,6 +35,11 @@ def trace_of(encoder: Encoder, row: dict[str, Any], where: str, answer: Written)
     if answer.ids and not _gives_back(encoder, line, where, answer.ids):
         line["token_ids"] = answer.ids
     return line
+
+
+def answer_of(line: dict[str, Any]) -> str:
+    """Returns the text of a line's answer."""
+    return line["messages"][-1]["content"] if "messages" in line else line["response"]  # type: ignore[no-any-return]
 
 
 def question_of(encoder: Encoder, row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -67,7 +74,7 @@ class Traces:
     unfinished run is in the way."""
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        self.path = path
+        self.path, self.settings = path, settings
         if path.is_dir():
             raise InputError(f"{path} is a directory; {setting('output')} must be a file")
         part = part_of(path)
@@ -87,11 +94,23 @@ class Traces:
         self.lines[key] = {**line, "row": key[0], "sample": key[1]}
         self.journal.put(self.lines[key])
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Writes the file and returns all answers, in the order of their prompts. Empty answers are
-        not written, since they have nothing to train on."""
+    def finish(self, known: Mapping[int, str], names: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Writes the file and returns all answers, in the order of their prompts.
+
+        Not written are empty answers, since they have nothing to train on, and answers with another
+        result than the known one of their row. known: results by row; the answers to these rows get
+        the key `correct`, unless the result cannot be read. Beside FILE appears
+        FILE.provenance.json, with the settings of the run and `names`.
+        """
         lines = [self.lines[key] for key in sorted(self.lines)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines if line["tokens"])
-        write_text_atomic(self.path, text)
+        checked = [line for line in lines if line["row"] in known]
+        found = compare([(known[line["row"]], answer_of(line)) for line in checked])
+        for line, correct in zip(checked, found, strict=True):
+            if correct is not None:
+                line["correct"] = correct
+        kept = [line for line in lines if line["tokens"] and line.get("correct") is not False]
+        write_text_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        counts = {"answers": len(lines), "written": len(kept), "correct": sum(line.get("correct") is True for line in lines)}
+        write_json_atomic(self.path.with_name(f"{self.path.name}.provenance.json"), {**names, **self.settings, **counts})
         self.journal.remove()
         return lines
