@@ -194,6 +194,8 @@ def _prepare(
     encoder = open_encoder(source, settings.mask, text.chat_template, machine.trust_remote_code, out)
     corpus = open_corpus(spec, text.eval_data, encoder, text.limit, hold_out=origin is not None)
     remark_on_rows(encoder, out)
+    if settings.on_policy:
+        next(corpus.prompts(settings.seed, settings.on_policy_prompt))  # raises if there is no question
     check_weights(source, *([origin] if origin else []), notes=out)
     template = encoder.template if text.chat_template else None
     ran = {**ran_on(device, dtype), "template": template, "data": corpus.hash}

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from hybridize.data.encode import Document, Encoder
-from hybridize.data.packing import Batch, batched, endless, mixed, pack_documents, pack_stream
+from hybridize.data.forms import Plain, read_form
+from hybridize.data.packing import Batch, batched, endless, epoch_order, mixed, pack_documents, pack_stream
 from hybridize.data.rows import Rows, read_mixture
 from hybridize.errors import InputError, WorkError
 
@@ -64,6 +65,24 @@ class Corpus:
             return itertools.chain.from_iterable(row.parts() for row in encoded)
 
         return mixed([one(rows) for rows, _ in self.sources], [weight for _, weight in self.sources])
+
+    def prompts(self, seed: int, longest: int) -> Iterator[list[int]]:
+        """Endless prompts of at most `longest` tokens, of all rows that have a question, the same
+        for the same seed. InputError if no row has such a prompt."""
+        rows, epoch = self.rows, 0
+        while True:
+            found = False
+            for index in epoch_order(len(rows), seed, epoch):
+                row, where = rows[index], rows.where(index)
+                if isinstance(read_form(row, where)[0], Plain):
+                    continue
+                ids = self.encoder.prompt(row, where)
+                if 0 < len(ids) <= longest:
+                    found = True
+                    yield ids
+            if not found:
+                raise InputError(f"the training data has no question of at most {longest} tokens for the student to answer")
+            epoch += 1
 
     def training(self, seed: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
         """Endless batches of `batch_size` sequences of `seq_len` tokens, the same for the same

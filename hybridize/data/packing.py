@@ -70,6 +70,11 @@ class Batch:
         """The batch on a device, with its counts made before."""
         return self._each(lambda t: t.to(device, non_blocking=True), "documents", "kept")
 
+    def followed_by(self, other: Batch) -> Batch:
+        """The sequences of both batches."""
+        pairs = [(getattr(self, name), getattr(other, name)) for name in ("ids", "positions", "labels", "loss_mask")]
+        return Batch(*(None if a is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+
     def _each(self, change: Callable[[Tensor], Tensor], *counts: str) -> Batch:
         """A batch with all tensors changed. counts: names of cached counts that remain valid,
         computed before the change."""

@@ -20,11 +20,13 @@ from hybridize.checkpoint.writer import CheckpointWriter
 from hybridize.data.corpus import Corpus
 from hybridize.data.prefetch import prefetched
 from hybridize.distillation.loop import Report, Training
+from hybridize.distillation.rollouts import Rollouts
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
+from hybridize.generation.settings import read_generation
 from hybridize.runtime.device import ran_on
 from hybridize.runtime.distributed import DistributedContext, whole
-from hybridize.runtime.loading import load_empty, load_model
+from hybridize.runtime.loading import load_empty, load_hybrid, load_model
 
 
 def distill(
@@ -63,19 +65,20 @@ def distill(
     student, model = _load(source, teacher, settings, device, dtype, streams, trust_remote_code)
     doing("preparing the first step")
     held_out = corpus.held_out(settings.eval_windows, settings.seq_len, settings.micro)
+    rollouts = None if not settings.on_policy else _rollouts(source, student, corpus, settings, run, device, dtype, report)
     training = Training(
         student, model, held_out, settings, run, device=device, dtype=dtype, log_every=log_every, ranks=ranks,
-        sources=(source, teacher) if streams else (None, None), report=report,
+        sources=(source, teacher) if streams else (None, None), rollouts=rollouts, report=report,
     )  # fmt: skip
     with run.started(resume):
-        batches = prefetched(corpus.training(settings.seed, settings.seq_len, settings.batch_size))
+        batches = prefetched(corpus.training(settings.seed, settings.seq_len, settings.batch_size - settings.on_policy_rows))
         with contextlib.closing(batches):
             used = training.go(batches, resume, stop_now)
         doing(f"writing {output}")
         made = asdict(settings) | ran_on(device, dtype) | {"ranks": ranks.size}
         # the digest marks the finished result of a run; a checkpoint of an unfinished run has none
         made |= {"stopped_after": used // (settings.batch_size * settings.seq_len)} if stop_now else {"run": run.digest}
-        manifest = _trained_manifest(descend(source, name, output, "distill", made, settings.seed), corpus, used)
+        manifest = _trained_manifest(descend(source, name, output, "distill", made, settings.seed), corpus, used, rollouts)
         tensors = _trained_tensors(source, student, settings, ranks if streams else None)
         if ranks.main:
             _write(source, tensors, output, manifest, overwrite, run)
@@ -86,6 +89,16 @@ def distill(
                 pass
         ranks.wait()
     return used
+
+
+def _rollouts(
+    source: CheckpointReader, student: Any, corpus: Corpus, settings: DistillSettings, run: RunDir, device: torch.device,
+    dtype: torch.dtype, report: Report,
+) -> Rollouts:  # fmt: skip
+    """The student's answers, decoded by a copy of the student; it samples from its own distribution,
+    whatever generation settings the checkpoint has."""
+    ends = read_generation(source.path, source.config, corpus.encoder.tokenizer, {}).ends
+    return Rollouts(load_hybrid(source, device, dtype), student, corpus, ends, settings, run.path, report)
 
 
 def _load(
@@ -107,17 +120,21 @@ def _load(
     return student, load_model(teacher.path, device, dtype, trust_remote_code)
 
 
-def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int) -> Manifest:
+def _trained_manifest(manifest: Manifest, corpus: Corpus, used: int, rollouts: Rollouts | None) -> Manifest:
     """The manifest with the data sources of this run, each with its share of the `used` tokens."""
-    shares = sum(weight for _, weight in corpus.sources)
+    shares, own = sum(weight for _, weight in corpus.sources), 0
+    if rollouts is not None:
+        own = used * rollouts.settings.on_policy_rows // rollouts.settings.batch_size
     data = [
         {
             "path": Path(rows.name).name if Path(rows.name).is_file() else rows.name,
             "rows": len(rows),
-            "tokens": round(used * weight / shares),
+            "tokens": round((used - own) * weight / shares),
         }
         for rows, weight in corpus.sources
     ]
+    if rollouts is not None:
+        data.append({"path": "the student's own answers", "rows": rollouts.count(), "tokens": own})
     return dataclasses.replace(manifest, data=[*manifest.data, *data], tokens=manifest.tokens + used)
 
 

@@ -13,7 +13,8 @@ from hybridize.distillation.plan import GIB, Plan, micro_that_fits, plan
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.watch import expected_flops
 from hybridize.errors import InputError, setting
-from hybridize.modeling import mixer_class
+from hybridize.generation.decoder import check_decodable
+from hybridize.modeling import hybrid_config, mixer_class
 from hybridize.notes import Notes
 from hybridize.runtime.device import free_memory, is_here
 from hybridize.runtime.distributed import DistributedContext
@@ -53,6 +54,10 @@ def check_layers(
             f"{setting('cuda_graph')} does not support {mixer.kind} layers with packed documents; "
             f"use {setting('mask')} none, which joins them into one stream"
         )
+    if settings.on_policy:
+        check_decodable(hybrid_config(config))
+        if ranks.size > 1:
+            raise InputError(f"{setting('on_policy')} runs on one GPU; {ranks.size} processes were started")
     if device is None:
         return
     if settings.cuda_graph and device.type != "cuda":

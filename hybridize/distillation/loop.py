@@ -22,6 +22,7 @@ from hybridize.distillation.align import Aligner
 from hybridize.distillation.fidelity import fidelity
 from hybridize.distillation.losses import Loss
 from hybridize.distillation.optimize import Optimization, choose_trained
+from hybridize.distillation.rollouts import Rollouts
 from hybridize.distillation.run_dir import RunDir
 from hybridize.distillation.settings import DistillSettings
 from hybridize.distillation.step import Accumulator, Student, can_graph
@@ -68,13 +69,16 @@ class Training:
         log_every: int = 1,
         ranks: DistributedContext | None = None,
         sources: tuple[CheckpointReader | None, CheckpointReader | None] = (None, None),
+        rollouts: Rollouts | None = None,
         report: Report = lambda _: None,
     ) -> None:
         """Prepares the models: trainable parameters, gradient checkpointing, sharding, compilation.
 
         teacher: on `device`, or on the CPU if it is to be offloaded. sources: the checkpoints of
-        student and teacher, if the models have no weights yet (see distributed.shard).
+        student and teacher, if the models have no weights yet (see distributed.shard). rollouts:
+        write a part of each batch.
         """
+        self.rollouts = rollouts
         self.student, self.teacher, self.settings, self.run, self.report = student, teacher, settings, run, report
         self.device, self.dtype, self.log_every, self.ranks = device, dtype, log_every, ranks or DistributedContext()
         self.rows = self.ranks.share(settings.batch_size, "batch_size")
@@ -179,6 +183,8 @@ class Training:
         """Restores the state and logs of a resumed run; returns the number of steps already done."""
         run = self.run
         self.finished = run.load(self.student, self.optimizer) if resume else 0
+        if self.rollouts is not None:
+            self.rollouts.forget(self.finished)
         self._as_before(self.ranks.first(run.room(self._room)))
         self.ranks.wait()
         if self.ranks.main:
@@ -194,6 +200,8 @@ class Training:
         if self.finished == start:
             self.report({"kind": "doing", "text": "the first step, in which kernels are compiled and tuned"})
         batch = next(batches)
+        if self.rollouts is not None:
+            batch = self.rollouts.join(batch, self.finished, self.student)
         part = batch.rows(self.rows).to(self.device)
         value, norm = self._gradient(part, batch.kept)
         good = math.isfinite(value) and math.isfinite(norm)

@@ -124,6 +124,8 @@ def plan(student: Any, teacher: Any, settings: DistillSettings, ranks: int, dtyp
         "activations": tokens * (kept + 3 * residual),
         "logits": logits + (0 if not student.get_output_embeddings().weight.requires_grad else wide * _head(student)),
     }
+    if settings.on_policy:
+        parts["copy of the student that answers prompts"] = wide * count
     if shards > 1 and teacher is not None and not settings.offload_teacher:
         parts["teacher's layer, gathered"] = wide * (_largest(teacher) + _rest(teacher))
     if wide == 4:

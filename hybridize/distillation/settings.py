@@ -38,6 +38,10 @@ class DistillSettings:
     loss: str = option("reverse-kl", "reverse-kl, forward-kl, js, ce or a mixture: reverse-kl=.9,ce=.1.")
     temperature: float = option(1.0, "Softmax temperature of the divergences.")
     mask: str = option("assistant", "assistant: compute the loss on assistant tokens; none: on every token of one stream.")
+    on_policy: float = option(0.0, "Share of the sequences that the student writes itself, below 1.", least=0)
+    on_policy_every: int = option(20, "Steps between rounds of the student's answers.", above=0)
+    on_policy_tokens: int = option(512, "Longest answer of the student.", above=0)
+    on_policy_temperature: float = option(1.0, "Sampling temperature of the student's answers; 0 is greedy.", least=0)
     batch_size: int = option(16, "Sequences per optimizer step.", above=0)
     micro_batch_size: int | None = option(
         None, "Sequences per forward pass [default: the largest that fits by the plan].", above=0
@@ -89,15 +93,47 @@ class DistillSettings:
                 f"{setting('checkpoint_merge')} {self.checkpoint_merge} averages saved states; "
                 f"set {setting('save_every')}, and {setting('keep_last')} to at least {self.checkpoint_merge}"
             )
+        self._check_on_policy()
         self.recomputed(None)
         self.rates()
         if self.tokens is None and self.steps is None:
             raise InputError(f"the length is missing: give {setting('tokens')} or {setting('steps')}")
 
+    def _check_on_policy(self) -> None:
+        """InputError if `on_policy` contradicts other settings."""
+        if not self.on_policy:
+            return
+        name = setting("on_policy")
+        if self.stage != "distill" or self.mask != "assistant":
+            raise InputError(f"{name} needs {setting('stage')} distill and {setting('mask')} assistant")
+        if "ce" in {part.split("=")[0].strip() for part in self.loss.split(",")}:
+            raise InputError(f"{name} needs a loss against the teacher alone: ce would train the student on its own mistakes")
+        if not 0 < self.on_policy_rows < self.batch_size:
+            raise InputError(
+                f"{name} {self.on_policy:g} of {setting('batch_size')} {self.batch_size} must be at least one sequence, not all"
+            )
+        if self.on_policy_prompt < 1:
+            raise InputError(
+                f"{setting('on_policy_tokens')} {self.on_policy_tokens} must leave room for a prompt in "
+                f"{setting('seq_len')} {self.seq_len}"
+            )
+
+    @property
+    def on_policy_rows(self) -> int:
+        """Sequences of a batch that the student writes itself."""
+        return round(self.on_policy * self.batch_size)
+
+    @property
+    def on_policy_prompt(self) -> int:
+        """The longest prompt, in tokens, that leaves room for an answer and its end token."""
+        return self.seq_len - self.on_policy_tokens - 1
+
     def decisive(self) -> dict[str, Any]:
         """Returns the settings that determine the result; a resumed run must have the same ones."""
         merging = self.checkpoint_merge > 1  # the result then depends on which states exist
         free = PLACING if merging else (*PLACING, *SAVING)
+        if not self.on_policy:  # so that runs that began before there was the setting can be resumed
+            free = (*free, *(key for key in asdict(self) if key.startswith("on_policy")))
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     def recomputed(self, layers: int | None) -> set[int]:

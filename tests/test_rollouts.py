@@ -1,0 +1,212 @@
+"""distill --on-policy: sequences that the student writes itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybridize.checkpoint.reader import CheckpointReader
+from hybridize.data.corpus import Corpus, open_corpus
+from hybridize.data.encode import Document
+from hybridize.distillation.optimize import Optimization
+from hybridize.distillation.rollouts import Rollouts
+from hybridize.distillation.settings import DistillSettings
+from hybridize.errors import InputError
+from hybridize.generation.settings import read_generation
+from hybridize.inputs import open_encoder
+from hybridize.modeling import HybridForCausalLM
+from hybridize.runtime.loading import load_hybrid
+from tests.conftest import Runner, make_place
+
+FLAGS = ("--steps", 6, "--batch-size", 4, "--seq-len", 48, "--on-policy", 0.5, "--on-policy-every", 4,
+         "--on-policy-tokens", 8, "--eval-every", 0, "--warmup-steps", 0, "--device", "cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("rollouts"), ("replace", "teacher", "--indices", 1, "--no-calibrate"))
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in ("teacher", "h1", "traces.jsonl"):
+        (tmp_path / name).symlink_to(made / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def settings(**changes: Any) -> DistillSettings:
+    given = {"steps": 6, "batch_size": 4, "seq_len": 48, "on_policy": 0.5, "on_policy_every": 3, "on_policy_tokens": 8}
+    return DistillSettings(**{**given, **changes})
+
+
+def opened(place: Path) -> tuple[HybridForCausalLM, Corpus, frozenset[int]]:
+    source = CheckpointReader(place / "h1")
+    corpus = open_corpus(str(place / "traces.jsonl"), None, open_encoder(source, "assistant", None, False))
+    ends = read_generation(source.path, source.config, corpus.encoder.tokenizer, {}).ends
+    return load_hybrid(source, torch.device("cpu"), torch.float32), corpus, ends
+
+
+def blocks(folder: Path) -> Iterator[list[Document]]:
+    for path in sorted(folder.glob("answers-*.jsonl")):
+        yield [Document(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+@torch.no_grad()
+def greedy(model: HybridForCausalLM, prompt: list[int], most: int, ends: frozenset[int]) -> tuple[list[int], bool]:
+    """Token by token, each from a forward pass over the whole text."""
+    ids = list(prompt)
+    for _ in range(most):
+        token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in ends:
+            return ids[len(prompt) :], True
+        ids.append(token)
+    return ids[len(prompt) :], False
+
+
+def test_answers_are_those_of_the_student_as_it_is_when_a_block_begins(place: Path) -> None:
+    student, corpus, ends = opened(place)
+    writer, _, _ = opened(place)
+    drawn = Rollouts(writer, student, corpus, ends, settings(on_policy_temperature=0.0), place)
+    batch = next(corpus.training(0, 48, 2))
+    for step in range(2 * 3):
+        if step == 3:  # the second block is written by other weights
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+            changed = {name: value.clone() for name, value in student.state_dict().items()}
+        joined = drawn.join(batch, step, student)
+        assert joined.ids.shape == (4, 48)
+        assert torch.equal(joined.ids[2:], batch.ids)
+        if step == 4:  # in the middle of a block: too late
+            with torch.no_grad():
+                student.lm_head.weight.zero_()
+            drawn.join(batch, step, student)
+    first, second = blocks(place)
+    before, _, _ = opened(place)
+    student.load_state_dict(changed)
+    for documents, model in ((first, before), (second, student)):
+        for document in documents:
+            begin = document.loss_mask.index(True)
+            answer, ended = greedy(model, document.ids[:begin], 8, ends)
+            assert document.whole == ended
+            assert document.ids[begin:] == answer + sorted(ends)[:1] * ended
+            assert all(document.loss_mask[begin:])
+
+
+def test_sequences_hold_whole_answers_in_the_order_of_their_prompts(place: Path) -> None:
+    """Short answers, which are ready first, are not preferred."""
+    student, corpus, ends = opened(place)
+    writer, _, _ = opened(place)
+    plan = settings(on_policy_every=2)
+    drawn = Rollouts(writer, student, corpus, ends, plan, place)
+    drawn.join(next(corpus.training(0, 48, 2)), 0, student)
+    (documents,) = blocks(place)
+    rows = list(corpus.lines(iter(documents), 48))[: 2 * plan.on_policy_rows]
+    assert [batch.ids.tolist() for batch in drawn.batches] == [[row[0] for row in rows[i : i + 2]] for i in (0, 2)]
+    assert drawn.count() == len(documents)
+    assert max(len(document.ids) for document in documents) <= 48
+    assert {tuple(d.ids[: d.loss_mask.index(True)]) for d in documents} <= {
+        tuple(corpus.encoder.prompt(corpus.rows[i], "")) for i in range(len(corpus.rows))
+    }
+
+
+def test_a_resumed_run_trains_on_the_same_answers(place: Path, cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("distill", "h1", *FLAGS, "--save-every", 2, "-o", "whole")
+    assert "on-policy: " in cli.stderr
+    assert "% ended" in cli.stderr
+    update = Optimization.update
+
+    def interrupted(self: Optimization, step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+        update(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Optimization, "update", interrupted)
+        cli("distill", "h1", *FLAGS, "--save-every", 2, "-o", "parts", code=130)
+    kept = sorted(path.name for path in (place / "parts.run").glob("answers-*"))
+    assert kept == ["answers-000000.jsonl", "answers-000001.jsonl"]
+    cli("distill", "h1", *FLAGS, "--save-every", 2, "-o", "parts", "--resume")
+    whole, parts = (json.loads((place / name / "hybridize.json").read_text()) for name in ("whole", "parts"))
+    assert parts["weights"] == whole["weights"]
+    own = whole["data"][-1]
+    assert (own["path"], own["tokens"]) == ("the student's own answers", 6 * 2 * 48)
+    assert own["rows"] > 0
+    assert sum(part["tokens"] for part in whole["data"]) == 6 * 4 * 48
+
+
+def test_answers_of_later_weights_are_forgotten(place: Path) -> None:
+    student, corpus, ends = opened(place)
+    for block in range(4):
+        (place / f"answers-{block:06}.jsonl").write_text("")
+    Rollouts(student, student, corpus, ends, settings(), place).forget(step=6)
+    assert sorted(path.name for path in place.glob("answers-*")) == [f"answers-{block:06}.jsonl" for block in range(3)]
+
+
+def test_the_plan_counts_the_copy(place: Path, cli: Runner) -> None:
+    with_copy, without = (
+        json.loads(cli("distill", "h1", *FLAGS, "--on-policy", share, "--dry-run", "--json")) for share in (0.5, 0)
+    )
+    (extra,) = with_copy["gib"].keys() - without["gib"].keys()
+    assert extra == "copy of the student that answers prompts"
+    assert with_copy["gib"][extra] == with_copy["gib"]["student's weights"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--mask", "none"), "--on-policy needs --stage distill and --mask assistant"),
+        (("--stage", "align"), "--on-policy needs --stage distill"),
+        (("--loss", "reverse-kl=.9,ce=.1"), "on its own mistakes"),
+        (("--on-policy", 0.01), "must be at least one sequence, not all"),
+        (("--on-policy", 1), "must be at least one sequence, not all"),
+        (("--on-policy-tokens", 48), "must leave room for a prompt in --seq-len 48"),
+        (("--on-policy-tokens", 46), "no question of at most 1 tokens"),
+    ],
+)
+def test_bad_settings(place: Path, cli: Runner, flags: tuple[object, ...], said: str) -> None:
+    assert said in cli.fails("distill", "h1", *FLAGS, *flags)
+    assert not (place / "h1-kd.run").exists()
+
+
+def test_texts_have_no_question(place: Path, cli: Runner) -> None:
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} and some more text"}) + "\n" for i in range(40)))
+    assert "has no question" in cli.fails("distill", "h1", *FLAGS, "--data", "texts.jsonl")
+
+
+def test_a_student_that_the_decoder_does_not_know(place: Path) -> None:
+    writer, corpus, ends = opened(place)
+    with pytest.raises(InputError, match="does not support models of type Linear"):
+        Rollouts(writer, torch.nn.Linear(2, 2), corpus, ends, settings(), place)
+
+
+def test_runs_that_began_before_the_setting_can_be_resumed() -> None:
+    assert not any(key.startswith("on_policy") for key in settings(on_policy=0.0).decisive())
+    assert settings().decisive()["on_policy"] == 0.5
+
+
+def test_a_row_that_fails_later_ends_the_run_with_its_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, corpus, ends = opened(place)
+    drawn = Rollouts(student, student, corpus, ends, settings(), place)
+
+    def broken(self: Corpus, seed: int, longest: int) -> Iterator[list[int]]:
+        raise InputError("traces.jsonl:7 is broken")
+        yield
+
+    monkeypatch.setattr(Corpus, "prompts", broken)
+    with pytest.raises(Exception, match="jsonl:7 is broken") as caught:
+        drawn.join(next(corpus.training(0, 48, 2)), 0, student)
+    assert type(caught.value).__name__ == "WorkError"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_with_graph_and_compilation(place: Path, cli: Runner) -> None:
+    gpu = (*FLAGS[:-1], "cuda", "--cuda-graph", "--compile")
+    cli("distill", "h1", *gpu, "-o", "kd")
+    assert cli.stderr.count("on-policy: ") == 2
