@@ -80,6 +80,7 @@ def command(
     settings, target = settings_of(given, config), running.output or Path(f"{Path(checkpoint).name}-kd")
     _check_early(settings, target, running, dry_run)
     source, origin = _open(out, checkpoint, revision, settings, text)
+    settings = settings.with_rates(source.config.get("hidden_size", 0))
     if dry_run:
         _show_plan(out, source, origin, settings, machine)
         return

@@ -61,7 +61,7 @@ def refused_without_torch(*command: object) -> str:
 def test_an_unfinished_run_is_refused_at_once(place: Path) -> None:
     for output in ("h2-kd", "scores.json"):
         Path(f"{output}.run").mkdir()
-    decisive = DistillSettings(steps=4).decisive()
+    decisive = DistillSettings(steps=4).with_rates(576).decisive()
     Path("h2-kd.run/settings.json").write_text(json.dumps(decisive))
     Path("scores.json.run/settings.json").write_text(json.dumps({"settings": {"steps": 100, "lr_mixer": 1e-3}}))
     for part in ("traces.jsonl.part", "out/answers.part.jsonl"):

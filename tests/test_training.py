@@ -567,6 +567,17 @@ def test_rates_and_patterns_by_name() -> None:
             settings(lr_groups=wrong)
 
 
+def test_default_rates_follow_the_width() -> None:
+    """docs/results.md: what is best at a hidden size of 576 diverges at 896."""
+    plan = settings()
+    assert plan.with_rates(576).peaks == (1e-3, 1e-4)
+    assert plan.with_rates(896).peaks == (3e-4, 3e-5)
+    assert settings(lr_mixer=2e-3).with_rates(896).peaks == (2e-3, 3e-5)
+    assert settings(lr=2e-3).with_rates(576).rate_of("lm_head.weight") == 2e-3
+    assert not {"lr", "lr_mixer"} & set(plan.decisive())  # known only with the checkpoint
+    assert plan.with_rates(896).decisive()["lr_mixer"] == 3e-4
+
+
 def test_schedules() -> None:
     for kind in ("cosine", "linear", "wsd"):
         assert [factor(kind, s, 10, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]

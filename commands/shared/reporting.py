@@ -61,6 +61,8 @@ class TrainingReport:
             note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} have a loss{_cut(packing)}")
         at_once = f"{min(settings.micro, settings.batch_size // ranks)} sequences at once"
         note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens, {at_once}, on {place}")
+        mixer, rest = settings.peaks
+        note(f"peak learning rates: {mixer:g} for mixers (--lr-mixer), {rest:g} for the rest (--lr)")
         if settings.warmup < settings.warmup_steps:
             flag = f"--warmup-steps {settings.warmup_steps}"
             note(f"warm-up: {settings.warmup} of {settings.total_steps} steps; it is limited to half of a run ({flag})")
@@ -101,7 +103,8 @@ class TrainingReport:
 
     def _lower_rates(self) -> str:
         """Advice to use lower learning rates, with values."""
-        lower = f"--lr-mixer {self.settings.lr_mixer * 0.3:.1g} --lr {self.settings.lr * 0.3:.1g}"
+        mixer, rest = self.settings.peaks
+        lower = f"--lr-mixer {mixer * 0.3:.1g} --lr {rest * 0.3:.1g}"
         return f"the learning rates are too high for this model or warm-up; try {lower}"
 
 

@@ -216,7 +216,7 @@ class Training:
             clock.spent += time.perf_counter() - began
             record = {
                 "step": self.finished, "tokens": self.finished * settings.batch_size * settings.seq_len, "loss": value,
-                "lr": settings.lr_mixer * rate, "lr_rest": settings.lr * rate, "grad_norm": norm,
+                "lr": settings.peaks[0] * rate, "lr_rest": settings.peaks[1] * rate, "grad_norm": norm,
                 "seconds": round(clock.spent, 3),
             }  # fmt: skip
             self.run.log("metrics", record if good else {**record, "loss": None, "grad_norm": None, "skipped": True})

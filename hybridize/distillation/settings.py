@@ -3,7 +3,7 @@ this class."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +12,9 @@ from hybridize.errors import InputError, setting
 from hybridize.options import check_bounds, option
 from hybridize.parsing import named_numbers, parse_indices
 
+# Default peak rates of mixers and of the rest. 1e-3 is best at a hidden size of 576 and diverges at
+# 896: docs/results.md
+NARROW, WIDE, WIDTH = (1e-3, 1e-4), (3e-4, 3e-5), 576
 STAGES = ("distill", "align")
 # settings that may change when a run is resumed
 PLACING = ("shard", "offload_teacher")
@@ -47,8 +50,12 @@ class DistillSettings:
         None, "Sequences per forward pass [default: the largest that fits by the plan].", above=0
     )
     seq_len: int = option(2048, "Tokens per sequence.", least=2)
-    lr_mixer: float = option(1e-3, "Peak learning rate of the mixers.", above=0)
-    lr: float = option(1e-4, "Peak learning rate of all other parameters.", above=0)
+    lr_mixer: float | None = option(
+        None, "Peak learning rate of the mixers [default: 1e-3, or 3e-4 if the hidden size is above 576].", above=0
+    )
+    lr: float | None = option(
+        None, "Peak learning rate of all other parameters [default: a tenth of the default for mixers].", above=0
+    )
     lr_groups: str = option("", "PATTERN=RATE,...: peak rates by parameter name, overriding the two above.")
     schedule: str = option("cosine", "Learning-rate schedule: cosine, wsd or linear.")
     warmup_steps: int = option(50, "Warm-up steps, at most half of the run.", least=0)
@@ -134,7 +141,8 @@ class DistillSettings:
         free = PLACING if merging else (*PLACING, *SAVING)
         if not self.on_policy:  # so that runs that began before there was the setting can be resumed
             free = (*free, *(key for key in asdict(self) if key.startswith("on_policy")))
-        return {key: value for key, value in asdict(self).items() if key not in free}
+        unset = [key for key in ("lr_mixer", "lr") if getattr(self, key) is None]  # see with_rates
+        return {key: value for key, value in asdict(self).items() if key not in (*free, *unset)}
 
     def recomputed(self, layers: int | None) -> set[int]:
         """Returns the layers that keep only their input and are recomputed in backward. layers:
@@ -153,7 +161,18 @@ class DistillSettings:
     def rate_of(self, name: str) -> float:
         """Returns the peak rate of the parameter `name`."""
         named = (rate for pattern, rate in self.rates() if fnmatchcase(name, pattern))
-        return next(named, self.lr_mixer if "mixer." in name else self.lr)
+        return next(named, self.peaks["mixer." not in name])
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Peak rates of the mixers and of the rest."""
+        return self.lr_mixer or NARROW[0], self.lr or NARROW[1]
+
+    def with_rates(self, hidden: int) -> DistillSettings:
+        """Returns the settings with the rates that are not set at their defaults for a student of
+        this hidden size."""
+        mixer, rest = NARROW if hidden <= WIDTH else WIDE
+        return replace(self, lr_mixer=self.lr_mixer or mixer, lr=self.lr or rest)
 
     def trains(self, name: str) -> bool:
         """Whether the parameter `name` is trained."""
