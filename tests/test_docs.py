@@ -30,24 +30,33 @@ def test_chat_templates() -> None:
     assert (DOCS / "how-to/data.md").read_text() == script("data").page(), "run PYTHONPATH=. python docs/data.py"
 
 
-def test_the_tutorials_staged_conversion_is_a_recipe() -> None:
-    """It stands there as in docs/staged.yaml, and all of its steps are commands with flags that
-    there are."""
+def commands_of(file: Path) -> list[str]:
+    """The commands of a recipe, all of whose flags must exist and whose steps read what steps before
+    them wrote."""
     from hybridize.commands.run import _parsed
 
     from hybridize.recipe import read_recipe
 
+    steps, written = read_recipe(file), {"teacher"}
+    for step in steps:
+        params = _parsed(file, step)
+        assert params["checkpoint"] is None or str(params["checkpoint"]) in written, step.line
+        if params.get("output") is not None:
+            written.add(str(params["output"]))
+    return [step.command for step in steps]
+
+
+def test_the_tutorials_staged_conversion_is_a_recipe() -> None:
     file = DOCS / "staged.yaml"
     block = "steps:\n" + file.read_text().split("steps:\n", 1)[1]
     assert f"```yaml\n{block}```\n" in (DOCS / "tutorial.md").read_text()
-    steps = read_recipe(file)
-    assert [step.command for step in steps] == [
-        "score-loo", "replace", "distill", "score-mmr", "replace", "distill", "distill", "eval", "export",
-    ]  # fmt: skip
-    parsed = [_parsed(file, step) for step in steps]
-    written = {str(params["output"]) for params in parsed if params.get("output") is not None}
-    read = {str(params["checkpoint"]) for params in parsed}
-    assert read <= written | {"teacher"}  # each step reads what one before it wrote
+    ranked, trained = ["replace", "distill"], ["score-mmr", "replace", "distill"]
+    assert commands_of(file) == ["score-loo", *ranked, *trained, "distill", "eval", "export"]
+
+
+def test_the_recipe_for_a_reasoner_gates_and_releases_each_stage() -> None:
+    stage = ["score-mmr", "replace", "distill", "eval", "export"]
+    assert commands_of(DOCS / "reasoner.yaml") == ["generate", "eval", *4 * stage, *stage[2:]]
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
