@@ -196,7 +196,7 @@ def _prepare(
     corpus = open_corpus(spec, text.eval_data, encoder, text.limit, hold_out=origin is not None)
     remark_on_rows(encoder, out)
     if settings.on_policy:
-        next(corpus.prompts(settings.seed, settings.on_policy_prompt))  # raises if there is no question
+        corpus.check_prompts(settings.on_policy_prompt)
     check_weights(source, *([origin] if origin else []), notes=out)
     template = encoder.template if text.chat_template else None
     ran = {**ran_on(device, dtype), "template": template, "data": corpus.hash}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hybridize.generation.traces import Traces
 
 TRACES = Path("traces.jsonl")
+FEW = 0.05  # correct answers per wrong one, below which something is likely amiss with the results
 
 
 @guarded
@@ -85,8 +86,12 @@ def command(
         streams = not speech.as_json and not speech.quiet and samples == 1
         _answer(out, answering, prompt, keys, streams)
     else:
-        known = _known_results(rows, prompts) if correct else {}
-        names = {"command": "generate", "version": __version__, "model": checkpoint, "source": prompts}
+        known = _known_results(rows, where_of, prompts) if correct else {}
+        results = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest() if correct else None
+        names = {
+            "command": "generate", "version": __version__, "model": checkpoint, "source": prompts, "limit": limit,
+            "known_results": results,
+        }  # fmt: skip
         _write_traces(out, answering, keys, rows, where_of, output or TRACES, samples, resume, overwrite, known, names)
 
 
@@ -186,11 +191,11 @@ def _write_traces(
     _finish(out, traces, answering.new, started, known, names)
 
 
-def _known_results(rows: Sequence[dict[str, Any]], name: str) -> dict[int, str]:
+def _known_results(rows: Sequence[dict[str, Any]], where_of: Callable[[int], str], name: str) -> dict[int, str]:
     """The known results of the rows that have one, by row. InputError if there are none."""
     from hybridize.generation.results import known_result
 
-    known = {i: result for i, row in enumerate(rows) if (result := known_result(row)) is not None}
+    known = {i: result for i, row in enumerate(rows) if (result := known_result(row, where_of(i))) is not None}
     if not known:
         raise InputError(
             f"--correct: no row of {name} has a known result, that is an `answer`, or a solution with \\boxed{{}} or ####"
@@ -228,9 +233,8 @@ def _finish(
     right, wrong = (sum(line.get("correct") is verdict for line in lines) for verdict in (True, False))
     kept = [line for line in lines if line["tokens"] and line.get("correct") is not False]
     if known:
-        out.note(
-            f"{right} answers are correct, {wrong} are wrong and left out, {len(lines) - right - wrong} could not be checked"
-        )
+        rest = f"{wrong} are wrong (in {traces.path}.rejected), {len(lines) - right - wrong} could not be checked"
+        (out.warn if right < FEW * wrong else out.note)(f"{right} answers are correct, {rest}")
     summary = {
         "output": str(traces.path), "answers": len(kept), "cut": cut, "empty": nothing, "correct": right, "wrong": wrong,
         "tokens": sum(line["tokens"] for line in kept), "seconds": round(time.monotonic() - started, 2),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybridize.generation import results
+from hybridize.generation import results, traces
 from hybridize.generation.results import compare, known_result
 from tests.conftest import Runner
 
@@ -28,6 +28,12 @@ SOLVED = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistan
         ("7", "I do not know.", False),
         ("#### 12 apples", "12", True),
         ("Paris", "It is Paris.", None),
+        ("A", "The answer is A.", None),
+        ("(C)", "The answer is (C).", None),
+        ("10:30", "It is 10:30.", None),
+        ("1e-05", "0.00001", True),
+        ("#### 5", "#### 5 \nI hope it helps, 7 times.", True),
+        ("7", "#### Step 2\nWe did it in 2 steps: 7.", True),
         (r"\boxed{}", "4", None),
     ],
 )
@@ -45,7 +51,19 @@ def test_many_answers_are_compared_in_several_processes(monkeypatch: pytest.Monk
     ("row", "known"),
     [
         ({"prompt": "2 + 2?", "answer": 4}, "4"),
-        ({"prompt": "2 + 2?", "answer": "four", "solution": r"\boxed{4}"}, r"\boxed{4}"),
+        ({"prompt": "2 + 2?", "answer": "4", "response": "#### Step 1\n3 + 1 = 4\n#### Step 2\nDone."}, "4"),
+        ({"prompt": "2 + 2?", "solution": r"so \boxed{4}"}, r"so \boxed{4}"),
+        ({"prompt": "2 + 2?", "answer": "3 + 1 = 4\n#### 4"}, "3 + 1 = 4\n#### 4"),
+        ({"prompt": "2 + 2?", "response": "#### Step 1\nDone."}, None),
+        (
+            {"prompt": [{"role": "user", "content": "2 + 2?"}], "completion": [{"role": "assistant", "content": "#### 4"}]},
+            "#### 4",
+        ),
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "model", "value": "#### 4"}]}, "#### 4"),
+        (
+            {"messages": [SOLVED["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "#### 4"}]}]},
+            "#### 4",
+        ),
         ({"prompt": "2 + 2?", "answer": r"\frac{8}{2}"}, r"\frac{8}{2}"),
         ({"prompt": "2 + 2?", "response": "#### 4"}, "#### 4"),
         (SOLVED, "3 + 1 = <<3+1=4>>4\n#### 4"),
@@ -58,7 +76,7 @@ def test_many_answers_are_compared_in_several_processes(monkeypatch: pytest.Monk
     ],
 )
 def test_the_known_result_of_a_row(row: dict[str, Any], known: str | None) -> None:
-    assert known_result(row) == known
+    assert known_result(row, "row 1") == known
 
 
 def test_wrong_answers_are_left_out(cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +89,22 @@ def test_wrong_answers_are_left_out(cli: Runner, teacher: Path, tmp_path: Path, 
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     told = {row["row"]: row["response"] if "response" in row else row["messages"][-1]["content"] for row in rows}
     monkeypatch.setattr(results, "_same", lambda pair: {"4": pair[1] == told[1], "5": False}.get(pair[0]))
+    summary = json.loads(cli(*given, "--correct", "-o", tmp_path / "cut.jsonl", "--json"))
+    assert (summary["cut"], summary["correct"], summary["wrong"]) == (4, 0, 2)  # what is cut has no result
+    made_of = traces.trace_of
+    monkeypatch.setattr(traces, "trace_of", lambda *parts: made_of(*parts) | {"finish": "stop"})
     summary = json.loads(cli(*given, "--correct", "-o", tmp_path / "right.jsonl", "--json"))
     assert (summary["correct"], summary["wrong"], summary["answers"]) == (1, 1, len(rows) - 1)
     kept = [json.loads(line) for line in (tmp_path / "right.jsonl").read_text().splitlines()]
     assert [(row["row"], row.get("correct")) for row in kept] == [(0, None), (1, True), (2, None)]
-    assert "1 answers are correct, 1 are wrong and left out, 2 could not be checked" in cli.stderr
+    assert f"1 answers are correct, 1 are wrong (in {tmp_path / 'right.jsonl.rejected'}), 2 could not be checked" in cli.stderr
+    rejected = [json.loads(line) for line in (tmp_path / "right.jsonl.rejected").read_text().splitlines()]
+    assert [(row["row"], row["correct"]) for row in rejected] == [(3, False)]
     made = json.loads((tmp_path / "right.jsonl.provenance.json").read_text())
     assert (made["source"], made["seed"], made["samples"]) == (str(asked), 0, 1)
-    assert (made["answers"], made["written"], made["correct"]) == (4, 3, 1)
+    assert (made["answers"], made["written"], made["correct"], made["wrong"]) == (4, 3, 1, 1)
+    assert made["known_results"] is not None
+    assert json.loads((tmp_path / "all.jsonl.provenance.json").read_text())["known_results"] is None
     cli("distill", teacher, "--teacher", teacher, "--data", tmp_path / "right.jsonl", "--steps", 1, "--seq-len", 16,
         "--batch-size", 1, "-o", tmp_path / "kd")  # fmt: skip
     assert "`correct`" not in cli.stderr  # no key that training would have to ignore

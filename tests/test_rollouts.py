@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,8 +165,11 @@ def test_the_plan_counts_the_copy(place: Path, cli: Runner) -> None:
         (("--mask", "none"), "--on-policy needs --stage distill and --mask assistant"),
         (("--stage", "align"), "--on-policy needs --stage distill"),
         (("--loss", "reverse-kl=.9,ce=.1"), "on its own mistakes"),
-        (("--on-policy", 0.01), "must be at least one sequence, not all"),
-        (("--on-policy", 1), "must be at least one sequence, not all"),
+        (("--on-policy", 0.01), "is 0 sequences; it must be at least 1, and not all"),
+        (("--on-policy", 0.99), "is 4 sequences; it must be at least 1, and not all"),
+        (("--on-policy", 1), "--on-policy 1 must be below 1"),
+        (("--on-policy", "inf"), "--on-policy inf must be below 1"),
+        (("--on-policy-temperature", "inf"), "--on-policy-temperature must be finite"),
         (("--on-policy-tokens", 48), "must leave room for a prompt in --seq-len 48"),
         (("--on-policy-tokens", 46), "no question of at most 1 tokens"),
     ],
@@ -178,6 +182,43 @@ def test_bad_settings(place: Path, cli: Runner, flags: tuple[object, ...], said:
 def test_texts_have_no_question(place: Path, cli: Runner) -> None:
     (place / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} and some more text"}) + "\n" for i in range(40)))
     assert "has no question" in cli.fails("distill", "h1", *FLAGS, "--data", "texts.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "assistant", "content": "An answer to nothing."}]},
+        {"prompt": "", "response": "An answer to nothing."},
+        {"text": "A text."},
+    ],
+)
+def test_rows_without_a_question_are_omitted(place: Path, row: dict[str, Any]) -> None:
+    rows = (place / "traces.jsonl").read_text().splitlines()[:3]
+    (place / "mixed.jsonl").write_text("".join(f"{line}\n" for line in [json.dumps(row), *rows]))
+    source = CheckpointReader(place / "h1")
+    corpus = open_corpus(str(place / "mixed.jsonl"), None, open_encoder(source, "assistant", None, False), hold_out=False)
+    corpus.check_prompts(40)
+    asked = {tuple(prompt) for prompt in itertools.islice(corpus.prompts(0, 40), 12)}
+    assert asked == {tuple(corpus.encoder.prompt(json.loads(line), "")) for line in rows}
+
+
+def test_questions_are_asked_by_the_shares_of_their_sources(place: Path) -> None:
+    rows = [json.loads(line) for line in (place / "traces.jsonl").read_text().splitlines()]
+    for name, part in (("few", rows[:2]), ("many", rows[2:])):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    source = CheckpointReader(place / "h1")
+    encoder = open_encoder(source, "assistant", None, False)
+    corpus = open_corpus("few.jsonl=.75,many.jsonl=.25", None, encoder, hold_out=False)
+    few = {tuple(encoder.prompt(row, "")) for row in rows[:2]}
+    prompts = list(itertools.islice(corpus.prompts(0, 40), 400))
+    assert sum(len(ids) for ids in prompts if tuple(ids) in few) / sum(map(len, prompts)) == pytest.approx(0.75, abs=0.02)
+
+
+def test_the_last_block_is_as_long_as_what_is_left(place: Path) -> None:
+    student, corpus, ends = opened(place)
+    drawn = Rollouts(student, student, corpus, ends, settings(steps=4, on_policy_every=3), place)
+    drawn.join(next(corpus.training(0, 48, 2)), 3, student)
+    assert len(drawn.batches) == 1
 
 
 def test_a_student_that_the_decoder_does_not_know(place: Path) -> None:

@@ -61,6 +61,8 @@ class TrainingReport:
             note(f"packing: {packing.held:.1%} of the positions hold text, {packing.learnt:.1%} have a loss{_cut(packing)}")
         at_once = f"{min(settings.micro, settings.batch_size // ranks)} sequences at once"
         note(f"{settings.total_steps} steps of {settings.batch_size} x {settings.seq_len} tokens, {at_once}, on {place}")
+        if settings.on_policy:
+            note(f"{settings.on_policy_rows} of the {settings.batch_size} sequences of a step are the student's own answers")
         mixer, rest = settings.peaks
         note(f"peak learning rates: {mixer:g} for mixers (--lr-mixer), {rest:g} for the rest (--lr)")
         if settings.warmup < settings.warmup_steps:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from hybridize.data.encode import Document, Encoder
-from hybridize.data.forms import Plain, read_form
+from hybridize.data.forms import has_question
 from hybridize.data.packing import Batch, batched, endless, epoch_order, mixed, pack_documents, pack_stream
 from hybridize.data.rows import Rows, read_mixture
 from hybridize.errors import InputError, WorkError
@@ -67,22 +67,43 @@ class Corpus:
         return mixed([one(rows) for rows, _ in self.sources], [weight for _, weight in self.sources])
 
     def prompts(self, seed: int, longest: int) -> Iterator[list[int]]:
-        """Endless prompts of at most `longest` tokens, of all rows that have a question, the same
-        for the same seed. InputError if no row has such a prompt."""
-        rows, epoch = self.rows, 0
-        while True:
-            found = False
-            for index in epoch_order(len(rows), seed, epoch):
+        """Endless prompts of at most `longest` tokens, the same for the same seed; the sources are
+        mixed by their shares, of the tokens of prompts.
+
+        Rows without a question are omitted. InputError if no row has such a prompt.
+        """
+
+        def one(rows: Rows) -> Iterator[Document]:
+            for epoch in itertools.count():
+                found = False
+                for index in epoch_order(len(rows), seed, epoch):
+                    row, where = rows[index], rows.where(index)
+                    ids = self.encoder.prompt(row, where) if has_question(row, where) else []
+                    if 0 < len(ids) <= longest:
+                        found = True
+                        yield Document(ids, [])
+                if not found:
+                    return
+
+        streams, weights = [], []
+        for rows, weight in self.sources:
+            stream = one(rows)
+            if (first := next(stream, None)) is not None:
+                streams.append(itertools.chain([first], stream))
+                weights.append(weight)
+        if not streams:
+            raise InputError(f"the training data has no question of at most {longest} tokens for the student to answer")
+        return (document.ids for document in mixed(streams, weights))
+
+    def check_prompts(self, longest: int) -> None:
+        """InputError unless `prompts` has some, or for one of the first CHECKED rows whose prompt
+        cannot be encoded."""
+        for rows, _ in self.sources:
+            for index in range(min(CHECKED, len(rows))):
                 row, where = rows[index], rows.where(index)
-                if isinstance(read_form(row, where)[0], Plain):
-                    continue
-                ids = self.encoder.prompt(row, where)
-                if 0 < len(ids) <= longest:
-                    found = True
-                    yield ids
-            if not found:
-                raise InputError(f"the training data has no question of at most {longest} tokens for the student to answer")
-            epoch += 1
+                if has_question(row, where):
+                    self.encoder.prompt(row, where)
+        next(self.prompts(0, longest))
 
     def training(self, seed: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
         """Endless batches of `batch_size` sequences of `seq_len` tokens, the same for the same

@@ -121,6 +121,14 @@ def read_question(row: Any, where: str) -> Conversation | Pair | str:
     return Pair(prompt, "", system) if system else prompt
 
 
+def has_question(row: Any, where: str) -> bool:
+    """Whether there is something to answer in a row that has something to train on; see read_form."""
+    form, _ = read_form(row, where)
+    if isinstance(form, Conversation):
+        return bool(form.question.messages)
+    return isinstance(form, Pair) and bool(form.prompt)
+
+
 def check_row(row: Any, where: str) -> None:
     """InputError naming the row unless it has a known form and something to train on; see
     read_form."""

@@ -54,7 +54,7 @@ def distill(
     stop_now: writes the last saved state of an unfinished run as a checkpoint and leaves the run
     directory as it is. Every rank calls this function; the first one writes.
     """
-    ranks = ranks or DistributedContext()
+    ranks, settings = ranks or DistributedContext(), settings.with_rates(source.config.get("hidden_size", 0))
     torch.manual_seed(settings.seed)
     streams = settings.sharded(
         ranks.size

@@ -25,7 +25,8 @@ from hybridize.generation.sampling import SamplingSettings
 from hybridize.generation.writing import Wanted, rows_that_fit, seed_of, write
 from hybridize.modeling import HybridForCausalLM
 
-MOST = 256  # answers decoded at once
+MOST = {"cuda": 256, "cpu": 32}  # answers decoded at once; on a GPU as many as fit into free memory, on a CPU unplanned
+ENDED = 0.5  # share of answers that end, below which the run advises longer ones
 FILE = "answers-{:06}.jsonl"
 
 
@@ -80,8 +81,13 @@ class Rollouts:
             lines = [json.dumps(dataclasses.asdict(document)) for document in self._drawn(block, student)]
             write_text_atomic(path, "".join(f"{line}\n" for line in lines))
         documents = [Document(**json.loads(line)) for line in path.read_text().splitlines()]
-        rows = itertools.islice(self._lines(documents), settings.on_policy_every * settings.on_policy_rows)
+        rows = itertools.islice(self._lines(documents), self._steps(block) * settings.on_policy_rows)
         return list(batched(rows, settings.on_policy_rows))
+
+    def _steps(self, block: int) -> int:
+        """Steps of a block; the run's last block may be shorter."""
+        every = self.settings.on_policy_every
+        return min(every, self.settings.total_steps - block * every)
 
     def _lines(self, documents: list[Document]) -> Iterator[Any]:
         return self.corpus.lines(iter(documents), self.settings.seq_len)
@@ -92,7 +98,7 @@ class Rollouts:
         settings, began = self.settings, time.perf_counter()
         self.report({"kind": "doing", "text": "the student answers prompts"})
         self.writer.load_state_dict(student.state_dict())
-        needed = settings.on_policy_every * settings.on_policy_rows
+        needed = self._steps(block) * settings.on_policy_rows
         prompts = self.corpus.prompts(seed_of(settings.seed, f"prompts {block}") % 2**32, settings.on_policy_prompt)
         documents: list[Document] = []
         while (missing := needed - len(list(self._lines(documents)))) > 0:
@@ -107,7 +113,8 @@ class Rollouts:
         self.report({
             "kind": "note",
             "text": f"on-policy: {len(documents)} answers of the student, {made / len(documents):.0f} tokens each, "
-            f"{ended / len(documents):.0%} ended, {seconds:.1f} s for {settings.on_policy_every} steps",
+            f"{ended / len(documents):.0%} ended, {seconds:.1f} s for {self._steps(block)} steps"
+            + (f"; raise {setting('on_policy_tokens')}" if ended < ENDED * len(documents) else ""),
         })  # fmt: skip
         return documents
 
@@ -117,7 +124,7 @@ class Rollouts:
         settings, new = self.settings, self.settings.on_policy_tokens
         longest = max(map(len, prompts))
         wanted = [Wanted((block, i), ids, seed_of(settings.seed, (block, i))) for i, ids in enumerate(prompts, first)]
-        rows = rows_that_fit(self.writer, longest + new, min(MOST, len(wanted)))
+        rows = rows_that_fit(self.writer, longest + new, min(MOST[self.writer.device.type], len(wanted)))
         sampling, found = SamplingSettings(settings.on_policy_temperature), dict[int, Document]()
         for answer in write(self.writer, wanted, longest, new, self.ends, sampling, rows):
             if answer.broken:

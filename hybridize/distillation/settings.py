@@ -111,14 +111,17 @@ class DistillSettings:
         if not self.on_policy:
             return
         name = setting("on_policy")
+        if self.on_policy >= 1:
+            raise InputError(f"{name} {self.on_policy:g} must be below 1: the rest of a batch is from the training data")
         if self.stage != "distill" or self.mask != "assistant":
             raise InputError(f"{name} needs {setting('stage')} distill and {setting('mask')} assistant")
         if "ce" in {part.split("=")[0].strip() for part in self.loss.split(",")}:
             raise InputError(f"{name} needs a loss against the teacher alone: ce would train the student on its own mistakes")
-        if not 0 < self.on_policy_rows < self.batch_size:
-            raise InputError(
-                f"{name} {self.on_policy:g} of {setting('batch_size')} {self.batch_size} must be at least one sequence, not all"
-            )
+        if self.on_policy_temperature == float("inf"):
+            raise InputError(f"{setting('on_policy_temperature')} must be finite")
+        if not 0 < (rows := self.on_policy_rows) < self.batch_size:
+            share = f"{name} {self.on_policy:g} of {setting('batch_size')} {self.batch_size}"
+            raise InputError(f"{share} is {rows} sequences; it must be at least 1, and not all")
         if self.on_policy_prompt < 1:
             raise InputError(
                 f"{setting('on_policy_tokens')} {self.on_policy_tokens} must leave room for a prompt in "
@@ -170,8 +173,8 @@ class DistillSettings:
 
     def with_rates(self, hidden: int) -> DistillSettings:
         """Returns the settings with the rates that are not set at their defaults for a student of
-        this hidden size."""
-        mixer, rest = NARROW if hidden <= WIDTH else WIDE
+        this hidden size. The width matters to distillation only: alignment was not measured."""
+        mixer, rest = WIDE if hidden > WIDTH and self.stage == "distill" else NARROW
         return replace(self, lr_mixer=self.lr_mixer or mixer, lr=self.lr or rest)
 
     def trains(self, name: str) -> bool:

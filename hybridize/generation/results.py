@@ -8,34 +8,50 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from decimal import Decimal
 from multiprocessing import get_context
 from typing import Any
 
+from hybridize.data.forms import Conversation, Pair, read_form
 from hybridize.errors import InputError, setting
 
-MARKS = ("\\boxed", "####")  # how MATH and GSM8K mark the result at the end of a solution
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # of prose, not a LaTeX command or a product of variables
 PART = 64  # answers per process at least: starting one takes seconds
-ANSWERS = ("answer", "solution", "response", "completion", "output")  # keys of a row that hold its own answer
+SHORT = 100  # characters; a longer `answer` is a solution
+# GSM8K's mark, before a number at the end of a solution
+MARKED = re.compile(r"####[ \t]*([-+$\\\d(][^\n]*)\s*$")
+RESULT = re.compile(r"^[ \t]*####[ \t]*([-+$\\\d(][^\n]*)$", re.MULTILINE)
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # of prose, not a LaTeX command or a product of variables
+FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,2}")
 
 
-def known_result(row: dict[str, Any]) -> str | None:
+def known_result(row: dict[str, Any], where: str) -> str | None:
     r"""Returns the text that holds the result of the row's question, or None if it has none.
 
-    That is a number or text under `answer`, or, if it marks its result with \boxed or ####, the
-    row's own solution: the last assistant message or the text under `solution` or `response`.
+    That is a number or a short text under `answer`. Otherwise it is the row's own solution, if its
+    result is marked by \boxed or, on the last line, by ####: the last assistant message or response
+    (see read_form), or the text under `answer` or `solution`.
     """
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return str(answer)
-    texts = [row[key] for key in ANSWERS if isinstance(row.get(key), str)]
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = row.get(key)
-        last = turns[-1] if isinstance(turns, list) and turns else None
-        if isinstance(last, dict) and last.get(role) in ("assistant", "gpt") and isinstance(last.get(content), str):
-            texts.append(last[content])
-    marked = next((text for text in texts if any(mark in text for mark in MARKS)), None)
-    return marked or (answer if isinstance(answer, str) and answer.strip() else None)
+    if isinstance(answer, str) and answer.strip() and len(answer) <= SHORT and "\n" not in answer.strip():
+        return answer.strip()
+    texts = [_own_answer(row, where), *(row[key] for key in ("answer", "solution") if isinstance(row.get(key), str))]
+    return next((text for text in texts if "\\boxed" in text or MARKED.search(text)), None)
+
+
+def _own_answer(row: dict[str, Any], where: str) -> str:
+    """The text of the row's last answer, empty if it has none."""
+    try:
+        form, _ = read_form(row, where)
+    except InputError:  # a question alone
+        return ""
+    if isinstance(form, Pair):
+        return form.response
+    if not isinstance(form, Conversation) or form.messages[-1]["role"] != "assistant":
+        return ""
+    content = form.messages[-1].get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def check_available() -> None:
@@ -45,8 +61,9 @@ def check_available() -> None:
 
 
 def compare(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """Returns, for each (known result, answer), whether the answer has that result; None if no
-    result can be read from the first. Runs in several processes if there are many."""
+    """Returns, for each (known result, answer), whether the answer has that result; None if the
+    first is no number or formula that can be compared, such as a letter of a multiple choice or a
+    time of day. Runs in several processes if there are many."""
     processes = min(os.cpu_count() or 1, len(pairs) // PART)
     if processes < 2:
         return [_same(pair) for pair in pairs]
@@ -58,11 +75,18 @@ def _same(pair: tuple[str, str]) -> bool | None:
     from math_verify import parse, verify  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     known, answer = (_end(text) for text in pair)
-    prose = "\\boxed" in known or "$" in known or WORD.search(known)
-    wanted = parse(known if prose else f"${known}$")
+    if FLOAT.fullmatch(known):
+        known = format(Decimal(known), "f")
+    if "\\boxed" not in known:
+        if not re.search(r"[\\\d]", known) or re.search(r"\d:\d", known):
+            return None
+        if "$" not in known and not WORD.search(known):
+            known = f"${known}$"
+    wanted = parse(known)
     return bool(verify(wanted, parse(answer))) if wanted else None
 
 
 def _end(text: str) -> str:
-    """The text after ####, or all of it: the working before may contain other results."""
-    return text if "\\boxed" in text else text.rsplit("####", 1)[-1].strip()
+    """The result after ####, or all of the text: the working before it may contain other results."""
+    marked = RESULT.findall(text)
+    return marked[-1].strip() if marked and "\\boxed" not in text else text

@@ -68,6 +68,10 @@ def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, ids: list[in
         return False
 
 
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
 class Traces:
     """The answers of a run, by row and sample. settings: everything that determines the answers;
     only a run with the same settings can be resumed. Raises InputError if the output or an
@@ -94,23 +98,27 @@ class Traces:
         self.lines[key] = {**line, "row": key[0], "sample": key[1]}
         self.journal.put(self.lines[key])
 
-    def finish(self, known: Mapping[int, str], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    def finish(self, known: Mapping[int, str], names: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Writes the file and returns all answers, in the order of their prompts.
 
-        Not written are empty answers, since they have nothing to train on, and answers with another
-        result than the known one of their row. known: results by row; the answers to these rows get
-        the key `correct`, unless the result cannot be read. Beside FILE appears
-        FILE.provenance.json, with the settings of the run and `names`.
+        Empty answers are not written, since they have nothing to train on. Answers with another
+        result than the known one of their row, or cut before it, go to FILE.rejected instead. known:
+        results by row; the answers to these rows get the key `correct`, unless the results cannot be
+        compared. Beside FILE appears FILE.provenance.json, with the settings of the run and `names`.
         """
         lines = [self.lines[key] for key in sorted(self.lines)]
         checked = [line for line in lines if line["row"] in known]
         found = compare([(known[line["row"]], answer_of(line)) for line in checked])
         for line, correct in zip(checked, found, strict=True):
             if correct is not None:
-                line["correct"] = correct
+                line["correct"] = correct and line["finish"] != "length"
         kept = [line for line in lines if line["tokens"] and line.get("correct") is not False]
-        write_text_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-        counts = {"answers": len(lines), "written": len(kept), "correct": sum(line.get("correct") is True for line in lines)}
+        wrong = [line for line in lines if line.get("correct") is False]
+        write_text_atomic(self.path, _text(kept))
+        if wrong:
+            write_text_atomic(self.path.with_name(f"{self.path.name}.rejected"), _text(wrong))
+        counts = {"answers": len(lines), "written": len(kept), "wrong": len(wrong)}
+        counts["correct"] = sum(line.get("correct") is True for line in lines)
         write_json_atomic(self.path.with_name(f"{self.path.name}.provenance.json"), {**names, **self.settings, **counts})
         self.journal.remove()
         return lines
