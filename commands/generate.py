@@ -224,20 +224,20 @@ def _finish(
     """Writes the file of answers and shows a summary. known, names: see Traces.finish."""
     if known:
         LINES.doing("comparing the results")
-    lines = traces.finish(known, names)
-    cut, nothing = sum(line["finish"] == "length" for line in lines), sum(not line["tokens"] for line in lines)
-    if cut:
-        out.warn(f"{cut} of {len(lines)} answers were cut at {max_new_tokens} tokens; raise --max-new-tokens")
-    if nothing:
-        out.warn(f"{nothing} answers were empty and are left out")
-    right, wrong = (sum(line.get("correct") is verdict for line in lines) for verdict in (True, False))
-    kept = [line for line in lines if line["tokens"] and line.get("correct") is not False]
+    found = traces.finish(known, names)
+    counts, lines = found.counts, found.counts["answers"]
+    if counts["cut"]:
+        out.warn(f"{counts['cut']} of {lines} answers were cut at {max_new_tokens} tokens; raise --max-new-tokens")
+    if counts["empty"]:
+        out.warn(f"{counts['empty']} answers were empty and are left out")
+    right, wrong = counts["correct"], counts["wrong"]
     if known:
-        rest = f"{wrong} are wrong (in {traces.path}.rejected), {len(lines) - right - wrong} could not be checked"
+        rest = f"{wrong} are wrong (in {traces.path}.rejected), {lines - right - wrong} could not be checked"
         (out.warn if right < FEW * wrong else out.note)(f"{right} answers are correct, {rest}")
     summary = {
-        "output": str(traces.path), "answers": len(kept), "cut": cut, "empty": nothing, "correct": right, "wrong": wrong,
-        "tokens": sum(line["tokens"] for line in kept), "seconds": round(time.monotonic() - started, 2),
+        "output": str(traces.path), **{key: counts[key] for key in ("cut", "empty", "correct", "wrong")},
+        "answers": counts["written"], "tokens": sum(line["tokens"] for line in found.kept),
+        "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
     out.result(summary, lambda: print(f"{traces.path}: {summary['answers']} answers, {summary['tokens']} tokens"))
 

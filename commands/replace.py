@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybridize.options import CALIBRATION_TOKENS
+
 from .shared import options as opt
 from .shared.flags import expanded
 from .shared.output import Output, guarded
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 SMALL = 2 << 30  # bytes of weights up to which the result is verified by default
 ENOUGH = 8  # calibration tokens per dimension that were better than none for mamba, see docs/results.md
-CALIBRATION_TOKENS = 32768
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 from hybridize.errors import InputError, setting
 
+CALIBRATION_TOKENS = 32768  # default of everything that calibrates new mixers
+
 
 def option(default: Any, text: str, *, least: float | None = None, above: float | None = None) -> Any:
     """A field of a settings class. text: one short sentence for the help, without the default,

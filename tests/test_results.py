@@ -110,6 +110,15 @@ def test_wrong_answers_are_left_out(cli: Runner, teacher: Path, tmp_path: Path, 
     assert "`correct`" not in cli.stderr  # no key that training would have to ignore
 
 
+def test_the_rejected_answers_of_a_replaced_file_go_with_it(cli: Runner, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "one", "answer": 4}\n')
+    given = ("generate", teacher, "--prompts", tmp_path / "asked.jsonl", "--max-new-tokens", 4, "-o", tmp_path / "made.jsonl")
+    cli(*given, "--correct")
+    assert (tmp_path / "made.jsonl.rejected").read_text().count("\n") == 1
+    cli(*given, "--overwrite")
+    assert not (tmp_path / "made.jsonl.rejected").exists()
+
+
 def test_what_correct_needs_is_checked_first(
     cli: Runner, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from hybridize.data.encode import Document
 from hybridize.distillation.optimize import Optimization
 from hybridize.distillation.rollouts import Rollouts
 from hybridize.distillation.settings import DistillSettings
-from hybridize.errors import InputError
+from hybridize.errors import InputError, WorkError
 from hybridize.generation.settings import read_generation
 from hybridize.inputs import open_encoder
 from hybridize.modeling import HybridForCausalLM
@@ -241,9 +241,8 @@ def test_a_row_that_fails_later_ends_the_run_with_its_name(place: Path, monkeypa
         yield
 
     monkeypatch.setattr(Corpus, "prompts", broken)
-    with pytest.raises(Exception, match="jsonl:7 is broken") as caught:
+    with pytest.raises(WorkError, match="jsonl:7 is broken"):
         drawn.join(next(corpus.training(0, 48, 2)), 0, student)
-    assert type(caught.value).__name__ == "WorkError"
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridize.options import CALIBRATION_TOKENS
+
 from . import options as opt
 from .flags import expanded
 from .output import Output, guarded
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from hybridize.scoring.setup import Request
 
 BAR = 30
-CALIBRATION_TOKENS = 32768
 
 
 @dataclass(frozen=True)

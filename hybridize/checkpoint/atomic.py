@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -136,6 +137,12 @@ def clear_leftovers(path: Path) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Writes a JSON file atomically and synced; creates its directory if needed."""
     write_text_atomic(path, json_text(value))
+
+
+def write_lines_atomic(path: Path, records: Iterable[Any], default: Callable[[Any], Any] | None = None) -> None:
+    """Writes records as lines of JSON, atomically and synced. default: as in json.dumps."""
+    lines = (json.dumps(record, ensure_ascii=False, default=default) for record in records)
+    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_text_atomic(path: Path, text: str) -> None:

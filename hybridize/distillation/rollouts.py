@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridize.checkpoint.atomic import write_text_atomic
+from hybridize.checkpoint.atomic import write_lines_atomic
 from hybridize.data.corpus import Corpus
 from hybridize.data.encode import Document
 from hybridize.data.packing import Batch, batched
@@ -27,7 +27,7 @@ from hybridize.modeling import HybridForCausalLM
 
 MOST = {"cuda": 256, "cpu": 32}  # answers decoded at once; on a GPU as many as fit into free memory, on a CPU unplanned
 ENDED = 0.5  # share of answers that end, below which the run advises longer ones
-FILE = "answers-{:06}.jsonl"
+FILE = "answers-{}.jsonl"
 
 
 class Rollouts:
@@ -66,20 +66,22 @@ class Rollouts:
 
     def forget(self, step: int) -> None:
         """Deletes the answers of blocks that begin after `step`, which other weights have written."""
-        for path in self.folder.glob(FILE.replace("{:06}", "*")):
+        for path in self._files():
             if int(path.stem.split("-")[1]) * self.settings.on_policy_every > step:
                 path.unlink()
 
     def count(self) -> int:
         """Returns the number of answers so far, over all blocks."""
-        return sum(len(path.read_text().splitlines()) for path in self.folder.glob(FILE.replace("{:06}", "*")))
+        return sum(len(path.read_text().splitlines()) for path in self._files())
+
+    def _files(self) -> Iterator[Path]:
+        return self.folder.glob(FILE.format("*"))
 
     def _packed(self, block: int, student: nn.Module) -> list[Batch]:
         """Returns the block's sequences, a batch per step."""
-        path, settings = self.folder / FILE.format(block), self.settings
+        path, settings = self.folder / FILE.format(f"{block:06}"), self.settings
         if not path.exists():
-            lines = [json.dumps(dataclasses.asdict(document)) for document in self._drawn(block, student)]
-            write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+            write_lines_atomic(path, map(dataclasses.asdict, self._drawn(block, student)))
         documents = [Document(**json.loads(line)) for line in path.read_text().splitlines()]
         rows = itertools.islice(self._lines(documents), self._steps(block) * settings.on_policy_rows)
         return list(batched(rows, settings.on_policy_rows))

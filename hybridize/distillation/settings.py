@@ -115,7 +115,7 @@ class DistillSettings:
             raise InputError(f"{name} {self.on_policy:g} must be below 1: the rest of a batch is from the training data")
         if self.stage != "distill" or self.mask != "assistant":
             raise InputError(f"{name} needs {setting('stage')} distill and {setting('mask')} assistant")
-        if "ce" in {part.split("=")[0].strip() for part in self.loss.split(",")}:
+        if "ce" in dict(named_numbers(self.loss, "loss", 1.0)):
             raise InputError(f"{name} needs a loss against the teacher alone: ce would train the student on its own mistakes")
         if self.on_policy_temperature == float("inf"):
             raise InputError(f"{setting('on_policy_temperature')} must be finite")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +69,16 @@ def tasks_in_groups(results: dict[str, Any]) -> set[str]:
     return {task for group in (results.get("groups") or {}).values() for task in group["tasks"]}
 
 
-def sample_lines(samples: dict[str, list[dict[str, Any]]]) -> str:
-    """Returns each document of each task as a line of JSON: the prompt, the model's output, the
-    extracted answer, the target and the metrics."""
+def sample_records(samples: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yields each document of each task: the prompt, the model's output, the extracted answer, the
+    target and the metrics."""
     kept = ("doc_id", "doc_hash", "filter", "arguments", "resps", "filtered_resps", "target", "metrics")
-    lines = (
+    return (
         {"task": task, **{key: sample[key] for key in kept if key in sample}}
         | {key: sample[key] for key in sample.get("metrics", []) if key in sample}
         for task, found in samples.items()
         for sample in found
     )
-    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from hybridize.checkpoint.atomic import clear_leftovers, write_json_atomic, write_text_atomic
+from hybridize.checkpoint.atomic import clear_leftovers, write_json_atomic, write_lines_atomic
 from hybridize.checkpoint.journal import Journal
 from hybridize.checkpoint.reader import CheckpointReader
 from hybridize.checkpoint.scores import beside
 from hybridize.errors import InputError, setting
 from hybridize.evaluation.harness import EvalSettings, evaluate, generates
-from hybridize.evaluation.results import check_comparable, make_results, read_results, reusable, sample_lines
+from hybridize.evaluation.results import check_comparable, make_results, read_results, reusable, sample_records
 from hybridize.generation.decoder import looks_at_the_longest
 from hybridize.inputs import check_weights, open_checkpoint
 from hybridize.modeling import hybrid_config
@@ -79,7 +79,7 @@ class EvalRun:
         if self.settings.apply_chat_template:
             results["chat_template"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
         if self.log_samples:
-            write_text_atomic(self.target / f"{prefix}samples.jsonl", sample_lines(found["samples"]))
+            write_lines_atomic(self.target / f"{prefix}samples.jsonl", sample_records(found["samples"]), default=str)
         write_json_atomic(path, results)
         journal.remove()
         return results

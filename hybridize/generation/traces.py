@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridize.checkpoint.atomic import write_json_atomic, write_text_atomic
+from hybridize.checkpoint.atomic import write_json_atomic, write_lines_atomic
 from hybridize.checkpoint.journal import Journal, part_of
 from hybridize.checkpoint.writer import check_writable
 from hybridize.data.encode import Encoder, decoded
@@ -68,8 +69,14 @@ def _gives_back(encoder: Encoder, line: dict[str, Any], where: str, ids: list[in
         return False
 
 
-def _text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+@dataclass(frozen=True)
+class Outcome:
+    """The answers of a finished run. kept: those written, as training data; wrong: those with
+    another result than the known one; counts: of all of them, by what became of them."""
+
+    kept: list[dict[str, Any]]
+    wrong: list[dict[str, Any]]
+    counts: dict[str, int]
 
 
 class Traces:
@@ -98,27 +105,38 @@ class Traces:
         self.lines[key] = {**line, "row": key[0], "sample": key[1]}
         self.journal.put(self.lines[key])
 
-    def finish(self, known: Mapping[int, str], names: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Writes the file and returns all answers, in the order of their prompts.
+    def finish(self, known: Mapping[int, str], names: Mapping[str, Any]) -> Outcome:
+        """Writes the file, in the order of the prompts, and returns what is in it.
 
         Empty answers are not written, since they have nothing to train on. Answers with another
         result than the known one of their row, or cut before it, go to FILE.rejected instead. known:
         results by row; the answers to these rows get the key `correct`, unless the results cannot be
         compared. Beside FILE appears FILE.provenance.json, with the settings of the run and `names`.
         """
+        found = self._sorted(known)
+        write_lines_atomic(self.path, found.kept)
+        rejected = self.path.with_name(f"{self.path.name}.rejected")
+        if found.wrong:
+            write_lines_atomic(rejected, found.wrong)
+        else:  # of the file that this one replaces
+            rejected.unlink(missing_ok=True)
+        write_json_atomic(self.path.with_name(f"{self.path.name}.provenance.json"), {**names, **self.settings, **found.counts})
+        self.journal.remove()
+        return found
+
+    def _sorted(self, known: Mapping[int, str]) -> Outcome:
+        """Marks the answers to rows with a known result, and sorts all of them."""
         lines = [self.lines[key] for key in sorted(self.lines)]
         checked = [line for line in lines if line["row"] in known]
-        found = compare([(known[line["row"]], answer_of(line)) for line in checked])
-        for line, correct in zip(checked, found, strict=True):
+        same = compare([(known[line["row"]], answer_of(line)) for line in checked])
+        for line, correct in zip(checked, same, strict=True):
             if correct is not None:
                 line["correct"] = correct and line["finish"] != "length"
         kept = [line for line in lines if line["tokens"] and line.get("correct") is not False]
         wrong = [line for line in lines if line.get("correct") is False]
-        write_text_atomic(self.path, _text(kept))
-        if wrong:
-            write_text_atomic(self.path.with_name(f"{self.path.name}.rejected"), _text(wrong))
-        counts = {"answers": len(lines), "written": len(kept), "wrong": len(wrong)}
-        counts["correct"] = sum(line.get("correct") is True for line in lines)
-        write_json_atomic(self.path.with_name(f"{self.path.name}.provenance.json"), {**names, **self.settings, **counts})
-        self.journal.remove()
-        return lines
+        counts = {
+            "answers": len(lines), "written": len(kept), "wrong": len(wrong),
+            "correct": sum(line.get("correct") is True for line in lines),
+            "cut": sum(line["finish"] == "length" for line in lines), "empty": sum(not line["tokens"] for line in lines),
+        }  # fmt: skip
+        return Outcome(kept, wrong, counts)

@@ -22,13 +22,12 @@ from hybridize.errors import InputError, setting
 from hybridize.inputs import calibration_for, data_for, open_checkpoint, open_encoder, remark_on_rows, teacher_of
 from hybridize.modeling import HybridForCausalLM
 from hybridize.notes import SILENT, Notes
+from hybridize.options import CALIBRATION_TOKENS
 from hybridize.runtime.device import pick_compute, ran_on
 from hybridize.runtime.distributed import DistributedContext, join
 from hybridize.runtime.loading import load_hybrid, load_model, quiet_transformers
 from hybridize.surgery.replace import Calibration, MixerSettings, Surgery, plan, starting_values
 from hybridize.surgery.teacher import Teacher, check_vocabularies, read_teacher
-
-CALIBRATION_TOKENS = 32768
 
 
 @dataclass(frozen=True)
